@@ -1,0 +1,33 @@
+"""Errors that end a step with a message for its user."""
+
+from __future__ import annotations
+
+
+class InvalidInput(Exception):  # noqa: N818 - it reads as what it says
+    """The specification or the data is wrong, and retrying cannot help: exit code 2.
+
+    Attributes:
+        reason: CamelCase word for a condition, e.g. `HookNotFound`.
+        field: camelCase path of the field to change, e.g. `spec.hooks[0].name`; empty when none is to blame.
+        message: one line: what is wrong, and the fix.
+    """
+
+    def __init__(self, reason: str, message: str, *, field: str = "") -> None:
+        self.reason = reason
+        self.field = field
+        self.message = message
+        super().__init__(f"{field}: {message}" if field else message)
+
+
+class Stopped(Exception):  # noqa: N818
+    """The step was asked to stop (SIGTERM) and has stored what it did: exit code 143.
+
+    Attributes:
+        message: what is stored and what is left.
+        tokens: tokens of the last checkpoint, where there is one.
+    """
+
+    def __init__(self, message: str, *, tokens: int | None = None) -> None:
+        self.message = message
+        self.tokens = tokens
+        super().__init__(message)

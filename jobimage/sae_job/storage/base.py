@@ -1,0 +1,70 @@
+"""The interface of an object store, and its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a store knows of one object: key below the store's prefix, size in bytes, and an opaque version tag."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class StoreError(Exception):
+    """A store could not do what it was asked; the step may be retried. The message names the URI and never credentials."""
+
+
+class ObjectNotFound(StoreError):  # noqa: N818
+    """No object has this key."""
+
+
+class PreconditionFailed(StoreError):  # noqa: N818
+    """A conditional write found another object (or none) than it expected."""
+
+
+class ObjectStore(Protocol):
+    """Objects below one URI prefix. Every write is atomic: readers see the whole object or none.
+
+    Methods raise `ObjectNotFound`, `PreconditionFailed`, `StoreError` (retries used up, or no space left), and `InvalidInput` for what
+    the user must mend: missing bucket, wrong credentials, refused access.
+    """
+
+    @property
+    def uri(self) -> str:
+        """The prefix, without a trailing slash."""
+        ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Bytes `start` to `start + length`; fewer only at the object's end."""
+        ...
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """None when there is no such object."""
+        ...
+
+    def put(
+        self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False, if_match: str | None = None
+    ) -> ObjectInfo:
+        """Write an object; with `if_absent` only when there is none, with `if_match` only over the version with that etag."""
+        ...
+
+    def put_file(self, key: str, path: Path) -> ObjectInfo:
+        """Upload a file (multipart when large)."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Objects whose key begins with `prefix`, in key order."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; no error when there is none."""
+        ...

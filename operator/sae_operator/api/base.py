@@ -1,0 +1,99 @@
+"""What every resource model shares: strictness, camelCase names, bounded types, and rules that hold in Python and in CEL alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
+
+GROUP = "sae-operator.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+# Children are named `<name>-<uid8>-<step>-<attempt>` and must stay below the 63 characters of a label value.
+MAX_NAME_LENGTH = 40
+# JSON numbers above this are not exact in every parser on the way (API server, JavaScript tools).
+MAX_COUNT = 2**53
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on one model, evaluated by the API server as CEL and locally as Python, with one message.
+
+    Attributes:
+        cel: CEL expression over `self`, with camelCase field names.
+        holds: the same condition on the validated model.
+        message: what the user reads, in both places.
+        field: camelCase path below the model that the message is about; empty for the model itself.
+    """
+
+    cel: str
+    holds: Callable[[Any], bool]
+    message: str
+    field: str = ""
+
+
+@dataclass(frozen=True)
+class TransitionRule:
+    """A condition on an update, evaluated by the API server as CEL over `self` and `oldSelf`."""
+
+    cel: str
+    message: str
+    field: str = ""
+
+
+class ApiModel(BaseModel):
+    """A part of a resource: camelCase in YAML, snake_case in Python, unknown fields refused."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = ()
+    TRANSITION_RULES: ClassVar[tuple[TransitionRule, ...]] = ()
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        for rule in type(self).RULES:
+            if not rule.holds(self):
+                raise PydanticCustomError("rule", "{message}", {"message": rule.message, "field": rule.field})
+        return self
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The model as it stands in a manifest: camelCase, without fields that are null."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _integral(value: Any) -> Any:
+    """`3e8` in YAML is a float with an integral value; the API server takes it for an integer, and so do we."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def one_of_set(*names: str) -> Callable[[Any], bool]:
+    """True when exactly one of the attributes is not None."""
+    return lambda model: sum(getattr(model, name) is not None for name in names) == 1
+
+
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[int, BeforeValidator(_integral), Field(ge=0, le=MAX_COUNT)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+ObjectName = Annotated[
+    str, StringConstraints(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Uri = Annotated[
+    str,
+    StringConstraints(max_length=1024, pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\x00-\x1f\x7f]*)?|file://[^\x00-\x1f\x7f]+)$"),
+]

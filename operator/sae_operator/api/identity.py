@@ -1,0 +1,67 @@
+"""Identity of a cache and of a training job: what makes two of them the same data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.store import StoreLocation
+from sae_operator.api.training_job import SAETrainingJobSpec
+
+CACHE_FORMAT_VERSION = 1
+# 64 bits: a collision among a million caches has probability 3e-8.
+HASH_LENGTH = 16
+
+
+def canonical_hash(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
+
+
+def cache_identity(spec: ActivationCacheSpec) -> str:
+    """Hash of what determines a cache's rows: not of tokens, run settings, parallelism, location or credentials."""
+    manifest = spec.to_manifest()
+    return canonical_hash(
+        {
+            "formatVersion": CACHE_FORMAT_VERSION,
+            **{key: manifest[key] for key in ("model", "dataset", "hooks", "contextSize", "seed", "sampling")},
+            "dtype": spec.storage.dtype,
+            "shardBytes": spec.storage.shard_bytes,
+        }
+    )
+
+
+def cache_location(spec: ActivationCacheSpec, namespace: str) -> StoreLocation:
+    """Where the cache's files lie: `<storage.uri>/<namespace>/<identity hash>`."""
+    storage = spec.storage
+    return StoreLocation(
+        uri=f"{storage.uri.rstrip('/')}/{namespace}/{cache_identity(spec)}",
+        endpoint_url=storage.endpoint_url,
+        region=storage.region,
+        secret_ref=storage.secret_ref,
+    )
+
+
+def inline_cache_name(spec: ActivationCacheSpec) -> str:
+    """Name of the ActivationCache that an inline spec becomes: the same for every job that asks for the same data in the same place."""
+    place = {"identity": cache_identity(spec), "uri": spec.storage.uri, "endpointUrl": spec.storage.endpoint_url}
+    return f"cache-{canonical_hash(place)}"
+
+
+def training_identity(spec: SAETrainingJobSpec) -> str:
+    """Hash of what determines a training job's results: a resource re-created with the same hash resumes or adopts them."""
+    manifest = spec.to_manifest()
+    activations = dict(manifest["activations"])
+    if spec.activations.cache is not None:
+        activations = {"cache": cache_identity(spec.activations.cache)}
+    training = {key: value for key, value in manifest["training"].items() if key != "tokens"}
+    return canonical_hash(
+        {
+            "activations": activations,
+            "training": training,
+            **{key: manifest[key] for key in ("saes", "normalization", "evaluation")},
+        }
+    )

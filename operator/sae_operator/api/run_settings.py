@@ -1,0 +1,106 @@
+"""Pod and Job settings: a whitelist, so that every pod stays valid under PodSecurity `restricted`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from sae_operator.api.base import ApiModel, Count, CountOrZero, ObjectName, Rule, ShortText, one_of_set
+
+LabelText = Annotated[str, StringConstraints(max_length=253)]
+# Kubernetes' resource.Quantity; an integer such as `nvidia.com/gpu: 1` is one too.
+Quantity = int | Annotated[str, StringConstraints(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+|[numkMGTPE]|[KMGTPE]i)?$")]
+ResourceList = Annotated[dict[LabelText, Quantity], Field(max_length=16)]
+StringMap = Annotated[dict[LabelText, LabelText], Field(max_length=32)]
+
+
+class Resources(ApiModel):
+    limits: ResourceList = Field(default_factory=dict)
+    """Upper bounds, GPUs included, e.g. `nvidia.com/gpu: 1`."""
+    requests: ResourceList = Field(default_factory=dict)
+    """What the scheduler reserves; the limits when empty."""
+
+
+class Toleration(ApiModel):
+    key: LabelText | None = None
+    """Taint key that is tolerated; every taint when empty."""
+    operator: Literal["Exists", "Equal"] = "Equal"
+    """How key and value relate to the taint."""
+    value: LabelText | None = None
+    """Taint value; only with `Equal`."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Taint effect; all when empty."""
+    toleration_seconds: CountOrZero | None = None
+    """How long a `NoExecute` taint is tolerated; for ever when empty."""
+
+
+class SecretKeyRef(ApiModel):
+    name: ObjectName
+    """Name of the Secret."""
+    key: LabelText
+    """Key in the Secret."""
+
+
+class EnvVar(ApiModel):
+    RULES = (
+        Rule(
+            "has(self.value) != has(self.secretKeyRef)",
+            one_of_set("value", "secret_key_ref"),
+            "exactly one of value and secretKeyRef must be set",
+        ),
+    )
+
+    name: Annotated[str, StringConstraints(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    """Name of the environment variable, e.g. `HF_TOKEN`."""
+    value: Annotated[str, StringConstraints(max_length=1024)] | None = None
+    """Its value, in the clear."""
+    secret_key_ref: SecretKeyRef | None = None
+    """Its value, from a Secret of the namespace."""
+
+
+class ObjectReference(ApiModel):
+    name: ObjectName
+    """Name of the object in the same namespace."""
+
+
+class CpuStepSettings(ApiModel):
+    """Overrides for the steps that need no GPU (preflight, prepare, finalize); they take none of the GPU's selectors."""
+
+    resources: Resources = Field(default_factory=Resources)
+    """CPU and memory of these steps."""
+    node_selector: StringMap = Field(default_factory=dict)
+    """Labels of nodes that may run them."""
+    tolerations: Annotated[list[Toleration], Field(max_length=16)] = Field(default_factory=list)
+    """Taints that they tolerate."""
+
+
+class RunSettings(ApiModel):
+    image: ShortText | None = None
+    """Container image of the pods; the operator's default job image when empty."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When the image is pulled."""
+    image_pull_secrets: Annotated[list[ObjectReference], Field(max_length=8)] = Field(default_factory=list)
+    """Secrets for a private registry."""
+    resources: Resources = Field(default_factory=Resources)
+    """Resources of the GPU pods (cache and train steps)."""
+    node_selector: StringMap = Field(default_factory=dict)
+    """Labels of nodes that may run the GPU pods."""
+    tolerations: Annotated[list[Toleration], Field(max_length=16)] = Field(default_factory=list)
+    """Taints that the GPU pods tolerate."""
+    priority_class_name: ObjectName | None = None
+    """PriorityClass of all pods."""
+    service_account_name: ObjectName | None = None
+    """ServiceAccount of all pods, e.g. for workload identity; its token is never mounted."""
+    env: Annotated[list[EnvVar], Field(max_length=32)] = Field(default_factory=list)
+    """Further environment variables of all pods."""
+    pod_labels: StringMap = Field(default_factory=dict)
+    """Further labels of all pods."""
+    pod_annotations: StringMap = Field(default_factory=dict)
+    """Annotations of all pods."""
+    backoff_limit: Annotated[CountOrZero, Field(le=100)] = 3
+    """How often a failed pod is retried; pods that a node disruption ended do not count."""
+    termination_grace_period_seconds: Annotated[Count, Field(le=3600)] = 120
+    """Time for the last checkpoint after SIGTERM; checkpoints can be large."""
+    cpu_steps: CpuStepSettings = Field(default_factory=CpuStepSettings)
+    """Overrides for preflight, prepare and finalize."""

@@ -1,0 +1,193 @@
+"""Status of the resources, as the operator writes it and `kubectl get` shows it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+CachePhase = Literal["Pending", "Preparing", "Queued", "Caching", "Finalizing", "Ready", "Failed", "Suspended"]
+TrainingPhase = Literal[
+    "Pending", "Preflight", "WaitingForCache", "Queued", "Running", "Succeeded", "Failed", "Suspended"
+]
+
+
+class StatusModel(BaseModel):
+    """A part of a status: every field optional, unknown fields ignored (a newer operator may have written them)."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+
+    def to_manifest(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class Condition(StatusModel):
+    type: str
+    """`Ready`, `Reconciling`, `Stalled`, or a more specific one."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: str
+    """CamelCase word."""
+    message: str = ""
+    """One line for people, with the fix where there is one."""
+    observed_generation: int | None = None
+    """Generation of the spec that it is about."""
+    last_transition_time: str | None = None
+    """When `status` changed last."""
+
+
+class ProgressStatus(StatusModel):
+    tokens: int | None = None
+    """Tokens done."""
+    total_tokens: int | None = None
+    """Tokens to do."""
+    percent: int | None = None
+    """Share done."""
+    tokens_per_second: int | None = None
+    """Current rate of all pods."""
+    eta_seconds: int | None = None
+    """Time left at that rate."""
+    updated_at: str | None = None
+    """When this was last measured."""
+
+
+class PlanStatus(StatusModel):
+    bytes: int | None = None
+    """Size of the result in the store."""
+    gpu_seconds: int | None = None
+    """Estimated GPU time, where it can be estimated."""
+    memory_bytes: int | None = None
+    """Memory that a pod needs."""
+
+
+class ShardsStatus(StatusModel):
+    total: int | None = None
+    """Shards of the cache."""
+    complete: int | None = None
+    """Shards that are stored."""
+
+
+class HookStatus(StatusModel):
+    name: str
+    """Name of the hook."""
+    d_in: int | None = None
+    """Width of its activations."""
+    mean_norm: float | None = None
+    """Mean L2 norm of its activations."""
+
+
+class AttemptStatus(StatusModel):
+    """One step's Job that ended without success, or that is being retried."""
+
+    step: str
+    """Which step."""
+    job_name: str
+    """Its Job."""
+    reason: str
+    """How it ended, e.g. `OOMKilled`."""
+    message: str = ""
+    """What it said."""
+    time: str | None = None
+    """When."""
+
+
+class CommonStatus(StatusModel):
+    conditions: Annotated[list[Condition], Field(max_length=16)] | None = None
+    """Ready, Reconciling, Stalled (as kstatus reads them), and what needs attention."""
+    observed_generation: int | None = None
+    """Generation of the spec that this status is about; -1 until the operator has seen the resource."""
+    progress: ProgressStatus | None = None
+    """Live progress of the current step."""
+    plan: PlanStatus | None = None
+    """What the work costs, known before it starts."""
+    job_name: str | None = None
+    """Job of the current step."""
+    attempt: int | None = None
+    """How often the current step's Job was created anew."""
+    observed_retry: int | None = None
+    """The value of `spec.retry` that this status is about."""
+    attempts: Annotated[list[AttemptStatus], Field(max_length=10)] | None = None
+    """The last failures."""
+    start_time: str | None = None
+    """When work began."""
+    completion_time: str | None = None
+    """When it ended."""
+
+
+class ActivationCacheStatus(CommonStatus):
+    phase: CachePhase | None = None
+    """Where it stands."""
+    shards: ShardsStatus | None = None
+    """Shards stored."""
+    tokens: int | None = None
+    """Rows of the finished cache."""
+    bytes: int | None = None
+    """Bytes of the finished cache."""
+    manifest_uri: str | None = None
+    """The finished cache's manifest."""
+    hooks: Annotated[list[HookStatus], Field(max_length=16)] | None = None
+    """Facts of the finished cache."""
+
+
+class SaeStatus(StatusModel):
+    name: str
+    """Name of the SAE."""
+    phase: str | None = None
+    """`Running`, `Succeeded` or `Failed`."""
+    message: str | None = None
+    """Why it failed."""
+    explained_variance: float | None = None
+    """On held-out activations."""
+    l0: float | None = None
+    """Mean active latents per token."""
+    mse: float | None = None
+    """Mean squared error per token, summed over dIn, in raw scale."""
+    ce_loss_score: float | None = None
+    """Share of the ablation's cross-entropy loss that is recovered."""
+    dead_fraction: float | None = None
+    """Share of latents that are dead."""
+
+
+class CheckpointStatus(StatusModel):
+    tokens: int | None = None
+    """Tokens trained at the last checkpoint."""
+    uri: str | None = None
+    """Where it is."""
+    time: str | None = None
+    """When it was written."""
+
+
+class SummaryStatus(StatusModel):
+    """Figures of the best SAE (by explained variance), as text for the columns."""
+
+    sae: str | None = None
+    """Its name."""
+    explained_variance: str | None = None
+    """Its explained variance."""
+    l0: str | None = None
+    """Its L0."""
+
+
+class SAETrainingJobStatus(CommonStatus):
+    phase: TrainingPhase | None = None
+    """Where it stands."""
+    cache_name: str | None = None
+    """ActivationCache that the job reads."""
+    saes: Annotated[list[SaeStatus], Field(max_length=16)] | None = None
+    """Figures of each SAE."""
+    summary: SummaryStatus | None = None
+    """Figures of the best SAE."""
+    checkpoint: CheckpointStatus | None = None
+    """Last checkpoint."""
+    report_uri: str | None = None
+    """The report, when finished."""
+    log_uri: str | None = None
+    """The log, when finished."""

@@ -1,0 +1,310 @@
+"""SAETrainingJob: one or more sparse autoencoders trained from one stream of activations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from sae_operator.api.activation_cache import ActivationCacheSpec, HookName
+from sae_operator.api.base import ApiModel, Count, CountOrZero, Name, ObjectName, Rule, TransitionRule, Uri, one_of_set
+from sae_operator.api.run_settings import RunSettings
+from sae_operator.api.store import SecretRef, StoreLocation, has_no_parent_segment
+
+Metric = Literal["explained_variance", "l0", "mse", "dead_fraction", "ce_loss_score"]
+UnitInterval = Annotated[float, Field(ge=0, lt=1)]
+PositiveNumber = Annotated[float, Field(gt=0, le=1e9)]
+
+
+class CacheRef(ApiModel):
+    name: ObjectName
+    """Name of an ActivationCache in the same namespace; the job waits until it is Ready."""
+
+
+class Activations(ApiModel):
+    """Where activations come from: exactly one of `cacheRef`, `cache` and `uri`."""
+
+    RULES = (
+        Rule(
+            "[has(self.cacheRef), has(self.cache), has(self.uri)].filter(x, x).size() == 1",
+            one_of_set("cache_ref", "cache", "uri"),
+            "exactly one of cacheRef, cache and uri must be set",
+        ),
+        Rule(
+            "has(self.uri) || !(has(self.endpointUrl) || has(self.region) || has(self.secretRef))",
+            lambda a: a.uri is not None or not (a.endpoint_url or a.region or a.secret_ref),
+            "endpointUrl, region and secretRef belong to uri; a cache has its own under storage",
+        ),
+        Rule(
+            "!has(self.uri) || !self.uri.matches('(^|/)\\\\.\\\\.(/|$)')",
+            lambda a: a.uri is None or has_no_parent_segment(a.uri),
+            "uri must not contain '..' segments",
+            "uri",
+        ),
+    )
+
+    cache_ref: CacheRef | None = None
+    """An ActivationCache of the namespace."""
+    cache: ActivationCacheSpec | None = None
+    """An ActivationCache spec inline: the operator creates it, and shares it with every job that asks for the same."""
+    uri: Uri | None = None
+    """A finished cache: the folder of its `manifest.json`."""
+    endpoint_url: Annotated[str, StringConstraints(max_length=512, pattern=r"^https?://[^\s]+$")] | None = None
+    """Address of the S3-compatible server of `uri`."""
+    region: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    """Region of the bucket of `uri`."""
+    secret_ref: SecretRef | None = None
+    """Secret with the credentials of `uri`."""
+
+
+class Architecture(ApiModel):
+    """One flat object; which fields apply depends on `type`."""
+
+    RULES = (
+        Rule("self.type != 'topk' || has(self.k)", lambda a: a.type != "topk" or a.k is not None, "k is required for type topk", "k"),
+        Rule("self.type == 'topk' || !has(self.k)", lambda a: a.type == "topk" or a.k is None, "k is only for type topk", "k"),
+        Rule(
+            "self.type == 'topk' || !has(self.auxKCoefficient)",
+            lambda a: a.type == "topk" or a.aux_k_coefficient is None,
+            "auxKCoefficient is only for type topk",
+            "auxKCoefficient",
+        ),
+        Rule(
+            "self.type == 'topk' || !has(self.auxK)",
+            lambda a: a.type == "topk" or a.aux_k is None,
+            "auxK is only for type topk",
+            "auxK",
+        ),
+        Rule(
+            "self.type != 'standard' || has(self.l1Coefficient)",
+            lambda a: a.type != "standard" or a.l1_coefficient is not None,
+            "l1Coefficient is required for type standard",
+            "l1Coefficient",
+        ),
+        Rule(
+            "self.type == 'standard' || !has(self.l1Coefficient)",
+            lambda a: a.type == "standard" or a.l1_coefficient is None,
+            "l1Coefficient is only for type standard",
+            "l1Coefficient",
+        ),
+        Rule(
+            "self.type == 'standard' || !has(self.l1WarmUpSteps)",
+            lambda a: a.type == "standard" or a.l1_warm_up_steps is None,
+            "l1WarmUpSteps is only for type standard",
+            "l1WarmUpSteps",
+        ),
+        Rule(
+            "self.type == 'standard' || !has(self.lpNorm)",
+            lambda a: a.type == "standard" or a.lp_norm is None,
+            "lpNorm is only for type standard",
+            "lpNorm",
+        ),
+        Rule(
+            "self.type == 'standard' || !has(self.scaleSparsityPenaltyByDecoderNorm)",
+            lambda a: a.type == "standard" or a.scale_sparsity_penalty_by_decoder_norm is None,
+            "scaleSparsityPenaltyByDecoderNorm is only for type standard",
+            "scaleSparsityPenaltyByDecoderNorm",
+        ),
+    )
+
+    type: Literal["topk", "standard"]
+    """`topk`: the k largest pre-activations. `standard`: ReLU with an L1 (Lp) penalty."""
+    k: Count | None = None
+    """topk: active latents per token."""
+    aux_k_coefficient: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """topk: weight of the auxiliary loss that revives dead latents (the paper uses 1/32); off when empty."""
+    aux_k: Count | None = None
+    """topk: dead latents that the auxiliary loss uses per token; half of dIn when empty."""
+    l1_coefficient: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """standard: weight of the sparsity penalty."""
+    l1_warm_up_steps: CountOrZero | None = None
+    """standard: steps over which the penalty's weight rises linearly from 0; none when empty."""
+    lp_norm: Annotated[float, Field(gt=0, le=4)] | None = None
+    """standard: p of the penalty's norm; 1 when empty."""
+    scale_sparsity_penalty_by_decoder_norm: bool | None = None
+    """standard: weight each latent's penalty by the norm of its decoder row; needs `normalizeDecoder: false`."""
+
+
+class Initialization(ApiModel):
+    decoder: Literal["mixed", "kaiming_uniform", "orthogonal", "heuristic"] = "mixed"
+    """`mixed`: unit rows halfway between a random activation and a random direction. `kaiming_uniform`: the reference's default.
+    `orthogonal`: orthogonal rows. `heuristic`: random rows of norm 0.1."""
+    encoder: Literal["scaled_transpose", "transpose", "kaiming_uniform"] = "scaled_transpose"
+    """`scaled_transpose`: the decoder's transpose times the scalar that best reconstructs a sample. `transpose`: the decoder's transpose.
+    `kaiming_uniform`: independent of the decoder."""
+    decoder_bias: Literal["mean", "geometric_median", "zeros"] = "mean"
+    """Start of `b_dec`, from the activations as the encoder sees them."""
+
+
+class TrainingOverrides(ApiModel):
+    """Settings of `training` that one SAE replaces."""
+
+    learning_rate: PositiveNumber | None = None
+    """Peak learning rate."""
+    adam_beta1: UnitInterval | None = None
+    """Adam's decay rate of the first moment."""
+    adam_beta2: UnitInterval | None = None
+    """Adam's decay rate of the second moment."""
+
+
+class SaeSpec(ApiModel):
+    RULES = (
+        Rule(
+            "!(has(self.dSae) && has(self.expansionFactor))",
+            lambda s: s.d_sae is None or s.expansion_factor is None,
+            "only one of dSae and expansionFactor may be set",
+        ),
+        Rule(
+            "!has(self.dSae) || !has(self.architecture.k) || self.architecture.k <= self.dSae",
+            lambda s: s.d_sae is None or s.architecture.k is None or s.architecture.k <= s.d_sae,
+            "k must be at most dSae",
+            "architecture.k",
+        ),
+        Rule(
+            "!self.normalizeDecoder || self.initialization.decoder != 'heuristic'",
+            lambda s: not s.normalize_decoder or s.initialization.decoder != "heuristic",
+            "initialization.decoder heuristic needs normalizeDecoder: false",
+            "normalizeDecoder",
+        ),
+        Rule(
+            "!self.normalizeDecoder || !has(self.architecture.scaleSparsityPenaltyByDecoderNorm)"
+            " || !self.architecture.scaleSparsityPenaltyByDecoderNorm",
+            lambda s: not s.normalize_decoder or not s.architecture.scale_sparsity_penalty_by_decoder_norm,
+            "scaleSparsityPenaltyByDecoderNorm needs normalizeDecoder: false",
+            "normalizeDecoder",
+        ),
+    )
+
+    name: Name
+    """Name of the SAE: its folder below `output.uri`."""
+    hook: HookName | None = None
+    """Hook of the cache that it is trained on; the only one when empty."""
+    architecture: Architecture
+    """Kind of SAE and its own settings."""
+    d_sae: Count | None = None
+    """Number of latents."""
+    expansion_factor: Annotated[Count, Field(le=4096)] | None = None
+    """Number of latents as a multiple of dIn; 8 when neither is set."""
+    seed: CountOrZero = 0
+    """Seed of its initial weights."""
+    dtype: Literal["float32"] = "float32"
+    """Number format of its weights."""
+    apply_b_dec_to_input: bool = True
+    """Subtract `b_dec` before encoding."""
+    normalize_decoder: bool = True
+    """Keep decoder rows at unit norm."""
+    initialization: Initialization = Field(default_factory=Initialization)
+    """How its weights begin."""
+    training: TrainingOverrides = Field(default_factory=TrainingOverrides)
+    """Settings of `training` that this SAE replaces."""
+
+
+class Training(ApiModel):
+    TRANSITION_RULES = (
+        TransitionRule(
+            "!has(oldSelf.tokens) || (has(self.tokens) && self.tokens >= oldSelf.tokens)", "tokens can only be raised", "tokens"
+        ),
+    )
+
+    tokens: Count | None = None
+    """Activations to train on; more than the cache holds is another epoch. All but the held-out ones when empty."""
+    batch_size: Annotated[Count, Field(le=2**24)] | None = None
+    """Activations per step. When empty: the power of two from 256 to 4096 that leaves at least 1,000 steps."""
+    learning_rate: PositiveNumber | None = None
+    """Peak learning rate; follows batch size and number of steps when empty."""
+    learning_rate_schedule: Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"] = "constant"
+    """Course between warm-up and decay."""
+    learning_rate_end: PositiveNumber | None = None
+    """Where the cosine ends; a tenth of the peak when empty."""
+    restart_cycles: Annotated[Count, Field(le=1000)] = 1
+    """Cycles of `cosineannealingwarmrestarts`."""
+    warm_up_steps: CountOrZero = 0
+    """Steps of linear warm-up."""
+    decay_steps: CountOrZero | None = None
+    """Steps of linear decay to 0 at the end; the last fifth when empty."""
+    adam_beta1: UnitInterval = 0.9
+    """Adam's decay rate of the first moment."""
+    adam_beta2: UnitInterval = 0.999
+    """Adam's decay rate of the second moment."""
+    gradient_clip_norm: PositiveNumber | None = None
+    """Clip each SAE's gradient to this norm; off when empty."""
+    dead_after_tokens: Count = 1_000_000
+    """A latent that has not fired for so many tokens (or, in a shorter run, never) counts as dead."""
+    log_every_steps: Count = 10
+    """Steps between lines of metrics.jsonl."""
+
+
+class Evaluation(ApiModel):
+    every_tokens: Count | None = None
+    """Tokens between evaluations on the held-out rows; a tenth of the training when empty."""
+    held_out_tokens: CountOrZero | None = None
+    """Rows of the cache's first contexts that are never trained on; the smaller of 20,000 and a tenth when empty."""
+    metrics: Annotated[list[Metric], Field(min_length=1, max_length=8)] = Field(
+        default_factory=lambda: ["explained_variance", "l0", "mse", "dead_fraction"]
+    )
+    """What is reported. `ce_loss_score` loads the language model into the training pod."""
+
+
+class Checkpoints(ApiModel):
+    RULES = (
+        Rule(
+            "!(has(self.everyTokens) && has(self.everySeconds))",
+            lambda c: c.every_tokens is None or c.every_seconds is None,
+            "only one of everyTokens and everySeconds may be set",
+        ),
+    )
+
+    every_tokens: Count | None = None
+    """Tokens between checkpoints."""
+    every_seconds: Count | None = None
+    """Seconds between checkpoints; 600 when neither is set."""
+    keep: Annotated[Count, Field(le=1000)] = 2
+    """Checkpoints that are kept while training; all are removed on success."""
+
+
+class SAETrainingJobSpec(ApiModel):
+    RULES = (
+        Rule(
+            "self.saes.all(s, self.saes.exists_one(t, t.name == s.name))",
+            lambda spec: len({sae.name for sae in spec.saes}) == len(spec.saes),
+            "names of saes must be unique",
+            "saes",
+        ),
+        Rule(
+            "!has(self.activations.cache) || self.saes.all(s, has(s.hook) ? self.activations.cache.hooks.exists(h, h.name == s.hook)"
+            " : self.activations.cache.hooks.size() == 1)",
+            lambda spec: (
+                spec.activations.cache is None
+                or all(
+                    len(spec.activations.cache.hooks) == 1
+                    if sae.hook is None
+                    else sae.hook in {hook.name for hook in spec.activations.cache.hooks}
+                    for sae in spec.saes
+                )
+            ),
+            "each SAE's hook must be one of activations.cache.hooks; it may be left out only when there is one",
+            "saes",
+        ),
+    )
+
+    activations: Activations
+    """Where activations come from."""
+    saes: Annotated[list[SaeSpec], Field(min_length=1, max_length=16)]
+    """The SAEs; all train on the same stream, read once."""
+    normalization: Literal["centered_rms", "expected_average_only_in", "none"] = "centered_rms"
+    """How activations are scaled for training; folded into the saved SAE. `centered_rms`: deviation from the mean has RMS norm sqrt(dIn).
+    `expected_average_only_in`: mean norm is sqrt(dIn)."""
+    training: Training = Field(default_factory=Training)
+    """Optimisation; the same for all SAEs but for what an SAE overrides."""
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    """What is measured on held-out activations, and when."""
+    checkpoints: Checkpoints = Field(default_factory=Checkpoints)
+    """How much work an interruption can cost."""
+    output: StoreLocation
+    """Where SAEs, results, report and checkpoints go."""
+    run: RunSettings = Field(default_factory=RunSettings)
+    """Pod and Job settings; may be changed for the next attempt."""
+    suspend: bool = False
+    """Stop the training after a checkpoint and free its pod."""
+    retry: CountOrZero = 0
+    """Raise this number to run a failed resource again."""
