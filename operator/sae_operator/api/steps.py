@@ -22,8 +22,8 @@ TrainStepName = Literal["preflight", "train"]
 
 STEP_SPEC_PATH = "/etc/sae-job/step.json"
 # One folder per Secret, one file per key, as the kubelet mounts them.
-SECRETS_DIRECTORY = "/etc/sae-job/secrets"
-TERMINATION_MESSAGE_PATH = "/var/run/sae-job/termination-message"
+SECRETS_DIRECTORY = "/run/sae-job/secrets"
+TERMINATION_MESSAGE_PATH = "/run/sae-job/termination-message"
 PROGRESS_PORT = 8080
 # What the kubelet keeps of a termination message.
 TERMINATION_MESSAGE_BYTES = 4096
