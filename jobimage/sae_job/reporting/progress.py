@@ -25,7 +25,11 @@ class ProgressReporter:
     """
 
     def __init__(
-        self, step: str, *, clock: Callable[[], float] = time.time, listeners: tuple[Callable[[Progress], None], ...] = ()
+        self,
+        step: str,
+        *,
+        clock: Callable[[], float] = time.time,
+        listeners: tuple[Callable[[Progress], None], ...] = (),
     ) -> None:
         self._clock = clock
         self._listeners = listeners

@@ -1,0 +1,39 @@
+"""Logs of a step: to standard error for people, and the tail kept for the store."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# Enough for what led to an end, small enough to hold in memory.
+TAIL_LINES = 10_000
+
+
+class LogTail(logging.Handler):
+    """Keeps the last lines of the log, for `log.txt` beside the results."""
+
+    def __init__(self, lines: int = TAIL_LINES) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter(FORMAT))
+        self._lines: deque[str] = deque(maxlen=lines)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record))
+
+    def text(self) -> str:
+        return "".join(f"{line}\n" for line in self._lines)
+
+
+def set_up_logging(level: int = logging.INFO) -> LogTail:
+    """Log to standard error and into the returned tail."""
+    tail = LogTail()
+    root = logging.getLogger()
+    root.setLevel(level)
+    stream = logging.StreamHandler()
+    stream.setFormatter(logging.Formatter(FORMAT))
+    root.handlers[:] = [stream, tail]
+    # These tell every HTTP request at INFO.
+    for noisy in ("httpx", "botocore", "boto3", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return tail

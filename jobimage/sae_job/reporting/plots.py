@@ -1,0 +1,80 @@
+"""The report's plots, as SVG text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# Latents that never fired have no logarithm; they are drawn at this value.
+NEVER_FIRED = -10.0
+
+
+def _svg(figure: Figure) -> str:
+    FigureCanvasSVG(figure)
+    buffer = io.StringIO()
+    # No date in the file: the same results give the same report.
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def line_plot(title: str, series: Series, *, y_label: str, log_y: bool = False, markers: bool = False) -> str:
+    """Lines over tokens, one per SAE.
+
+    Args:
+        series: name -> (tokens, values).
+    """
+    figure = Figure(figsize=(6.4, 3.2))
+    axes = figure.subplots()
+    for index, (name, (tokens, values)) in enumerate(series.items()):
+        axes.plot(
+            tokens,
+            values,
+            color=COLOURS[index % len(COLOURS)],
+            linewidth=1.4,
+            marker="o" if markers else None,
+            markersize=3.5,
+            label=name,
+        )
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(y_label)
+    if log_y:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def density_histogram(log_densities: Mapping[str, Sequence[float]]) -> str:
+    """Histogram of log10 firing frequency over latents, one per SAE; latents that never fired stand at the left end."""
+    figure = Figure(figsize=(6.4, 3.2))
+    axes = figure.subplots()
+    for index, (name, densities) in enumerate(log_densities.items()):
+        values = [max(value, NEVER_FIRED) for value in densities]
+        axes.hist(
+            values,
+            bins=60,
+            range=(NEVER_FIRED, 0.0),
+            histtype="stepfilled" if len(log_densities) == 1 else "step",
+            alpha=0.75,
+            color=COLOURS[index % len(COLOURS)],
+            label=name,
+        )
+    axes.set_title("Feature density", fontsize=11, loc="left")
+    axes.set_xlabel("log10 of the share of tokens on which a latent fires (-10: never)")
+    axes.set_ylabel("latents")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(log_densities) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)

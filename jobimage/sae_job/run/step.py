@@ -1,0 +1,153 @@
+"""One step as a pod runs it: spec in, progress served, result and exit code out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sae_job.errors import InvalidInput, Stopped
+from sae_job.reporting.endpoint import serve_progress
+from sae_job.reporting.log import LogTail, set_up_logging
+from sae_job.reporting.progress import ProgressReporter
+from sae_job.reporting.termination import write_result
+from sae_job.run.context import StepContext
+from sae_job.run.stopping import stop_on_signals
+from sae_job.storage.base import StoreError
+from sae_job.storage.open import open_store
+from sae_operator.api.steps import (
+    ENV_COMPLETION_INDEX,
+    ENV_POD_IP,
+    ENV_SECRETS_DIRECTORY,
+    ENV_TERMINATION_MESSAGE,
+    PROGRESS_PORT,
+    CacheStep,
+    ExitCode,
+    StepResult,
+    TrainStep,
+)
+
+logger = logging.getLogger(__name__)
+
+# Each step's module is imported only when it runs: most need torch.
+STEPS: dict[str, tuple[str, str]] = {
+    "preflight": ("sae_job.run.preflight", "run_preflight"),
+    "prepare": ("sae_job.run.prepare", "run_prepare"),
+    "cache": ("sae_job.run.cache", "run_cache"),
+    "finalize": ("sae_job.run.finalize", "run_finalize"),
+    "train": ("sae_job.run.train", "run_train"),
+}
+CACHE_STEPS = ("prepare", "cache", "finalize")
+
+StepFunction = Callable[[CacheStep | TrainStep, StepContext], StepResult]
+
+
+def step_function(name: str) -> StepFunction:
+    """The function that runs a step.
+
+    Raises:
+        InvalidInput: no step has this name.
+    """
+    if name not in STEPS:
+        raise InvalidInput("UnknownStep", f"no step is named {name!r}; there are {', '.join(STEPS)}")
+    module, function = STEPS[name]
+    return getattr(import_module(module), function)
+
+
+def read_step_spec(name: str, path: Path) -> CacheStep | TrainStep:
+    """The spec that a pod is given, validated by the models that the operator wrote it with.
+
+    Raises:
+        InvalidInput: the file cannot be read, is not valid, or is another step's.
+    """
+    model = CacheStep if name in CACHE_STEPS else TrainStep
+    try:
+        step = model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InvalidInput("SpecUnreadable", f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidInput(
+            "SpecInvalid",
+            f"{first['msg']}; operator and job image may be of different versions",
+            field=".".join(str(part) for part in first["loc"]),
+        ) from error
+    if step.step != name:
+        raise InvalidInput("SpecInvalid", f"{path} is for step {step.step!r}, not {name!r}")
+    return step
+
+
+def outcome(name: str, run: Callable[[], StepResult]) -> StepResult:
+    """Run a step and turn how it ends into a result: the one place that maps errors to exit codes."""
+    try:
+        return run()
+    except InvalidInput as error:
+        return StepResult(step=name, exit_code=ExitCode.INVALID, reason=error.reason, message=str(error))
+    except Stopped as error:
+        return StepResult(
+            step=name,
+            exit_code=ExitCode.STOPPED,
+            reason="Stopped",
+            message=error.message,
+            checkpoint_tokens=error.tokens,
+        )
+    except StoreError as error:
+        logger.exception("the object store failed")
+        return StepResult(step=name, exit_code=ExitCode.FAILED, reason="StoreFailed", message=str(error))
+    except Exception as error:
+        # The last resort of a process: told whole in the log, in one line in the message, and as an exit code.
+        logger.exception("the step failed")
+        return StepResult(
+            step=name, exit_code=ExitCode.FAILED, reason="StepFailed", message=f"{type(error).__name__}: {error}"
+        )
+
+
+def _store_log(step: TrainStep, context: StepContext, tail: LogTail) -> None:
+    """Keep the log beside the results; a store that cannot take it must not change the step's outcome."""
+    try:
+        context.open_store(step.spec.output).put("log.txt", tail.text().encode())
+    except (StoreError, InvalidInput):
+        logger.exception("log.txt could not be stored")
+
+
+def run_step_process(name: str, path: Path) -> int:
+    """Run one step in this process as a pod does; returns the exit code."""
+    tail = set_up_logging()
+    reporter = ProgressReporter(name)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        work_directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="sae-job-"))
+        if host := os.environ.get(ENV_POD_IP):
+            stack.enter_context(serve_progress(reporter, host, PROGRESS_PORT))
+        secrets = os.environ.get(ENV_SECRETS_DIRECTORY)
+        context = StepContext(
+            reporter=reporter,
+            should_stop=stop,
+            open_store=partial(open_store, secrets_directory=Path(secrets) if secrets else None),
+            work_directory=Path(work_directory),
+            now=time.time,
+            completion_index=int(os.environ.get(ENV_COMPLETION_INDEX, "0")),
+        )
+
+        def run() -> StepResult:
+            step = read_step_spec(name, path)
+            logger.info("step %s of %s/%s", name, step.namespace, step.name)
+            result = step_function(name)(step, context)
+            if isinstance(step, TrainStep) and name == "train":
+                _store_log(step, context, tail)
+            return result
+
+        result = outcome(name, run)
+    log = logger.info if result.exit_code == ExitCode.DONE else logger.error
+    log("%s: %s", result.reason, result.message or "done")
+    if target := os.environ.get(ENV_TERMINATION_MESSAGE):
+        write_result(result, Path(target))
+    return result.exit_code
