@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class InvalidInput(Exception):  # noqa: N818 - it reads as what it says
+class InvalidInput(Exception):
     """The specification or the data is wrong, and retrying cannot help: exit code 2.
 
     Attributes:
@@ -19,7 +19,7 @@ class InvalidInput(Exception):  # noqa: N818 - it reads as what it says
         super().__init__(f"{field}: {message}" if field else message)
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """The step was asked to stop (SIGTERM) and has stored what it did: exit code 143.
 
     Attributes:

@@ -106,8 +106,8 @@ def render_report(
     configuration = html.escape(json.dumps(spec, indent=2, ensure_ascii=False))
     provenance = html.escape(json.dumps(results.get("provenance", {}), indent=2, ensure_ascii=False))
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head>'
-        f"<body>"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f"<style>{_STYLE}</style></head><body>"
         f'<h1>{name}</h1><p class="lead">{len(results["saes"])} sparse autoencoder(s), {summary}</p>'
         f"<h2>Results on held-out activations</h2>{_results_table(results['saes'])}"
         f'<h2>Curves</h2><div class="plots">{plots}</div>'

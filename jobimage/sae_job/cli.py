@@ -1,0 +1,178 @@
+"""The command line `sae-job`: validate and run manifests, and the steps that pods run.
+
+Heavy imports stand inside the commands that need them, so that `--help` and `validate` answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from sae_job.errors import InvalidInput, Stopped
+from sae_operator import __version__
+from sae_operator.api.manifest import ManifestError, load_manifests
+from sae_operator.api.resources import Resource
+from sae_operator.api.steps import ExitCode
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sae_job.run.local import JobOutcome
+
+app = typer.Typer(
+    name="sae-job",
+    help="Cache the activations of language models and train sparse autoencoders from them.",
+    epilog="The same manifests run here (`sae-job run -f FILE`) and in a cluster (`kubectl apply -f FILE`).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Files = Annotated[
+    list[Path],
+    typer.Option(
+        "--filename", "-f", help="YAML file with one or more resources; may be given several times.", show_default=False
+    ),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sae-job {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _load(files: list[Path]) -> list[Resource]:
+    return [resource for file in files for resource in load_manifests(file)]
+
+
+@app.command()
+def validate(filename: Files) -> None:
+    """Check manifests as the cluster would, with the same messages; nothing is started.
+
+    Exit code 2 when something is wrong, with one line for each problem: file, resource, field, and the fix.
+    """
+    for resource in _load(filename):
+        typer.echo(f"{resource.kind.kind}/{resource.name} is valid")
+
+
+@app.command()
+def run(
+    filename: Files,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store",
+            help="Folder that stands in for object storage: s3://bucket/key is DIR/bucket/key.",
+            metavar="DIR",
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the steps' log.")] = False,
+) -> None:
+    """Run manifests in this process, without a cluster.
+
+    Caches activations, then trains the SAEs from them. An interrupted run continues with the same command.
+    """
+    from rich.console import Console
+
+    from sae_job.reporting.bars import step_bar
+    from sae_job.run.local import run_resources
+
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    resources = _load(filename)
+    console = Console()
+    outcomes = run_resources(
+        resources, store_root=store, display=partial(step_bar, console=console, clock=time.monotonic)
+    )
+    for outcome in outcomes:
+        _show_results(outcome, store, console)
+    if any(sae.phase == "Failed" for outcome in outcomes for sae in outcome.result.saes or []):
+        console.print("[red]Some SAEs failed; the others are complete.[/red]")
+
+
+@app.command()
+def step(
+    name: Annotated[str, typer.Argument(help="preflight, prepare, cache, finalize or train.")],
+    spec: Annotated[Path, typer.Argument(help="JSON file with the step's spec.")],
+) -> None:
+    """Run one step as a pod does; the operator writes its spec."""
+    from sae_job.run.step import run_step_process
+
+    raise typer.Exit(run_step_process(name, spec))
+
+
+def _show_results(outcome: JobOutcome, store: Path | None, console: Console) -> None:
+    """The table of a job's results, and where they lie."""
+    from rich.table import Table
+
+    table = Table(title=f"{outcome.name}: {outcome.result.tokens or 0:,} tokens", title_justify="left")
+    for heading in ("SAE", "explained variance", "L0", "MSE", "CE-loss score", "dead"):
+        table.add_column(heading, justify="left" if heading == "SAE" else "right")
+    for sae in outcome.result.saes or []:
+        if sae.phase == "Failed":
+            table.add_row(f"{sae.name}: failed, {sae.message}")
+            continue
+        figures = (
+            (sae.explained_variance, ".4f"),
+            (sae.l0, ".2f"),
+            (sae.mse, ".4g"),
+            (sae.ce_loss_score, ".4f"),
+            (sae.dead_fraction, ".1%"),
+        )
+        table.add_row(sae.name, *("–" if value is None else format(value, form) for value, form in figures))
+    console.print(table)
+    place = _place(outcome.output.uri, store)
+    for sae in outcome.result.saes or []:
+        if sae.phase != "Failed":
+            console.print(f"SAE     {place}/{sae.name}", soft_wrap=True, highlight=False)
+    console.print(f"report  {place}/report.html", soft_wrap=True, highlight=False)
+
+
+def _place(uri: str, store: Path | None) -> str:
+    """A URI as people would open it."""
+    if uri.startswith("file://"):
+        return uri.removeprefix("file://").rstrip("/")
+    if store is not None:
+        return str(store / uri.removeprefix("s3://").rstrip("/"))
+    return uri.rstrip("/")
+
+
+def run_command_line(arguments: list[str]) -> int:
+    """Run the command line; a user's mistake is one line per problem and exit code 2, never a traceback."""
+    try:
+        result: Any = app(arguments, standalone_mode=False)
+    except ManifestError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return ExitCode.INVALID
+    except InvalidInput as error:
+        print(f"sae-job: {error}", file=sys.stderr)
+        return ExitCode.INVALID
+    except Stopped as error:
+        print(f"sae-job: {error}; the same command continues", file=sys.stderr)
+        return ExitCode.STOPPED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print("sae-job: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return result if isinstance(result, int) else ExitCode.DONE

@@ -1,0 +1,37 @@
+"""The console script `sae-job`: names the extra to install when what a command needs is missing."""
+
+from __future__ import annotations
+
+import sys
+
+# Module that is missing -> extra that brings it.
+_EXTRA_OF = {
+    "typer": "cli",
+    "rich": "cli",
+    "kubernetes": "cli",
+    "torch": "job",
+    "transformers": "job",
+    "datasets": "job",
+    "huggingface_hub": "job",
+    "tokenizers": "job",
+    "safetensors": "job",
+    "numpy": "job",
+    "boto3": "job",
+    "botocore": "job",
+    "prometheus_client": "job",
+    "matplotlib": "job",
+}
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        from sae_job.cli import run_command_line
+
+        return run_command_line(sys.argv[1:])
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(f"sae-job: {error.name} is not installed; run: pip install 'sae-operator[{extra}]'", file=sys.stderr)
+        return 2

@@ -1,0 +1,188 @@
+"""The local runner: the same manifests and the same steps as in a cluster, in this process, in dependency order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from sae_job.errors import InvalidInput, Stopped
+from sae_job.reporting.progress import ProgressReporter
+from sae_job.run.context import StepContext
+from sae_job.run.step import step_function
+from sae_job.run.stopping import stop_on_signals
+from sae_job.storage.open import open_store
+from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.identity import cache_location
+from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB, Resource
+from sae_operator.api.steps import CacheStep, CacheStepName, Progress, StepResult, TrainStep, TrainStepName
+from sae_operator.api.store import StoreLocation
+from sae_operator.api.training_job import SAETrainingJobSpec
+
+logger = logging.getLogger(__name__)
+
+# Locally there is no API server to give one; markers tell runs apart by the hash of their spec.
+LOCAL_UID = "local"
+
+Listener = Callable[[Progress], None]
+
+
+class Display(Protocol):
+    """Shows a step while it runs; gives the function to call with each new state of its progress."""
+
+    def __call__(self, title: str) -> AbstractContextManager[Listener]: ...
+
+
+@contextmanager
+def no_display(title: str) -> Iterator[Listener]:
+    yield lambda state: None
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """What a training job left.
+
+    Attributes:
+        name: name of the resource.
+        output: location of its results.
+        result: the train step's result.
+    """
+
+    name: str
+    output: StoreLocation
+    result: StepResult
+
+
+def in_dependency_order(resources: Sequence[Resource]) -> list[Resource]:
+    """Caches before the jobs that read them; otherwise as in the file.
+
+    Raises:
+        InvalidInput: a job's cacheRef names no cache of the file.
+    """
+    caches = [resource for resource in resources if resource.kind is ACTIVATION_CACHE]
+    jobs = [resource for resource in resources if resource.kind is SAE_TRAINING_JOB]
+    names = {(cache.namespace, cache.name) for cache in caches}
+    for job in jobs:
+        reference = job.spec.activations.cache_ref
+        if reference is not None and (job.namespace, reference.name) not in names:
+            raise InvalidInput(
+                "CacheNotFound",
+                f"no ActivationCache named {reference.name!r} in the given files; add it, or use cache or uri instead",
+                field=f"{job.name}: spec.activations.cacheRef.name",
+            )
+    return caches + jobs
+
+
+class LocalRun:
+    """Runs steps one after the other in this process."""
+
+    def __init__(
+        self, *, store_root: Path | None, display: Display, should_stop: Callable[[], bool], work: Path
+    ) -> None:
+        self._open_store = partial(open_store, local_root=store_root)
+        self._display = display
+        self._should_stop = should_stop
+        self._work = work
+
+    def _run(self, step: CacheStep | TrainStep) -> StepResult:
+        if self._should_stop():
+            raise Stopped("stopped before the next step")
+        with self._display(f"{step.name} {step.step}") as listener:
+            context = StepContext(
+                reporter=ProgressReporter(step.step, listeners=(listener,)),
+                should_stop=self._should_stop,
+                open_store=self._open_store,
+                work_directory=self._work,
+                now=time.time,
+            )
+            return step_function(step.step)(step, context)
+
+    def cache(self, name: str, namespace: str, spec: ActivationCacheSpec) -> None:
+        location = cache_location(spec, namespace)
+
+        def run(step: CacheStepName) -> StepResult:
+            return self._run(
+                CacheStep(step=step, namespace=namespace, name=name, uid=LOCAL_UID, spec=spec, location=location)
+            )
+
+        if run("prepare").adopted:
+            logger.info("the cache is there already: %s", location.uri)
+            return
+        run("cache")
+        run("finalize")
+
+    def training_job(
+        self, name: str, namespace: str, spec: SAETrainingJobSpec, caches: dict[tuple[str, str], ActivationCacheSpec]
+    ) -> JobOutcome:
+        activations = spec.activations
+        cache = activations.cache
+        if activations.cache_ref is not None:
+            cache = caches[namespace, activations.cache_ref.name]
+        if cache is not None:
+            location = cache_location(cache, namespace)
+        else:
+            assert activations.uri is not None
+            location = StoreLocation(
+                uri=activations.uri,
+                endpoint_url=activations.endpoint_url,
+                region=activations.region,
+                secret_ref=activations.secret_ref,
+            )
+
+        def run(step: TrainStepName) -> StepResult:
+            return self._run(
+                TrainStep(
+                    step=step,
+                    namespace=namespace,
+                    name=name,
+                    uid=LOCAL_UID,
+                    spec=spec,
+                    activations=location,
+                    cache=cache,
+                )
+            )
+
+        run("preflight")
+        if activations.cache is not None:
+            self.cache(name, namespace, activations.cache)
+        return JobOutcome(name=name, output=spec.output, result=run("train"))
+
+
+def read_results(output: StoreLocation, *, store_root: Path | None) -> dict[str, Any]:
+    """results.json of a finished job."""
+    return json.loads(open_store(output, local_root=store_root).get("results.json"))
+
+
+def run_resources(
+    resources: Sequence[Resource], *, store_root: Path | None = None, display: Display = no_display
+) -> list[JobOutcome]:
+    """Run resources to their end, continuing where an earlier run was interrupted.
+
+    Args:
+        resources: validated resources, e.g. of one file.
+        store_root: folder that stands in for `s3://`: `s3://bucket/key` is `store_root/bucket/key`.
+        display: shows each step's progress.
+
+    Raises:
+        InvalidInput: the specification or the data is wrong.
+        Stopped: SIGTERM or Ctrl-C; what was done is stored, and the same call continues.
+        StoreError: the object store failed.
+    """
+    outcomes: list[JobOutcome] = []
+    caches: dict[tuple[str, str], ActivationCacheSpec] = {}
+    with stop_on_signals() as stop, tempfile.TemporaryDirectory(prefix="sae-job-") as work:
+        local = LocalRun(store_root=store_root, display=display, should_stop=stop, work=Path(work))
+        for resource in in_dependency_order(resources):
+            if resource.kind is ACTIVATION_CACHE:
+                caches[resource.namespace, resource.name] = resource.spec
+                local.cache(resource.name, resource.namespace, resource.spec)
+            else:
+                outcomes.append(local.training_job(resource.name, resource.namespace, resource.spec, caches))
+    return outcomes
