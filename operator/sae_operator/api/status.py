@@ -114,6 +114,8 @@ class CommonStatus(StatusModel):
     """How often the current step's Job was created anew."""
     observed_retry: int | None = None
     """The value of `spec.retry` that this status is about."""
+    observed_tokens: int | None = None
+    """The tokens asked for that this status is about."""
     attempts: Annotated[list[AttemptStatus], Field(max_length=10)] | None = None
     """The last failures."""
     start_time: str | None = None

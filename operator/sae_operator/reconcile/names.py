@@ -1,0 +1,96 @@
+"""Names, labels and keys: deterministic, so that a restarted operator finds what it made before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sae_operator.api.base import API_VERSION, GROUP
+from sae_operator.api.identity import inline_cache_name
+from sae_operator.api.training_job import SAETrainingJobSpec
+from sae_operator.reconcile.observed import Metadata
+
+MANAGED_BY = "sae-operator"
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+LABEL_KIND = f"{GROUP}/kind"
+LABEL_NAME = f"{GROUP}/name"
+LABEL_UID = f"{GROUP}/uid"
+LABEL_STEP = f"{GROUP}/step"
+ANNOTATION_ATTEMPT = f"{GROUP}/attempt"
+ANNOTATION_WORK = f"{GROUP}/work"
+DEFAULTS_CONFIG_MAP = "sae-operator-defaults"
+STEP_CONTAINER = "step"
+
+
+def short_uid(uid: str) -> str:
+    """First 8 hex digits of a UID: with the name, enough to tell a re-created resource's children from the old one's."""
+    return uid.replace("-", "")[:8]
+
+
+def child_name(metadata: Metadata, step: str, attempt: int) -> str:
+    """Name of the Job, and of its ConfigMap, of an attempt (from 1) at a step."""
+    return f"{metadata.name}-{short_uid(metadata.uid)}-{step}-{attempt}"
+
+
+def attempt_of(job_name: str) -> int:
+    """The attempt that a child's name ends with; 0 when it is no child's name."""
+    tail = job_name.rpartition("-")[2]
+    return int(tail) if tail.isdecimal() else 0
+
+
+def step_of(job_name: str, metadata: Metadata) -> str | None:
+    """The step that a child's name tells; None when the name is not one of the resource's children."""
+    prefix = f"{metadata.name}-{short_uid(metadata.uid)}-"
+    if not job_name.startswith(prefix) or attempt_of(job_name) == 0:
+        return None
+    return job_name.removeprefix(prefix).rpartition("-")[0]
+
+
+def labels(kind: str, metadata: Metadata, step: str) -> dict[str, str]:
+    """Labels of Job, pods and ConfigMap; the resource's own labels are never copied."""
+    return {
+        LABEL_MANAGED_BY: MANAGED_BY,
+        LABEL_KIND: kind,
+        LABEL_NAME: metadata.name,
+        LABEL_UID: metadata.uid,
+        LABEL_STEP: step,
+    }
+
+
+def work_key(retry: int, tokens: int | None) -> str:
+    """Key of a round of work: raising `retry` or `tokens` begins another one. 0 tokens means all that there are."""
+    return f"{retry}.{tokens or 0}"
+
+
+def owner_reference(kind: str, metadata: Metadata, *, controller: bool) -> dict[str, Any]:
+    """An ownerReference to the resource. `blockOwnerDeletion` stays off: deleting must never hang on a child."""
+    reference: dict[str, Any] = {
+        "apiVersion": API_VERSION,
+        "kind": kind,
+        "name": metadata.name,
+        "uid": metadata.uid,
+    }
+    if controller:
+        reference["controller"] = True
+    return reference
+
+
+def field_manager(uid: str) -> str:
+    """Field manager of one owner of an inline cache."""
+    return f"{MANAGED_BY}-{short_uid(uid)}"
+
+
+def cache_of(spec: SAETrainingJobSpec) -> str | None:
+    """Name of the ActivationCache that a job reads; None when it reads a `uri`."""
+    activations = spec.activations
+    if activations.cache_ref is not None:
+        return activations.cache_ref.name
+    if activations.cache is not None:
+        return inline_cache_name(activations.cache)
+    return None
+
+
+def is_controlled_by(child_metadata: Mapping[str, Any], uid: str) -> bool:
+    """Whether a child's ownerReferences name the resource as its controller."""
+    references = child_metadata.get("ownerReferences") or []
+    return any(reference.get("uid") == uid and reference.get("controller") for reference in references)
