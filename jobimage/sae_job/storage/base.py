@@ -18,22 +18,23 @@ class ObjectInfo:
 
 
 class StoreError(Exception):
-    """A store could not do what it was asked; the step may be retried. The message names the URI and never credentials."""
+    """A store could not do what it was asked; the step may be retried. The message names the URI and never
+    credentials."""
 
 
-class ObjectNotFound(StoreError):  # noqa: N818
+class ObjectNotFound(StoreError):
     """No object has this key."""
 
 
-class PreconditionFailed(StoreError):  # noqa: N818
+class PreconditionFailed(StoreError):
     """A conditional write found another object (or none) than it expected."""
 
 
 class ObjectStore(Protocol):
     """Objects below one URI prefix. Every write is atomic: readers see the whole object or none.
 
-    Methods raise `ObjectNotFound`, `PreconditionFailed`, `StoreError` (retries used up, or no space left), and `InvalidInput` for what
-    the user must mend: missing bucket, wrong credentials, refused access.
+    Methods raise `ObjectNotFound`, `PreconditionFailed`, `StoreError` (retries used up, or no space left), and
+    `InvalidInput` for what the user must mend: missing bucket, wrong credentials, refused access.
     """
 
     @property
@@ -47,6 +48,11 @@ class ObjectStore(Protocol):
         """Bytes `start` to `start + length`; fewer only at the object's end."""
         ...
 
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` with the bytes from `start` on, without a copy of their own; returns how many there were:
+        fewer than asked for only at the object's end."""
+        ...
+
     def head(self, key: str) -> ObjectInfo | None:
         """None when there is no such object."""
         ...
@@ -54,7 +60,8 @@ class ObjectStore(Protocol):
     def put(
         self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False, if_match: str | None = None
     ) -> ObjectInfo:
-        """Write an object; with `if_absent` only when there is none, with `if_match` only over the version with that etag."""
+        """Write an object; with `if_absent` only when there is none, with `if_match` only over the version with that
+        etag."""
         ...
 
     def put_file(self, key: str, path: Path) -> ObjectInfo:
