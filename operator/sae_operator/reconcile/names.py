@@ -23,7 +23,7 @@ STEP_CONTAINER = "step"
 
 
 def short_uid(uid: str) -> str:
-    """First 8 hex digits of a UID: with the name, enough to tell a re-created resource's children from the old one's."""
+    """First 8 hex digits of a UID: enough to tell a re-created resource's children from the old one's."""
     return uid.replace("-", "")[:8]
 
 

@@ -21,7 +21,7 @@ class OperatorSettings:
 
     Attributes:
         job_image: image of the pods where neither `spec.run.image` nor the namespace's defaults name one.
-        poll_seconds: how often a resource with an active Job is looked at again (its pods are listed and polled before).
+        poll_seconds: how often a resource with an active Job is looked at again, its pods listed and polled before.
         progress_interval_seconds: live progress is written to the status no more often than this.
         result_grace_seconds: how long a finished Job's pods may take to show their termination message.
         unreachable_after_seconds: a pod that has run for this long without answering `GET /progress` is reported.

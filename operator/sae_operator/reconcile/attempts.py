@@ -1,0 +1,66 @@
+"""`status.attempts`: the last failures of a round of work, and how often its Job had to be made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+
+from sae_operator.api.status import AttemptStatus
+from sae_operator.reconcile.conditions import rfc3339
+from sae_operator.reconcile.diagnosis import Failure
+from sae_operator.reconcile.observed import PodFacts
+
+KEPT = 10
+MAX_MESSAGE = 300
+JOB_DELETED = "JobDeleted"
+# A Job that somebody (or something) keeps deleting is not made for ever.
+MAX_RECREATIONS = 3
+
+
+def merge_failed_pods(
+    previous: Sequence[AttemptStatus], pods: Sequence[PodFacts], describe: Callable[[PodFacts], Failure]
+) -> list[AttemptStatus]:
+    """The earlier failures and those of `pods`, each once, the newest last."""
+    found = list(previous)
+    known = {(entry.job_name, entry.reason, entry.time) for entry in previous}
+    for pod in sorted(pods, key=lambda pod: (pod.finish_time is not None, pod.finish_time, pod.name)):
+        if pod.phase != "Failed":
+            continue
+        failure = describe(pod)
+        entry = AttemptStatus(
+            step=pod.step,
+            job_name=pod.job_name,
+            reason=failure.reason,
+            message=failure.message[:MAX_MESSAGE],
+            time=rfc3339(pod.finish_time) if pod.finish_time is not None else None,
+        )
+        key = (entry.job_name, entry.reason, entry.time)
+        if key not in known:
+            known.add(key)
+            found.append(entry)
+    return found
+
+
+def with_deleted_job(previous: Sequence[AttemptStatus], step: str, job_name: str, now: datetime) -> list[AttemptStatus]:
+    """The failures and that a step's Job is gone although it had not finished; told once per Job."""
+    if any(entry.job_name == job_name and entry.reason == JOB_DELETED for entry in previous):
+        return list(previous)
+    message = "the Job was deleted before it had finished"
+    return [
+        *previous,
+        AttemptStatus(step=step, job_name=job_name, reason=JOB_DELETED, message=message, time=rfc3339(now)),
+    ]
+
+
+def recreations(entries: Sequence[AttemptStatus], step: str) -> int:
+    """How many Jobs of the step were deleted before they had finished."""
+    return sum(entry.step == step and entry.reason == JOB_DELETED for entry in entries)
+
+
+def kept(entries: Sequence[AttemptStatus]) -> list[AttemptStatus] | None:
+    """What a status holds of them: the newest, deletions first to stay, since they are counted."""
+    deleted = [entry for entry in entries if entry.reason == JOB_DELETED]
+    others = [entry for entry in entries if entry.reason != JOB_DELETED]
+    room = max(0, KEPT - len(deleted))
+    chosen = {id(entry) for entry in [*deleted[-KEPT:], *(others[-room:] if room else [])]}
+    return [entry for entry in entries if id(entry) in chosen] or None
