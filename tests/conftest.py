@@ -1,0 +1,82 @@
+"""Fixtures that tests share: a real control plane, S3 server, node, helm, and the small real model with its text.
+
+Nothing here starts before a test asks for it, and nothing is skipped: what cannot be had is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from _pytest.capture import CaptureManager
+
+from tests.testbed.binaries import HELM, KUBE, VERSITYGW, ensure_built
+from tests.testbed.control_plane import ControlPlane
+from tests.testbed.object_server import ObjectServer
+from tests.testbed.paths import CHECKOUT
+from tests.testbed.waiting import wait_for
+
+# What a fixture needs built. A cold build takes minutes: more than a test may take.
+BUILDS = {"control_plane": KUBE, "object_server": VERSITYGW, "helm": HELM}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build what the collected tests need before any of them runs, where progress is seen and no time limit applies."""
+    if session.config.option.collectonly:
+        return
+    asked = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+    assert isinstance(capture, CaptureManager)
+    with capture.global_and_fixture_disabled():
+        for fixture, tool in BUILDS.items():
+            if fixture in asked:
+                ensure_built(tool)
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A cluster without nodes, for the whole session: see `ControlPlane` for `kubectl`, `get`, `apply`, `request`."""
+    with ControlPlane(tmp_path_factory.mktemp("control-plane")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def crds(control_plane: ControlPlane) -> list[str]:
+    """The product's custom resources are served; the names of their definitions."""
+    folder = CHECKOUT / "manifests" / "crds"
+    files = sorted(path for path in folder.glob("*.yaml") if path.name != "kustomization.yaml")
+    assert files, f"no CRDs in {folder}"
+    arguments = [argument for path in files for argument in ("-f", os.fspath(path))]
+    applied = control_plane.kubectl("apply", "--server-side", *arguments, "-o", "name").split()
+    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", *applied)
+    return [name.split("/", 1)[1] for name in applied]
+
+
+@pytest.fixture
+def namespace(control_plane: ControlPlane) -> Iterator[str]:
+    """A fresh namespace that enforces PodSecurity `restricted`; after the test it is deleted, not waited for."""
+    name = f"test-{uuid.uuid4().hex[:10]}"
+    labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
+    manifest = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+    control_plane.kubectl("create", "-f", "-", input=json.dumps(manifest))
+    account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
+    wait_for(lambda: control_plane.request("GET", account)[0] == 200, what=f"the service account of {name}")
+    yield name
+    control_plane.request("DELETE", f"/api/v1/namespaces/{name}")
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """An S3 server for the whole session; make a bucket of your own with `create_bucket`."""
+    with ObjectServer(tmp_path_factory.mktemp("object-server")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def helm() -> Path:
+    """Path of the helm program."""
+    return ensure_built(HELM)
