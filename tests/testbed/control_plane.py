@@ -67,7 +67,7 @@ class ControlPlane:
         self._children: list[ChildProcess] = []
 
     def start(self) -> ControlPlane:
-        """Start everything; raises `RuntimeError` with the log's end when a process ends, `TimeoutError` when none is ready."""
+        """Start everything; raises `RuntimeError` (a process ended: its log's end) or `TimeoutError` (not ready)."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.authority = CertificateAuthority(self.directory / "pki")
         etcd_port, peer_port, self._port, manager_port, scheduler_port = free_ports(5)
@@ -105,7 +105,7 @@ class ControlPlane:
 
     def kubectl(self, *arguments: str | os.PathLike[str], input: str | None = None) -> str:
         """Run kubectl as cluster administrator and return what it prints; raises `KubectlError` when it fails."""
-        command = [os.fspath(kube_program("kubectl")), *map(os.fspath, arguments)]
+        command = [os.fspath(kube_program("kubectl")), *[os.fspath(argument) for argument in arguments]]
         done = subprocess.run(
             command,
             input=input,

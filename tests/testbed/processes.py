@@ -1,4 +1,4 @@
-"""Child processes of the test bed: each has a log file, is stopped by its pid, and dies with the process that made it."""
+"""Child processes of the test bed: each has a log file, is stopped by its pid, and dies with its parent."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ChildProcess:
         self.log = log
         with open(log, "ab") as output:
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "--", *map(os.fspath, command)],
+                ["setpriv", "--pdeathsig", "KILL", "--", *[os.fspath(word) for word in command]],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
