@@ -22,8 +22,8 @@ DEFAULT_REGION = "us-east-1"
 MULTIPART_BYTES = 2**26
 PART_BYTES = 2**25
 UPLOAD_THREADS = 4
-# Tries of one request, the first included, with exponential back-off between them: about a minute in all.
-ATTEMPTS = 6
+# Tries of one request, the first included, with exponential back-off between them: about a quarter of a minute in all.
+ATTEMPTS = 10
 CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 60
 # Connections kept open: readers fetch this many ranges at a time.

@@ -1,0 +1,167 @@
+"""Cache format v1: keys below the cache's folder, and the bytes of a shard (safetensors, little-endian).
+
+A shard is laid out in one buffer from the start, so that rows are written to where they lie in the file: nothing is
+copied again between the device and the store.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+MANIFEST_KEY = "manifest.json"
+SHARDS_PREFIX = "shards/"
+
+TOKEN_IDS = "token_ids"
+SEQUENCE = "sequence"
+POSITION = "position"
+ROW_FIELDS = (TOKEN_IDS, SEQUENCE, POSITION)
+
+# Names of the formats in a spec, in torch and in a safetensors header.
+STORAGE_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+SAFETENSORS_NAMES: dict[torch.dtype, str] = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int32: "I32",
+}
+SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+
+LENGTH_BYTES = 8
+# Tensors begin at a multiple of this in a buffer that does: what vector loads like best.
+ALIGNMENT = 64
+# A header of a few tensors is some hundred bytes; this bounds what a corrupt length can make us read.
+MAX_HEADER_BYTES = 2**20
+
+if sys.byteorder != "little":
+    raise ImportError("cache shards are little-endian, and so must this machine be")
+
+
+class FormatError(Exception):
+    """Bytes are not a shard."""
+
+
+def shard_key(shard: int, rows: int, rows_per_shard: int) -> str:
+    """Key of a shard; the last one of a cache, when it is partial, carries its rows in its name, so that the full one
+    of a longer cache does not replace it."""
+    suffix = "" if rows == rows_per_shard else f"-{rows}"
+    return f"{SHARDS_PREFIX}{shard:06d}{suffix}.safetensors"
+
+
+def sidecar_key(key: str) -> str:
+    """Key of the JSON beside a shard, written after it: its presence proves the shard."""
+    return key.removesuffix(".safetensors") + ".json"
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies in a buffer that holds a safetensors file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """The bytes of a shard: its header, and the place of each tensor after it."""
+
+    header: bytes
+    tensors: Mapping[str, TensorPlace]
+    size: int
+
+    def tensor(self, buffer: memoryview, name: str) -> torch.Tensor:
+        """A view of one tensor in a buffer laid out like this."""
+        place = self.tensors[name]
+        if place.bytes == 0:
+            return torch.empty(place.shape, dtype=place.dtype)
+        flat = torch.frombuffer(buffer, dtype=place.dtype, count=math.prod(place.shape), offset=place.offset)
+        return flat.view(place.shape)
+
+
+def layout_of_shard(rows: int, hooks: Mapping[str, int], dtype: torch.dtype) -> ShardLayout:
+    """Layout of a shard.
+
+    Args:
+        rows: rows of the shard.
+        hooks: width (d_in) of each hook, in the order of the spec.
+        dtype: storage dtype.
+    """
+    shapes = [(name, torch.int32, (rows,)) for name in ROW_FIELDS]
+    shapes += [(hook, dtype, (rows, width)) for hook, width in hooks.items()]
+    return layout_of(shapes)
+
+
+def layout_of(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> ShardLayout:
+    """Layout of a safetensors file with these tensors (name, dtype, shape), without gaps between them."""
+    offset = 0
+    entries: dict[str, object] = {}
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    # The format allows spaces after the JSON.
+    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT)
+    header = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    return ShardLayout(header, _places(entries, len(header)), len(header) + offset)
+
+
+def header_length(start: bytes | memoryview) -> int:
+    """Bytes before the first tensor, from the first 8 bytes of a file.
+
+    Raises:
+        FormatError: not a safetensors file.
+    """
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if len(start) < LENGTH_BYTES or not 2 <= length <= MAX_HEADER_BYTES:
+        raise FormatError("it has no safetensors header")
+    return LENGTH_BYTES + length
+
+
+def parse_layout(start: bytes | memoryview) -> ShardLayout:
+    """Layout of the file that begins with `start`, which must hold the whole header.
+
+    Raises:
+        FormatError: not a safetensors file of the dtypes that shards use.
+    """
+    length = header_length(start)
+    header = bytes(start[:length])
+    try:
+        entries = json.loads(header[LENGTH_BYTES:])
+        entries.pop("__metadata__", None)
+        places = _places(entries, length)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError("its safetensors header is damaged") from error
+    expected = length
+    for place in sorted(places.values(), key=lambda place: place.offset):
+        if place.offset != expected or any(extent < 0 for extent in place.shape):
+            raise FormatError("its safetensors header is inconsistent")
+        expected += place.bytes
+    return ShardLayout(header, places, expected)
+
+
+def _places(entries: Mapping[str, object], length: int) -> dict[str, TensorPlace]:
+    places = {}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict):
+            raise TypeError(name)
+        begin, end = entry["data_offsets"]
+        place = TensorPlace(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), length + begin)
+        if place.bytes != end - begin:
+            raise ValueError(name)
+        places[name] = place
+    return places
