@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from sae_job.training.schedules import LearningRateSchedule, ScheduleName
 
 
-def rates(name: ScheduleName, *, warm_up: int, decay: int, total: int, cycles: int = 1, end: float = 0.01) -> list[float]:
+def rates(
+    name: ScheduleName, *, warm_up: int, decay: int, total: int, cycles: int = 1, end: float = 0.01
+) -> list[float]:
     schedule = LearningRateSchedule(name, 0.1, end, warm_up, decay, total, cycles)
     return [schedule(step) for step in range(total + 1)]
 

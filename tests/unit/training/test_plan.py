@@ -1,0 +1,177 @@
+"""Defaults of a training job, resolved from its spec and its cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_job.errors import InvalidInput
+from sae_job.training.plan import TrainingPlan, default_batch_size, default_learning_rate, resolve_plan
+from sae_job.training.scaling import activation_scale
+from sae_operator.api.training_job import SAETrainingJobSpec
+
+
+@dataclass
+class Statistics:
+    d_in: int = 4
+    mean: list[float] = field(default_factory=lambda: [3.0, 0.0, 0.0, 0.0])
+    mean_norm: float = 4.0
+    mean_squared_norm: float = 25.0
+
+
+def plan(cache_rows: int = 1_000_000, hooks: tuple[str, ...] = ("layer",), **spec: Any) -> TrainingPlan:
+    document = {
+        "activations": {"uri": "file://cache"},
+        "saes": [{"name": "a", "architecture": {"type": "topk", "k": 2}}],
+        "output": {"uri": "file://out"},
+        **spec,
+    }
+    return resolve_plan(
+        SAETrainingJobSpec.model_validate(document),
+        cache_rows=cache_rows,
+        statistics={hook: Statistics() for hook in hooks},
+    )
+
+
+def refused(**spec: Any) -> InvalidInput:
+    with pytest.raises(InvalidInput) as caught:
+        plan(**spec)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size"),
+    [(1, 256), (156_000, 256), (512_000, 512), (511_999, 256), (2_048_000, 2048), (300_000_000, 4096)],
+)
+def test_batch_size_leaves_a_thousand_steps(tokens: int, size: int) -> None:
+    assert default_batch_size(tokens) == size
+
+
+def test_learning_rate_goes_through_the_measured_points() -> None:
+    assert default_learning_rate(256, 1390) == pytest.approx(1e-3)
+    assert default_learning_rate(512, 695) == pytest.approx(2e-3)
+    assert default_learning_rate(2048, 174) == pytest.approx(4e-3)
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**6))
+def test_learning_rate_falls_with_steps_and_rises_with_the_batch(batch: int, steps: int) -> None:
+    rate = default_learning_rate(batch, steps)
+    assert 0 < rate <= 4e-3
+    assert default_learning_rate(batch, steps + 1) <= rate <= default_learning_rate(batch + 1, steps)
+
+
+def test_defaults() -> None:
+    resolved = plan(cache_rows=176_000)
+    assert resolved.held_out_rows == 17_600
+    assert resolved.batch_size == 256
+    assert resolved.steps == math.ceil(158_400 / 256)
+    assert resolved.checkpoint_every_seconds == 600
+    assert resolved.checkpoints_kept == 2
+    (sae,) = resolved.saes
+    assert (sae.hook, sae.d_in, sae.d_sae) == ("layer", 4, 32)
+    assert sae.learning_rate.decay_steps == resolved.steps // 5
+    assert sae.betas == (0.9, 0.999)
+
+
+def test_a_large_cache_holds_twenty_thousand_rows_out() -> None:
+    assert plan(cache_rows=10**7).held_out_rows == 20_000
+
+
+def test_tokens_asked_for_are_trained_on_in_whole_batches() -> None:
+    resolved = plan(training={"tokens": 1000, "batchSize": 256})
+    assert (resolved.steps, resolved.tokens) == (4, 1024)
+    assert resolved.saes[0].learning_rate.total_steps == 4
+    assert resolved.saes[0].learning_rate(3) > 0
+
+
+def test_an_sae_replaces_settings_of_the_job() -> None:
+    saes = [
+        {"name": "a", "architecture": {"type": "topk", "k": 2}, "training": {"learningRate": 0.5, "adamBeta1": 0.0}},
+        {"name": "b", "architecture": {"type": "topk", "k": 2}, "dSae": 7},
+    ]
+    first, second = plan(saes=saes, training={"learningRate": 0.1}).saes
+    assert (first.learning_rate.peak, first.betas) == (0.5, (0.0, 0.999))
+    assert (second.learning_rate.peak, second.betas) == (0.1, (0.9, 0.999))
+    assert (first.d_sae, second.d_sae) == (32, 7)
+
+
+@given(st.integers(1, 400), st.integers(1, 30))
+def test_evaluations_are_at_each_tenth_and_at_the_end(steps: int, batch: int) -> None:
+    resolved = plan(cache_rows=10**6, training={"tokens": steps * batch, "batchSize": batch})
+    evaluated = [done for done in range(1, steps + 1) if resolved.evaluates_after(done)]
+    assert evaluated == sorted({math.ceil(steps * part / 10) for part in range(1, 11)})
+
+
+def test_evaluations_every_so_many_tokens_keep_the_first_tenth_and_the_end() -> None:
+    resolved = plan(training={"tokens": 100, "batchSize": 1}, evaluation={"everyTokens": 30})
+    assert [done for done in range(1, 101) if resolved.evaluates_after(done)] == [10, 30, 60, 90, 100]
+
+
+def test_checkpoints_every_so_many_tokens_leave_the_end_to_the_results() -> None:
+    resolved = plan(training={"tokens": 320, "batchSize": 4}, checkpoints={"everyTokens": 80})
+    assert [done * 4 for done in range(1, 81) if resolved.checkpoints_after(done)] == [80, 160, 240]
+    assert resolved.checkpoint_every_seconds is None
+
+
+def test_last_step_is_logged() -> None:
+    resolved = plan(training={"tokens": 25, "batchSize": 1})
+    assert [done for done in range(1, 26) if resolved.logs_after(done)] == [10, 20, 25]
+
+
+def test_hook_may_be_left_out_only_when_there_is_one() -> None:
+    error = refused(hooks=("x", "y"))
+    assert (error.reason, error.field) == ("HookMissing", "spec.saes[0].hook")
+    sae = {"name": "a", "hook": "z", "architecture": {"type": "topk", "k": 2}}
+    error = refused(hooks=("x", "y"), saes=[sae])
+    assert error.reason == "HookNotFound"
+    assert "x, y" in error.message
+
+
+def test_k_is_compared_with_latents_that_follow_from_the_width() -> None:
+    sae = {"name": "a", "architecture": {"type": "topk", "k": 9}, "expansionFactor": 2}
+    assert refused(saes=[sae]).field == "spec.saes[0].architecture.k"
+
+
+@pytest.mark.parametrize(
+    ("training", "field_path"),
+    [
+        ({"warmUpSteps": 11}, "spec.training.warmUpSteps"),
+        ({"warmUpSteps": 6, "decaySteps": 5}, "spec.training.decaySteps"),
+        (
+            {"learningRateSchedule": "cosineannealingwarmrestarts", "restartCycles": 9},
+            "spec.training.restartCycles",
+        ),
+    ],
+)
+def test_phases_must_fit_into_the_steps(training: dict[str, Any], field_path: str) -> None:
+    assert refused(training={"tokens": 10, "batchSize": 1, **training}).field == field_path
+
+
+def test_default_decay_makes_room_for_a_long_warm_up() -> None:
+    resolved = plan(training={"tokens": 10, "batchSize": 1, "warmUpSteps": 9})
+    assert resolved.saes[0].learning_rate.decay_steps == 1
+
+
+def test_some_rows_must_be_left_to_train_on() -> None:
+    error = refused(cache_rows=100, evaluation={"heldOutTokens": 100})
+    assert error.field == "spec.evaluation.heldOutTokens"
+
+
+def test_scales() -> None:
+    # sqrt(4) / sqrt(25 - 9), sqrt(4) / 4, and none.
+    assert activation_scale(Statistics(), "centered_rms") == pytest.approx(0.5)
+    assert activation_scale(Statistics(), "expected_average_only_in") == pytest.approx(0.5)
+    assert activation_scale(Statistics(mean_norm=8.0), "expected_average_only_in") == pytest.approx(0.25)
+    assert activation_scale(Statistics(), "none") == 1.0
+
+
+@pytest.mark.parametrize("squared", [9.0, math.nan, math.inf])
+def test_activations_that_do_not_vary_are_refused(squared: float) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        activation_scale(Statistics(mean_squared_norm=squared), "centered_rms")
+    assert caught.value.field == "spec.normalization"
