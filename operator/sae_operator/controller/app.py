@@ -1,0 +1,235 @@
+"""Wires the operator and runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import logging
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from sae_operator.api.base import API_VERSION
+from sae_operator.api.resources import ACTIVATION_CACHE
+from sae_operator.controller import heartbeat as heartbeats
+from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable, connection_info
+from sae_operator.controller.credentials import load_credentials
+from sae_operator.controller.defaults import NamespaceDefaults
+from sae_operator.controller.events import EventRecorder
+from sae_operator.controller.executor import Executor
+from sae_operator.controller.faults import CallFaults
+from sae_operator.controller.framework import kopf
+from sae_operator.controller.handlers import register
+from sae_operator.controller.observe import observe_cache, observe_training_job
+from sae_operator.controller.progress import PodPoller
+from sae_operator.controller.queue import Key, RetryAfter, WorkQueue
+from sae_operator.controller.settings import configure
+from sae_operator.controller.store import Store
+from sae_operator.controller.sweep import Sweeper
+from sae_operator.reconcile.cache import reconcile_cache
+from sae_operator.reconcile.observed import OperatorSettings
+from sae_operator.reconcile.training_job import reconcile_training_job
+
+logger = logging.getLogger(__name__)
+
+CRD_RETRY_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says.
+
+    Attributes:
+        namespace: the one that is served; all when None.
+        lease_namespace: where the heartbeat's Lease lies; the served namespace, then the operator's own, when None.
+        liveness: where health is served, e.g. `http://0.0.0.0:8081/healthz`; not at all when None.
+    """
+
+    job_image: str
+    namespace: str | None = None
+    kubeconfig: str | None = None
+    lease_namespace: str | None = None
+    liveness: str | None = None
+    poll_seconds: float = 5.0
+    progress_seconds: float = 10.0
+
+
+class Operator:
+    """The parts, and what flows between them: events into the store, keys into the queue, `reconcile`, the executor."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._load = functools.partial(load_credentials, options.kubeconfig)
+        self._settings = OperatorSettings(
+            job_image=options.job_image,
+            poll_seconds=options.poll_seconds,
+            progress_interval_seconds=options.progress_seconds,
+        )
+        own_namespace = options.lease_namespace or options.namespace or self._load().namespace
+        self.client = ApiClient(self._load, faults=CallFaults.from_environment())
+        self.store = Store()
+        self.queue = WorkQueue(self.process)
+        self.defaults = NamespaceDefaults(self.client)
+        self.executor = Executor(self.client, self.store, EventRecorder(self.client), self.look_at)
+        self.poller = PodPoller(
+            self.client, self.store, self.look_at, namespace=options.namespace, poll_seconds=options.poll_seconds
+        )
+        self.sweeper = Sweeper(self.client, self.store, self.look_at, namespace=options.namespace)
+        self.heartbeat = heartbeats.Heartbeat(self.client, namespace=own_namespace)
+        # The first listing is over; another one is a relist.
+        self._started = False
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT; any part that fails ends all."""
+        await self._wait_for_definitions()
+        parts = [
+            asyncio.create_task(self._work(), name="work"),
+            asyncio.create_task(self.heartbeat.run(), name="heartbeat"),
+        ]
+        watches = asyncio.create_task(self._watch(), name="watches")
+        # What was imported stays: without it in sight, a collection costs a tenth.
+        gc.collect()
+        gc.freeze()
+        try:
+            done, _ = await asyncio.wait([watches, *parts], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in (*parts, watches):
+                task.cancel()
+            await asyncio.gather(*parts, watches, return_exceptions=True)
+            await self.client.close()
+
+    async def process(self, key: Key) -> float | None:
+        """One look at one resource."""
+        await self.client.breaker.wait_closed()
+        stored = self.store.get(key)
+        if stored is None or stored.metadata.deleting:
+            # Children go with their owner.
+            self.poller.watch(key, False)
+            self.queue.forget(key)
+            return None
+        try:
+            if self.store.children(stored.metadata.uid).pods_due:
+                await self.poller.list_pods(stored)
+            defaults = await self.defaults.of(key.namespace)
+            stored = self.store.get(key)
+            if stored is None:
+                return None
+            # With many active Jobs each is looked at less often.
+            settings = replace(self._settings, poll_seconds=self.poller.interval)
+            now = datetime.now(UTC)
+            if key.kind == ACTIVATION_CACHE.kind:
+                wanted = reconcile_cache(observe_cache(self.store, stored, defaults), settings, now)
+            else:
+                wanted = reconcile_training_job(observe_training_job(self.store, stored, defaults), settings, now)
+            await self.executor.execute(stored, wanted)
+        except ServerUnavailable as error:
+            logger.info("%s %s/%s waits: %s", *key, error)
+            raise RetryAfter(error.retry_after or random.uniform(0.5, 1.5)) from error
+        self.poller.watch(key, wanted.poll_pods)
+        return wanted.requeue_after
+
+    def look_at(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self.queue.add(key)
+
+    # What kopf's handlers call
+
+    def resource_event(self, kind: str, event: Mapping[str, Any]) -> None:
+        raw = event["object"]
+        self._note_listing(event["type"])
+        if event["type"] == "DELETED":
+            key = Key(kind, raw["metadata"]["namespace"], raw["metadata"]["name"])
+            self.look_at(self.store.drop_resource(raw["metadata"]["uid"]) | {key})
+        else:
+            self.look_at(self.store.put_resource(kind, raw))
+
+    def job_event(self, event: Mapping[str, Any]) -> None:
+        raw = event["object"]
+        self._note_listing(event["type"])
+        if event["type"] == "DELETED":
+            key = self.store.drop_job(raw["metadata"])
+            if key is not None:
+                self.queue.add(key)
+            return
+        key, changed = self.store.put_job(raw)
+        if key is not None and changed:
+            self.queue.add(key)
+        if key is not None:
+            # A pod that became ready shows in the Job before anything else tells of it.
+            self.poller.hurry(key)
+
+    def lease_event(self, event: Mapping[str, Any]) -> None:
+        self.heartbeat.seen(event["object"])
+
+    def login(self) -> kopf.ConnectionInfo:
+        return connection_info(self._load())
+
+    def probe(self) -> dict[str, float]:
+        try:
+            return self.heartbeat.check(self.queue.oldest_age())
+        except heartbeats.Unhealthy as error:
+            raise kopf.PermanentError(str(error)) from error
+
+    # Parts
+
+    def _note_listing(self, event_type: str | None) -> None:
+        # kopf gives listed objects no type.
+        if event_type is None and self._started:
+            self.sweeper.relisted()
+
+    async def _watch(self) -> None:
+        await kopf.operator(
+            registry=register(kopf.OperatorRegistry(), self),
+            settings=configure(kopf.OperatorSettings()),
+            clusterwide=self._options.namespace is None,
+            namespaces=[self._options.namespace] if self._options.namespace else [],
+            liveness_endpoint=self._options.liveness,
+            standalone=True,
+        )
+
+    async def _work(self) -> None:
+        await self._retried(self.sweeper.wait_until_listed)
+        self._started = True
+        logger.info("Everything is listed: %d resources. Work begins.", len(self.store))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.queue.run(), name="queue")
+            group.create_task(self.poller.run(), name="pod poller")
+            group.create_task(self.sweeper.run(), name="sweeper")
+
+    async def _wait_for_definitions(self) -> None:
+        """kopf looks once, at its start, which resources there are."""
+        told = False
+        while True:
+            try:
+                await self.client.get(f"/apis/{API_VERSION}")
+                return
+            except ApiError as error:
+                if not told:
+                    logger.warning("The CustomResourceDefinitions are not installed yet (%s); waiting.", error)
+                told = True
+            except ServerUnavailable as error:
+                logger.warning("The API server does not answer: %s", error)
+            await asyncio.sleep(CRD_RETRY_SECONDS)
+
+    async def _retried(self, action: Any) -> None:
+        while True:
+            await self.client.breaker.wait_closed()
+            try:
+                return await action()
+            except (ApiError, ServerUnavailable) as error:
+                logger.warning("Listing failed: %s", error)
+                await asyncio.sleep(random.uniform(0.5, 1.5))
+
+
+def run(options: Options) -> None:
+    """Runs the operator in this process until it is told to stop."""
+    asyncio.run(_run(options))
+
+
+async def _run(options: Options) -> None:
+    await Operator(options).run()

@@ -1,0 +1,159 @@
+"""Applies what `reconcile` wants, call by call, and feeds every answer back into the store.
+
+A process that dies between two calls leaves a state from which the next reconcile goes on: names are deterministic, creates
+tolerate what is there already, and nothing is written that is so already.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from sae_operator.api.resources import ACTIVATION_CACHE
+from sae_operator.controller import paths
+from sae_operator.controller.client import ApiClient, ApiError
+from sae_operator.controller.events import EventRecorder
+from sae_operator.controller.merge import merge_patch
+from sae_operator.controller.queue import Key, RetryAfter
+from sae_operator.controller.store import Store, StoredResource
+from sae_operator.reconcile.names import is_controlled_by
+from sae_operator.reconcile.wanted import CacheApplication, EventWanted, Wanted
+
+logger = logging.getLogger(__name__)
+
+# A refused create (a quota, say) is tried again after this; nothing tells us when its cause is gone.
+REFUSED_RETRY_SECONDS = 15.0
+
+
+class Refused(Exception):
+    """The API server does not take an object that is wanted; `message` says which and why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class Executor:
+    """`look_at` is told which keys an own write concerns."""
+
+    def __init__(
+        self, client: ApiClient, store: Store, events: EventRecorder, look_at: Callable[[Iterable[Key]], None]
+    ) -> None:
+        self._client, self._store, self._events, self._look_at = client, store, events, look_at
+
+    async def execute(self, stored: StoredResource, wanted: Wanted) -> None:
+        """Applies `wanted`.
+
+        Raises:
+            RetryAfter: an object was refused; status and an event say why.
+            ServerUnavailable: the rest is to be applied by a later reconcile.
+        """
+        refused: Refused | None = None
+        try:
+            if wanted.apply_cache is not None:
+                await self._apply_cache(stored, wanted.apply_cache)
+            for manifest in wanted.create:
+                await self._create(stored, manifest)
+        except Refused as error:
+            refused = error
+        if stored.metadata.deleting or self._store.get(stored.key) is None:
+            return
+        status = wanted.status if refused is None else _with_refusal(wanted.status, refused.message)
+        await self._write_status(stored.key, status)
+        for event in wanted.events:
+            await self._events.post(stored.key, stored.metadata.uid, event)
+        if refused is not None:
+            await self._events.post(
+                stored.key, stored.metadata.uid, EventWanted("Warning", "CreateRefused", refused.message)
+            )
+        for name in wanted.delete_jobs:
+            await self._delete_job(stored, name)
+        if refused is not None:
+            raise RetryAfter(REFUSED_RETRY_SECONDS)
+
+    async def _apply_cache(self, stored: StoredResource, application: CacheApplication) -> None:
+        name = application.manifest["metadata"]["name"]
+        path = paths.resource(ACTIVATION_CACHE.kind, stored.key.namespace, name)
+        try:
+            answer = await self._client.apply(path, application.manifest, application.field_manager)
+        except ApiError as error:
+            raise _refusal(error, f"ActivationCache {name}") from error
+        self._look_at(self._store.put_resource(ACTIVATION_CACHE.kind, answer) - {stored.key})
+
+    async def _create(self, stored: StoredResource, manifest: Mapping[str, Any]) -> None:
+        kind, name, namespace = manifest["kind"], manifest["metadata"]["name"], stored.key.namespace
+        path = paths.jobs(namespace) if kind == "Job" else paths.config_maps(namespace)
+        try:
+            answer = await self._client.create(path, manifest)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise _refusal(error, f"{kind} {name}") from error
+            answer = await self._adopt(stored, manifest, f"{path}/{name}")
+        if kind == "Job":
+            self._store.put_job(answer)
+
+    async def _adopt(self, stored: StoredResource, manifest: Mapping[str, Any], path: str) -> dict[str, Any]:
+        """What has the wanted name already, if it is ours: made by this operator before it died, or by another one."""
+        there = await self._client.get(path)
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        if not is_controlled_by(there["metadata"], stored.metadata.uid):
+            raise Refused(
+                f"{kind} {name} exists already and belongs to something else; delete it or rename this resource"
+            )
+        if kind == "ConfigMap" and there.get("data") != manifest.get("data"):
+            return await self._client.merge_patch(path, {"data": manifest.get("data")})
+        return there
+
+    async def _write_status(self, key: Key, status: Mapping[str, Any]) -> None:
+        latest = self._store.get(key)
+        if latest is None:
+            return
+        patch = merge_patch(latest.status_manifest(), status)
+        if not patch:
+            return
+        path = paths.resource(key.kind, key.namespace, key.name) + "/status"
+        try:
+            # With the UID, a patch never lands on a new resource of the same name.
+            answer = await self._client.merge_patch(path, {"metadata": {"uid": latest.metadata.uid}, "status": patch})
+        except ApiError as error:
+            if error.status in (404, 409):
+                logger.info("%s %s/%s is gone; its status is not written", *key)
+                return
+            raise
+        self._look_at(self._store.put_resource(key.kind, answer) - {key})
+
+    async def _delete_job(self, stored: StoredResource, name: str) -> None:
+        job = self._store.children(stored.metadata.uid).jobs.get(name)
+        if job is None:
+            return
+        path = f"{paths.jobs(stored.key.namespace)}/{name}"
+        try:
+            answer = await self._client.delete(path, job.uid, propagation="Foreground")
+        except ApiError as error:
+            # Gone, or another one by now: the watch tells.
+            if error.status in (404, 409):
+                return
+            raise
+        if answer.get("kind") == "Job":
+            self._store.put_job(answer)
+
+
+def _refusal(error: ApiError, what: str) -> Exception:
+    if error.has_cause("NamespaceTerminating"):
+        # Nothing to tell and nothing to do: the resource goes with its namespace.
+        return RetryAfter(REFUSED_RETRY_SECONDS)
+    if error.status in (400, 403, 404, 409, 413, 422):
+        return Refused(f"{what} was refused by the API server: {error.message}")
+    return error
+
+
+def _with_refusal(status: Mapping[str, Any], message: str) -> dict[str, Any]:
+    """The status with the refusal as the reason why the resource is not Ready."""
+    conditions = [
+        {**condition, "reason": "CreateRefused", "message": message}
+        if condition["type"] == "Ready" and condition["status"] != "True"
+        else condition
+        for condition in status.get("conditions") or []
+    ]
+    return {**status, "conditions": conditions}

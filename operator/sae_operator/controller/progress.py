@@ -1,0 +1,165 @@
+"""Listing the live pods of active Jobs, one LIST for all, and asking them how far they are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import aiohttp
+from pydantic import ValidationError
+
+from sae_operator.api.steps import PROGRESS_PORT, Progress
+from sae_operator.controller import paths
+from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable
+from sae_operator.controller.queue import Key
+from sae_operator.controller.store import Store, StoredResource
+from sae_operator.reconcile import projection
+from sae_operator.reconcile.names import LABEL_MANAGED_BY, LABEL_UID, MANAGED_BY
+from sae_operator.reconcile.observed import PodFacts
+
+logger = logging.getLogger(__name__)
+
+LIVE = "status.phase!=Succeeded,status.phase!=Failed"
+POLL_TIMEOUT_SECONDS = 2.0
+POLLS_AT_ONCE = 64
+ANSWER_LIMIT_BYTES = 65536
+# A tick may take at most this share of the time.
+LARGEST_SHARE = 0.1
+SHORTEST_GAP_SECONDS = 0.5
+# With many active Jobs each is looked at less often, so that polling never takes over.
+SECONDS_PER_ACTIVE_KEY = 0.02
+
+
+class PodPoller:
+    """Keeps pods and progress of the watched keys current, and tells `look_at` which of them changed."""
+
+    def __init__(
+        self,
+        client: ApiClient,
+        store: Store,
+        look_at: Callable[[Iterable[Key]], None],
+        *,
+        namespace: str | None,
+        poll_seconds: float,
+        progress_port: int = PROGRESS_PORT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client, self._store, self._look_at = client, store, look_at
+        self._namespace, self._poll_seconds, self._port, self._clock = namespace, poll_seconds, progress_port, clock
+        self._watched: set[Key] = set()
+        self._soon = asyncio.Event()
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two ticks, when nothing asks for an earlier one."""
+        return max(self._poll_seconds, SECONDS_PER_ACTIVE_KEY * len(self._watched))
+
+    def watch(self, key: Key, wanted: bool) -> None:
+        """Whether the pods of `key` matter now."""
+        if wanted and key not in self._watched:
+            self._watched.add(key)
+            self._soon.set()
+        elif not wanted:
+            self._watched.discard(key)
+
+    def hurry(self, key: Key) -> None:
+        """Something about the pods of `key` has changed."""
+        if key in self._watched:
+            self._soon.set()
+
+    async def run(self) -> None:
+        """Ticks until cancelled."""
+        async with aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=POLL_TIMEOUT_SECONDS),
+            connector=aiohttp.TCPConnector(limit=POLLS_AT_ONCE),
+        ) as session:
+            while True:
+                begun = self._clock()
+                if self._watched:
+                    self._soon.clear()
+                    await self._client.breaker.wait_closed()
+                    try:
+                        await self._tick(session)
+                    except (ApiError, ServerUnavailable) as error:
+                        logger.warning("Pods could not be listed: %s", error)
+                took = self._clock() - begun
+                await asyncio.sleep(max(SHORTEST_GAP_SECONDS, took / LARGEST_SHARE))
+                try:
+                    await asyncio.wait_for(self._soon.wait(), max(self.interval - (self._clock() - begun), 0.0))
+                except TimeoutError:
+                    continue
+
+    async def list_pods(self, stored: StoredResource) -> None:
+        """Lists all pods of one resource, ended ones included: a Job has just ended, and its pods hold the result."""
+        query = {"labelSelector": f"{LABEL_UID}={stored.metadata.uid}"}
+        pods: list[PodFacts] = []
+        async for page in self._client.pages(paths.pods(stored.key.namespace), query):
+            pods += [projection.pod_facts(raw) for raw in page]
+        self._store.put_pods(stored.metadata.uid, pods)
+
+    async def _tick(self, session: aiohttp.ClientSession) -> None:
+        live: dict[str, list[PodFacts]] = defaultdict(list)
+        query = {"labelSelector": f"{LABEL_MANAGED_BY}={MANAGED_BY}", "fieldSelector": LIVE}
+        uids = {stored.metadata.uid: key for key in self._watched if (stored := self._store.get(key))}
+        async for page in self._client.pages(paths.pods(self._namespace), query):
+            for raw in page:
+                uid = (raw["metadata"].get("labels") or {}).get(LABEL_UID)
+                if uid in uids:
+                    live[uid].append(projection.pod_facts(raw))
+        changed: set[Key] = set()
+        for uid, key in uids.items():
+            if self._merge(uid, live.get(uid, [])):
+                changed.add(key)
+        polls = [
+            self._poll(session, uid, key, pod, changed)
+            for uid, key in uids.items()
+            for pod in live.get(uid, [])
+            if pod.running and pod.ip
+        ]
+        await asyncio.gather(*polls)
+        self._look_at(changed)
+
+    def _merge(self, uid: str, live: list[PodFacts]) -> bool:
+        """Takes over the live pods. When one that was alive is not listed, it has ended: then all are to be listed."""
+        family = self._store.children(uid)
+        names = {pod.name for pod in live}
+        if any(not pod.finished and pod.name not in names for pod in family.pods):
+            family.pods_due = True
+            return True
+        due = family.pods_due
+        changed = self._store.put_pods(uid, [*live, *(pod for pod in family.pods if pod.finished)])
+        family.pods_due = due
+        return changed
+
+    async def _poll(self, session: aiohttp.ClientSession, uid: str, key: Key, pod: PodFacts, changed: set[Key]) -> None:
+        family = self._store.children(uid)
+        answer = await ask(session, pod.ip or "", self._port)
+        if isinstance(answer, Progress):
+            family.unreachable.pop(pod.name, None)
+            if family.progress.get(pod.name) != answer:
+                family.progress[pod.name] = answer
+                changed.add(key)
+        elif family.unreachable.get(pod.name) != answer:
+            family.unreachable[pod.name] = answer
+            changed.add(key)
+
+
+async def ask(session: aiohttp.ClientSession, ip: str, port: int) -> Progress | str:
+    """A pod's progress, or why there is none."""
+    host = f"[{ip}]" if ":" in ip else ip
+    try:
+        async with session.get(f"http://{host}:{port}/progress", allow_redirects=False) as response:
+            if response.status != 200:
+                return f"GET /progress on {ip}: HTTP {response.status}"
+            body: Any = await response.content.read(ANSWER_LIMIT_BYTES)
+        return Progress.model_validate_json(body)
+    except TimeoutError:
+        return f"GET /progress on {ip}: no answer within {POLL_TIMEOUT_SECONDS:g} s"
+    except (aiohttp.ClientError, OSError) as error:
+        return f"GET /progress on {ip}: {type(error).__name__}"
+    except ValidationError:
+        return f"GET /progress on {ip}: not a progress report"

@@ -1,0 +1,301 @@
+"""What was observed, as slim projections: a resource is a few fields and two JSON texts, a Job is its `JobFacts`.
+
+Everything that arrives, by a watch or as the answer to an own write, goes through `put_*`, which refuses what is older than
+what is known, and returns the keys that should be looked at because of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_TRAINING_JOB
+from sae_operator.api.steps import Progress
+from sae_operator.controller.queue import Key
+from sae_operator.reconcile import projection
+from sae_operator.reconcile.names import LABEL_UID
+from sae_operator.reconcile.observed import InvalidSpec, JobFacts, Metadata, PodFacts, SpecProblem
+
+# Parsed specs that are kept: a resource is read a few times while its Jobs are made, and hardly ever afterwards.
+PARSED_SPECS = 128
+# UIDs of deleted objects that are remembered, so that a late answer to an own write does not bring one back.
+TOMBSTONES = 4096
+FINISHED_PHASES = frozenset({"Succeeded", "Failed"})
+
+
+@dataclass(slots=True)
+class StoredResource:
+    """One resource.
+
+    Attributes:
+        version: resourceVersion.
+        owners: (name, UID) of the SAETrainingJobs in the ownerReferences.
+        spec, status: as compact JSON; a tenth of the memory of the parsed objects.
+        cache_ref: name of the cache that a training job refers to.
+    """
+
+    key: Key
+    metadata: Metadata
+    version: int
+    owners: tuple[tuple[str, str], ...]
+    spec: bytes
+    status: bytes
+    suspended: bool
+    phase: str | None
+    cache_ref: str | None
+
+    @property
+    def finished(self) -> bool:
+        return self.phase in FINISHED_PHASES
+
+    def status_manifest(self) -> dict[str, Any]:
+        return json.loads(self.status)
+
+
+@dataclass(slots=True)
+class Offspring:
+    """Children of one UID. `pods_due`: a pod has ended since the pods were listed last."""
+
+    jobs: dict[str, JobFacts] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    pods: tuple[PodFacts, ...] = ()
+    progress: dict[str, Progress] = field(default_factory=dict)
+    unreachable: dict[str, str] = field(default_factory=dict)
+    pods_due: bool = False
+
+
+class Store:
+    """Everything that is known; only ever touched from the event loop."""
+
+    def __init__(self) -> None:
+        self._resources: dict[Key, StoredResource] = {}
+        self._keys: dict[str, Key] = {}
+        self._offspring: dict[str, Offspring] = {}
+        self._readers: dict[tuple[str, str], set[Key]] = {}
+        self._caches_of: dict[str, set[Key]] = {}
+        self._parsed: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._tombstones: OrderedDict[str, None] = OrderedDict()
+
+    def get(self, key: Key) -> StoredResource | None:
+        return self._resources.get(key)
+
+    def key_of(self, uid: str) -> Key | None:
+        return self._keys.get(uid)
+
+    def children(self, uid: str) -> Offspring:
+        """Children of a UID; an empty record when none was seen."""
+        return self._offspring.setdefault(uid, Offspring())
+
+    def __len__(self) -> int:
+        return len(self._resources)
+
+    # Resources
+
+    def put_resource(self, kind: str, raw: Mapping[str, Any]) -> set[Key]:
+        meta = raw["metadata"]
+        key = Key(kind, meta["namespace"], meta["name"])
+        old, version = self._resources.get(key), int(meta["resourceVersion"])
+        if meta["uid"] in self._tombstones or (old and old.version >= version):
+            return set()
+        if old and old.metadata.uid != meta["uid"]:
+            self.drop_resource(old.metadata.uid)
+            old = None
+        new = _resource(key, raw, version, old)
+        self._resources[key] = new
+        self._keys[new.metadata.uid] = key
+        if old is None or old.owners != new.owners or old.cache_ref != new.cache_ref:
+            self._unlink(old)
+            self._link(new)
+        keys = {key}
+        if kind == ACTIVATION_CACHE.kind:
+            keys |= self.readers_of(new)
+        elif old is None or _seen_by_caches(old) != _seen_by_caches(new):
+            keys |= self._caches_of.get(new.metadata.uid, set())
+        return keys
+
+    def drop_resource(self, uid: str) -> set[Key]:
+        """The resource is gone; returns who should hear of it."""
+        self._bury(uid)
+        key = self._keys.pop(uid, None)
+        old = self._resources.get(key) if key else None
+        if key is None or old is None or old.metadata.uid != uid:
+            return set()
+        keys = self.readers_of(old) if key.kind == ACTIVATION_CACHE.kind else set(self._caches_of.get(uid, ()))
+        self._unlink(old)
+        del self._resources[key]
+        self._offspring.pop(uid, None)
+        return keys
+
+    def readers_of(self, cache: StoredResource) -> set[Key]:
+        """Training jobs that read a cache: those that refer to it, and those that own it."""
+        readers = set(self._readers.get((cache.key.namespace, cache.key.name), ()))
+        for name, uid in cache.owners:
+            owner = Key(SAE_TRAINING_JOB.kind, cache.key.namespace, name)
+            if self._keys.get(uid) == owner:
+                readers.add(owner)
+        return readers
+
+    def spec_of(self, stored: StoredResource) -> Any:
+        """The parsed spec, or an `InvalidSpec`."""
+        index = (stored.metadata.uid, stored.metadata.generation)
+        parsed = self._parsed.get(index)
+        if parsed is None:
+            try:
+                parsed = KINDS[stored.key.kind].spec.model_validate_json(stored.spec)
+            except ValidationError as error:
+                parsed = InvalidSpec(tuple(_problem(item) for item in error.errors(include_url=False)))
+            self._parsed[index] = parsed
+            while len(self._parsed) > PARSED_SPECS:
+                self._parsed.popitem(last=False)
+        return parsed
+
+    def status_of(self, stored: StoredResource) -> Any:
+        return KINDS[stored.key.kind].status.model_validate_json(stored.status)
+
+    # Children
+
+    def put_job(self, raw: Mapping[str, Any]) -> tuple[Key | None, bool]:
+        """The key of the Job's resource, and whether anything about it changed that a reconcile could see."""
+        meta = raw["metadata"]
+        uid = parent_uid(meta)
+        if uid is None or uid in self._tombstones or meta["uid"] in self._tombstones:
+            return None, False
+        family, name, version = self.children(uid), meta["name"], int(meta["resourceVersion"])
+        if family.versions.get(name, -1) >= version:
+            return self._keys.get(uid), False
+        facts = projection.job_facts(raw)
+        old = family.jobs.get(name)
+        family.jobs[name], family.versions[name] = facts, version
+        if old is None:
+            # A Job that was finished when it was seen first: its pods have never been listed.
+            family.pods_due |= facts.finished or facts.failed > 0
+        elif (old.succeeded, old.failed, old.finished) != (facts.succeeded, facts.failed, facts.finished):
+            family.pods_due = True
+        return self._keys.get(uid), facts != old
+
+    def drop_job(self, meta: Mapping[str, Any]) -> Key | None:
+        self._bury(meta["uid"])
+        uid = parent_uid(meta)
+        family = self._offspring.get(uid) if uid else None
+        if uid is None or family is None:
+            return None
+        known = family.jobs.get(meta["name"])
+        if known is not None and known.uid == meta["uid"]:
+            del family.jobs[meta["name"]], family.versions[meta["name"]]
+            return self._keys.get(uid)
+        return None
+
+    def put_pods(self, uid: str, pods: Iterable[PodFacts]) -> bool:
+        """All pods of a UID, as listed now; returns whether anything changed."""
+        family, fresh = self.children(uid), tuple(sorted(pods, key=lambda pod: pod.name))
+        changed = fresh != family.pods
+        family.pods, family.pods_due = fresh, False
+        names = {pod.name for pod in fresh}
+        family.progress = {name: value for name, value in family.progress.items() if name in names}
+        family.unreachable = {name: value for name, value in family.unreachable.items() if name in names}
+        return changed
+
+    # Census
+
+    def resource_uids(self, kind: str) -> set[str]:
+        return {stored.metadata.uid for key, stored in self._resources.items() if key.kind == kind}
+
+    def knows_job(self, uid: str, parent: str) -> bool:
+        """The Job has been seen, now or before it or its resource was deleted."""
+        if uid in self._tombstones or parent in self._tombstones:
+            return True
+        family = self._offspring.get(parent)
+        return family is not None and any(facts.uid == uid for facts in family.jobs.values())
+
+    def jobs(self) -> dict[str, tuple[str, str]]:
+        """Of every known Job, by its UID: its parent's UID and its name."""
+        return {
+            facts.uid: (uid, name) for uid, family in self._offspring.items() for name, facts in family.jobs.items()
+        }
+
+    def knows(self, uid: str) -> bool:
+        """The resource has been seen, now or before it was deleted."""
+        return uid in self._keys or uid in self._tombstones
+
+    def drop_unlisted_job(self, parent: str, name: str) -> Key | None:
+        family = self._offspring.get(parent)
+        if family is None or name not in family.jobs:
+            return None
+        self._bury(family.jobs[name].uid)
+        del family.jobs[name], family.versions[name]
+        return self._keys.get(parent)
+
+    def _bury(self, uid: str) -> None:
+        self._tombstones[uid] = None
+        while len(self._tombstones) > TOMBSTONES:
+            self._tombstones.popitem(last=False)
+
+    def _link(self, stored: StoredResource) -> None:
+        if stored.cache_ref:
+            self._readers.setdefault((stored.key.namespace, stored.cache_ref), set()).add(stored.key)
+        for _, uid in stored.owners:
+            self._caches_of.setdefault(uid, set()).add(stored.key)
+
+    def _unlink(self, stored: StoredResource | None) -> None:
+        if stored is None:
+            return
+        if stored.cache_ref:
+            _discard(self._readers, (stored.key.namespace, stored.cache_ref), stored.key)
+        for _, uid in stored.owners:
+            _discard(self._caches_of, uid, stored.key)
+
+
+def _discard(index: dict[Any, set[Key]], at: Any, key: Key) -> None:
+    members = index.get(at)
+    if members is not None:
+        members.discard(key)
+        if not members:
+            del index[at]
+
+
+def _seen_by_caches(stored: StoredResource) -> tuple[bool, bool]:
+    return stored.suspended, stored.finished
+
+
+def _resource(key: Key, raw: Mapping[str, Any], version: int, old: StoredResource | None) -> StoredResource:
+    meta, spec, status = projection.metadata(raw), raw.get("spec") or {}, raw.get("status") or {}
+    same = old is not None and old.metadata.generation == meta.generation
+    reference = ((spec.get("activations") or {}).get("cacheRef") or {}).get("name")
+    owners = raw["metadata"].get("ownerReferences") or ()
+    return StoredResource(
+        key=key,
+        metadata=meta,
+        version=version,
+        owners=tuple((owner["name"], owner["uid"]) for owner in owners if owner.get("kind") == SAE_TRAINING_JOB.kind),
+        # A spec changes only with its generation.
+        spec=old.spec if old is not None and same else _compact(spec),
+        status=_compact(status),
+        suspended=bool(spec.get("suspend")),
+        phase=status.get("phase"),
+        cache_ref=reference,
+    )
+
+
+def _compact(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def parent_uid(meta: Mapping[str, Any]) -> str | None:
+    """UID of the resource of ours that a child's metadata names."""
+    for owner in meta.get("ownerReferences") or ():
+        if owner.get("controller") and owner.get("kind") in KINDS:
+            return owner["uid"]
+    return (meta.get("labels") or {}).get(LABEL_UID)
+
+
+def _problem(error: Any) -> SpecProblem:
+    path = "spec"
+    context = error.get("ctx") or {}
+    for part in (*error["loc"], *(filter(None, [context.get("field")]) if error["type"] == "rule" else ())):
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return SpecProblem(path, error["msg"])
