@@ -33,9 +33,10 @@ class IndexPart(BaseModel):
 
 
 class BlockEntry(IndexPart):
-    """One block of contexts: how many it holds."""
+    """One block of contexts: how many it holds, and its checksum."""
 
     contexts: int
+    sha256: str
 
 
 class TokenizerRecord(IndexPart):
@@ -116,7 +117,7 @@ class CacheIndex(IndexPart):
         except ValidationError as error:
             raise InvalidInput(
                 "IndexUnreadable",
-                f"{store.uri}/{INDEX_KEY} is not an index of cache format version 1; remove the cache and build it again",
+                f"{store.uri}/{INDEX_KEY} is not an index of cache format 1; remove the cache and build it again",
             ) from error
 
     def encode(self) -> bytes:
