@@ -158,8 +158,8 @@ class ApiClient:
                     payload = await response.read()
                     status, answer_headers = response.status, response.headers
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                # A kept-alive connection that the server had closed says nothing about the server. Names are deterministic
-                # and writes idempotent, so trying once more does no harm.
+                # A kept-alive connection that the server had closed says nothing about the server. Names are
+                # deterministic and writes idempotent, so trying once more does no harm.
                 if attempt == 1 and isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError):
                     continue
                 self.breaker.failure()

@@ -1,7 +1,7 @@
 """Applies what `reconcile` wants, call by call, and feeds every answer back into the store.
 
-A process that dies between two calls leaves a state from which the next reconcile goes on: names are deterministic, creates
-tolerate what is there already, and nothing is written that is so already.
+A process that dies between two calls leaves a state from which the next reconcile goes on: names are deterministic,
+creates tolerate what is there already, and nothing is written that is so already.
 """
 
 from __future__ import annotations

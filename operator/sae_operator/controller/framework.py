@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-# kopf imports these for its type checks when they are there. We use none of them; `kubernetes` alone costs 24 MiB and half
-# a second.
+# kopf imports these for its type checks when they are there. We use none of them; `kubernetes` alone costs 24 MiB and
+# half a second.
 _UNUSED_CLIENTS = ("kubernetes", "kubernetes_asyncio", "pykube")
 
 _hidden = [name for name in _UNUSED_CLIENTS if name not in sys.modules]

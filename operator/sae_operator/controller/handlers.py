@@ -1,7 +1,7 @@
 """The triggers: kopf's watches bring events, the inbox takes them. Nothing is decided here.
 
-Only event handlers: they write no annotations and force no finalizers. They are coroutines, since kopf runs plain functions
-in threads.
+Only event handlers: they write no annotations and force no finalizers. They are coroutines, since kopf runs plain
+functions in threads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work queue by key: one worker at a time for a key, however many events ask for it, and it comes back when asked to."""
+"""Work queue by key: one worker at a time for a key, however many events ask for it; it comes back when asked to."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class RetryAfter(Exception):
 class WorkQueue:
     """Runs `process` for keys. `process` returns after how many seconds the key wants to be looked at again, or None.
 
-    An exception of `process` is logged, and the key comes back after a jittered delay that doubles with each failure in a
-    row.
+    An exception of `process` is logged, and the key comes back after a jittered delay that doubles with each failure
+    in a row.
     """
 
     def __init__(

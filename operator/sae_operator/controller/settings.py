@@ -1,4 +1,4 @@
-"""kopf's settings, each with the reason for its value. Figures: 1,000 to 3,000 resources, a real API server, two cores."""
+"""kopf's settings, each with the reason for its value. Figures: 1,000 to 3,000 resources, a real API server, 2 cores."""
 
 from __future__ import annotations
 

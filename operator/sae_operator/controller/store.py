@@ -1,7 +1,7 @@
 """What was observed, as slim projections: a resource is a few fields and two JSON texts, a Job is its `JobFacts`.
 
-Everything that arrives, by a watch or as the answer to an own write, goes through `put_*`, which refuses what is older than
-what is known, and returns the keys that should be looked at because of it.
+Everything that arrives, by a watch or as the answer to an own write, goes through `put_*`, which refuses what is older
+than what is known, and returns the keys that should be looked at because of it.
 """
 
 from __future__ import annotations

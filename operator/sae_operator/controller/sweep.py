@@ -1,7 +1,7 @@
 """Mark and sweep: a relist after a lost connection brings no DELETED events, so what vanished is found by comparing.
 
-The same metadata-only LIST tells at the start when the store is complete: before that, a resource's owner, cache or Job that
-was not listed yet would look as if it did not exist.
+The same metadata-only LIST tells at the start when the store is complete: before that, a resource's owner, cache or
+Job that was not listed yet would look as if it did not exist.
 """
 
 from __future__ import annotations
