@@ -69,6 +69,6 @@ class ContextReader:
     def _damaged(self, key: str) -> InvalidInput:
         return InvalidInput(
             "CorruptTokens",
-            f"{self._store.uri}/{key} is missing or damaged: delete the cache's tokens/ folder, and raise spec.retry to "
-            "write it again",
+            f"{self._store.uri}/{key} is missing or damaged: delete the cache's tokens/ folder, and raise spec.retry "
+            "to write it again",
         )

@@ -4,7 +4,7 @@ An epoch visits the shards in a random order. Of any shard only a part is read a
 segments, and segment j of the shard at place p of the order is read in phase p + j, shuffled together with the segments
 of the shards before and after it. So a phase mixes `mix_shards` shards, one shard enters and one leaves from phase to
 phase, every shard is loaded once an epoch, and at most `mix_shards` are held. The phases at both ends, which would mix
-few shards, are joined into one each.
+few shards, are joined into one each. When all shards can be held, the epoch is one phase.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def plan_epoch(rows: Sequence[int], *, seed: int, epoch: int, mix_shards: int) -
     filled = [shard for shard, count in enumerate(rows) if count > 0]
     order = torch.randperm(len(filled), generator=seeded_generator("shards", seed, epoch)).tolist()
     shards = [filled[place] for place in order]
-    window = min(mix_shards, len(shards))
+    if len(shards) <= mix_shards:
+        return [Phase(tuple(Segment(shard, 0, rows[shard]) for shard in shards))] if shards else []
+    window = mix_shards
     grouped: dict[int, list[Segment]] = {}
     for place, shard in enumerate(shards):
         for part in range(window):

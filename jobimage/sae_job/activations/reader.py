@@ -1,0 +1,350 @@
+"""Batches of mixed rows from a finished cache; what training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sae_job.activations.format import POSITION, SEQUENCE, STORAGE_DTYPES, TOKEN_IDS
+from sae_job.activations.loading import ShardLoader, read_sequence
+from sae_job.activations.manifest import CacheManifest, read_manifest
+from sae_job.activations.mixing import Phase, phase_labels, plan_epoch, row_order
+from sae_job.errors import InvalidInput
+from sae_job.storage.base import ObjectStore
+
+# Two shards of the default size.
+READ_AHEAD_BYTES = 2**29
+MIX_SHARDS = 8
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows that are never trained on, in order of context and position.
+
+    Attributes:
+        activations: per hook [rows, d_in] in storage dtype.
+        token_ids: int32 [rows].
+        sequence: global index of the context, int32 [rows].
+        position: position in the context, int32 [rows].
+    """
+
+    activations: dict[str, torch.Tensor]
+    token_ids: torch.Tensor
+    sequence: torch.Tensor
+    position: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where reading stands: rows `0` to `offset` of the phase are read."""
+
+    epoch: int
+    phase: int
+    offset: int
+
+
+def held_out_contexts_for(store: ObjectStore, manifest: CacheManifest, rows: int) -> int:
+    """Smallest number of first contexts of a cache that hold at least `rows` rows; 0 when no rows are asked for.
+
+    It is the same for a cache and for a longer one that extends it, as long as the rows lie in full shards.
+
+    Raises:
+        InvalidInput: the cache has fewer rows, or a shard is damaged.
+    """
+    before = 0
+    if rows <= 0:
+        return 0
+    for entry in manifest.shards:
+        if before + entry.rows >= rows:
+            return int(read_sequence(store, entry).sort().values[rows - before - 1]) + 1
+        before += entry.rows
+    raise InvalidInput(
+        "TooFewRows",
+        f"the cache has {before} rows, fewer than the {rows} to hold out: lower heldOutTokens, or raise the cache's "
+        "tokens",
+        field="spec.evaluation.heldOutTokens",
+    )
+
+
+class CachedActivations:
+    """Endless batches of rows of a finished cache, mixed across shards, epoch after epoch.
+
+    The order of rows is a pure function of the cache, the seed and the other arguments of `open`; threads and timing
+    have no part in it. Memory: `mix_shards` shards in use, and `read_ahead_bytes` of shards before they are needed.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        manifest: CacheManifest,
+        *,
+        hooks: Sequence[str],
+        batch_size: int,
+        seed: int,
+        held_out_contexts: int,
+        total_rows: int | None,
+        read_ahead_bytes: int,
+        mix_shards: int,
+    ) -> None:
+        self.manifest = manifest
+        self._store = store
+        self._hooks = [manifest.hook(name) for name in hooks]
+        self._dtype = STORAGE_DTYPES[manifest.dtype]
+        self._batch_size = batch_size
+        self._seed = seed
+        self._held_out_contexts = held_out_contexts
+        self._mix_shards = mix_shards
+        self._pin_memory = torch.cuda.is_available()
+        self._all_rows = manifest.tokens if total_rows is None else min(total_rows, manifest.tokens)
+        # Rows of the one shard that holds contexts of both kinds.
+        self._partly: dict[int, torch.Tensor] = {
+            number: torch.nonzero(read_sequence(store, entry) >= held_out_contexts).flatten()
+            for number, entry in enumerate(manifest.shards)
+            if entry.start < held_out_contexts < entry.stop
+        }
+        self.training_rows = sum(self._rows_of_shards(self._all_rows))
+        if self.training_rows == 0:
+            raise InvalidInput(
+                "TooFewRows",
+                f"no rows are left to train on: {held_out_contexts} contexts of {self._all_rows} rows are held out; "
+                "lower heldOutTokens, or raise tokens",
+                field="spec.evaluation.heldOutTokens",
+            )
+        self._loader = ShardLoader(store, manifest.shards, read_ahead_bytes=read_ahead_bytes)
+        # Rows that the current epoch is made of: those of the epoch that was begun, when the cache has grown since.
+        self._epoch_rows = self._all_rows
+        self._phases = self._plan(0)
+        self._place = _Place(0, 0, 0)
+        self._labels: torch.Tensor | None = None
+        self._cursors: list[int] = []
+        self._orders: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def open(
+        cls,
+        store: ObjectStore,
+        *,
+        hooks: Sequence[str],
+        batch_size: int,
+        seed: int,
+        held_out_contexts: int,
+        total_rows: int | None = None,
+        read_ahead_bytes: int = READ_AHEAD_BYTES,
+        mix_shards: int = MIX_SHARDS,
+    ) -> CachedActivations:
+        """Open the finished cache in a folder.
+
+        Args:
+            store: the cache's folder.
+            hooks: hooks to read.
+            batch_size: rows per batch, at least 1.
+            seed: seed of the order of rows.
+            held_out_contexts: rows of the first so many contexts are never in a batch.
+            total_rows: read the first so many rows of the cache only; all when None.
+            read_ahead_bytes: bytes of shards that may be held before they are needed.
+            mix_shards: shards that rows of one batch come from.
+
+        Raises:
+            InvalidInput: no finished cache, an unknown hook, or no rows left to train on.
+        """
+        return cls(
+            store,
+            read_manifest(store),
+            hooks=hooks,
+            batch_size=batch_size,
+            seed=seed,
+            held_out_contexts=held_out_contexts,
+            total_rows=total_rows,
+            read_ahead_bytes=read_ahead_bytes,
+            mix_shards=mix_shards,
+        )
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next row belongs to, from 0."""
+        return self._place.epoch
+
+    def next_batch(self) -> dict[str, torch.Tensor]:
+        """The next rows, [batch_size, d_in] per hook in storage dtype on the CPU (pinned where there is a GPU).
+
+        Every batch is full: at the end of an epoch the rest comes from the next one. The tensors are the caller's.
+
+        Raises:
+            InvalidInput: a shard is missing or corrupt.
+        """
+        batch = {
+            hook.name: torch.empty((self._batch_size, hook.d_in), dtype=self._dtype, pin_memory=self._pin_memory)
+            for hook in self._hooks
+        }
+        done = 0
+        while done < self._batch_size:
+            done = self._take(batch, done)
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where reading stands, as JSON; `restore` continues exactly there."""
+        return {
+            "epoch": self._place.epoch,
+            "phase": self._place.phase,
+            "offset": self._place.offset,
+            "rows": self._epoch_rows,
+            "seed": self._seed,
+            "heldOutContexts": self._held_out_contexts,
+            "mixShards": self._mix_shards,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state. When the cache has grown since, the epoch that was begun ends as it was planned.
+
+        Raises:
+            InvalidInput: the state belongs to another order of rows.
+        """
+        ours = self.state()
+        for name in ("seed", "heldOutContexts", "mixShards"):
+            if state[name] != ours[name]:
+                raise InvalidInput(
+                    "ReaderStateMismatch",
+                    f"the checkpoint was reading with {name} {state[name]}, not {ours[name]}: use another output for "
+                    "this run",
+                )
+        if state["rows"] > self.manifest.tokens:
+            raise InvalidInput(
+                "ReaderStateMismatch",
+                f"the checkpoint was reading {state['rows']} rows, but the cache has {self.manifest.tokens}: use the "
+                "same cache",
+            )
+        self._epoch_rows = state["rows"]
+        self._phases = self._plan(state["epoch"])
+        self._place = _Place(state["epoch"], state["phase"], state["offset"])
+        self._labels = None
+        self._orders = {}
+
+    def held_out(self, max_rows: int) -> HeldOut:
+        """The first `max_rows` rows of the held-out contexts, or all when there are fewer.
+
+        Raises:
+            InvalidInput: a shard is missing or corrupt.
+        """
+        parts: list[HeldOut] = []
+        rows = 0
+        for number, entry in enumerate(self.manifest.shards):
+            if entry.start >= self._held_out_contexts or rows >= max_rows:
+                break
+            part = self._held_out_of(number, max_rows - rows)
+            rows += len(part.sequence)
+            parts.append(part)
+        # What was loaded for this is loaded again when training comes to it.
+        self._labels = None
+        self._loader.want((), ())
+        return HeldOut(
+            {
+                hook.name: torch.cat(
+                    [torch.empty((0, hook.d_in), dtype=self._dtype), *(part.activations[hook.name] for part in parts)]
+                )
+                for hook in self._hooks
+            },
+            *(
+                torch.cat([torch.empty(0, dtype=torch.int32), *(getattr(part, name) for part in parts)])
+                for name in ("token_ids", "sequence", "position")
+            ),
+        )
+
+    def close(self) -> None:
+        """Stop reading ahead and free the memory."""
+        self._loader.close()
+
+    def _held_out_of(self, number: int, max_rows: int) -> HeldOut:
+        self._loader.want((number,), ())
+        shard = self._loader.get(number)
+        sequence, position = shard.tensor(SEQUENCE), shard.tensor(POSITION)
+        rows = torch.nonzero(sequence < self._held_out_contexts).flatten()
+        place = sequence[rows].long() * self.manifest.context_size + position[rows].long()
+        rows = rows[torch.argsort(place)][:max_rows]
+        return HeldOut(
+            {hook.name: shard.tensor(hook.name)[rows] for hook in self._hooks},
+            shard.tensor(TOKEN_IDS)[rows],
+            sequence[rows],
+            position[rows],
+        )
+
+    def _rows_of_shards(self, total: int) -> list[int]:
+        """Rows of each shard that are trained on, when the first `total` rows of the cache are read."""
+        rows = []
+        for number, entry in enumerate(self.manifest.shards):
+            limit = max(min(entry.rows, total), 0)
+            total -= entry.rows
+            if number in self._partly:
+                limit = int((self._partly[number] < limit).sum())
+            elif entry.stop <= self._held_out_contexts:
+                limit = 0
+            rows.append(limit)
+        return rows
+
+    def _plan(self, epoch: int) -> list[Phase]:
+        rows = self._rows_of_shards(self._epoch_rows)
+        return plan_epoch(rows, seed=self._seed, epoch=epoch, mix_shards=self._mix_shards)
+
+    def _take(self, batch: dict[str, torch.Tensor], done: int) -> int:
+        """Copy rows of the current phase into a batch that has `done` rows; returns how many it has then."""
+        place = self._place
+        if self._labels is None:
+            self._labels = self._enter_phase()
+        taken = self._labels[place.offset : place.offset + self._batch_size - done]
+        segments = self._phases[place.phase].segments
+        # Rows of one shard lie together in the batch: the order inside a batch means nothing to training.
+        for number, count in enumerate(torch.bincount(taken, minlength=len(segments)).tolist()):
+            if count == 0:
+                continue
+            segment, cursor = segments[number], self._cursors[number]
+            rows = self._orders[segment.shard][cursor : cursor + count]
+            shard = self._loader.get(segment.shard)
+            for hook in self._hooks:
+                torch.index_select(shard.tensor(hook.name), 0, rows, out=batch[hook.name][done : done + count])
+            self._cursors[number] += count
+            done += count
+        self._advance(place.offset + len(taken))
+        return done
+
+    def _enter_phase(self) -> torch.Tensor:
+        """Bring in the shards of the current phase and begin to read those that come after; returns the phase's
+        labels."""
+        place = self._place
+        phase = self._phases[place.phase]
+        shards = [segment.shard for segment in phase.segments]
+        self._loader.want(shards, self._later())
+        self._orders = {shard: self._orders[shard] if shard in self._orders else self._order(shard) for shard in shards}
+        labels = phase_labels(phase, seed=self._seed, epoch=place.epoch, number=place.phase)
+        read = torch.bincount(labels[: place.offset], minlength=len(shards)).tolist()
+        self._cursors = [segment.start + count for segment, count in zip(phase.segments, read, strict=True)]
+        return labels
+
+    def _order(self, shard: int) -> torch.Tensor:
+        count = self._rows_of_shards(self._epoch_rows)[shard]
+        order = row_order(count, seed=self._seed, epoch=self._place.epoch, shard=shard)
+        return self._partly[shard][order] if shard in self._partly else order
+
+    def _later(self) -> Iterator[int]:
+        """Shards in the order in which they are needed after the current phase, into the next epoch."""
+        for phase in self._phases[self._place.phase + 1 :]:
+            yield from (segment.shard for segment in phase.segments)
+        rows = self._rows_of_shards(self._all_rows)
+        upcoming = plan_epoch(rows, seed=self._seed, epoch=self._place.epoch + 1, mix_shards=self._mix_shards)
+        for phase in upcoming:
+            yield from (segment.shard for segment in phase.segments)
+
+    def _advance(self, offset: int) -> None:
+        place = self._place
+        if offset < self._phases[place.phase].rows:
+            self._place = _Place(place.epoch, place.phase, offset)
+            return
+        self._labels = None
+        if place.phase + 1 < len(self._phases):
+            self._place = _Place(place.epoch, place.phase + 1, 0)
+            return
+        self._place = _Place(place.epoch + 1, 0, 0)
+        self._epoch_rows = self._all_rows
+        self._phases = self._plan(place.epoch + 1)
+        self._orders = {}
