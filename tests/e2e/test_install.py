@@ -17,7 +17,9 @@ def base_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base-install")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", ROOT], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", ROOT], check=True, timeout=300
+    )
     return folder / "bin"
 
 
@@ -41,7 +43,9 @@ def test_it_brings_neither_torch_nor_the_kubernetes_client(base_install: Path) -
 
 
 def test_the_operators_help_costs_less_than_a_second_and_a_half(base_install: Path) -> None:
-    seconds, done = min((cpu_seconds(base_install / "sae-operator", "--help") for _ in range(3)), key=lambda run: run[0])
+    seconds, done = min(
+        (cpu_seconds(base_install / "sae-operator", "--help") for _ in range(3)), key=lambda run: run[0]
+    )
     assert done.returncode == 0
     assert "--namespace" in done.stdout
     assert seconds < 1.5
