@@ -21,6 +21,7 @@ from tests.testbed.object_server import ObjectServer
 EXAMPLE = Path(__file__).parents[2] / "examples" / "testbed" / "sae-job.yaml"
 BUCKET = "saes"
 SECONDS = 240
+SAE_FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
 
 
 @dataclass(frozen=True)
@@ -187,9 +188,7 @@ def test_the_output_has_the_documented_layout(first_light: FirstLight) -> None:
     prefix = name_of_output(first_light.done)
     names = {key.removeprefix(f"{prefix}/") for key in first_light.objects}
     for sae in first_light.done["spec"]["saes"]:
-        assert {
-            f"{sae['name']}/{file}" for file in ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
-        } <= names
+        assert {f"{sae['name']}/{file}" for file in SAE_FILES} <= names
     assert {"results.json", "metrics.jsonl", "report.html", "log.txt"} <= names
 
 
