@@ -1,4 +1,4 @@
-"""The main job on real parts: `kubectl apply` of the test bed's example, to trained SAEs in S3 and back to the status."""
+"""The main job on real parts: `kubectl apply` of an example, to trained SAEs in S3 and back to the status."""
 
 from __future__ import annotations
 
