@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from sae_operator.api.base import ApiModel, Count, CountOrZero, ShortText, TransitionRule
+from sae_operator.api.base import ApiModel, Count, CountOrZero, Rule, ShortText, immutable, raised_only
 from sae_operator.api.run_settings import RunSettings
 from sae_operator.api.store import StoreLocation
 
@@ -71,8 +71,19 @@ class CacheStorage(StoreLocation):
 
 
 class ActivationCacheSpec(ApiModel):
+    RULES = (
+        Rule(
+            "self.hooks.all(h, self.hooks.exists_one(g, g.name == h.name))",
+            lambda spec: len({hook.name for hook in spec.hooks}) == len(spec.hooks),
+            "names of hooks must be unique",
+            "hooks",
+        ),
+    )
+    # parallelism, run and suspend may change at any time.
     TRANSITION_RULES = (
-        TransitionRule("self.tokens >= oldSelf.tokens", "tokens can only be raised", "tokens"),
+        *(immutable(field) for field in ("model", "dataset", "hooks", "contextSize", "seed", "sampling", "storage")),
+        raised_only("tokens"),
+        raised_only("retry"),
     )
 
     model: ModelSource

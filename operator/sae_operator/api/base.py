@@ -16,6 +16,11 @@ API_VERSION = f"{GROUP}/{VERSION}"
 
 # Children are named `<name>-<uid8>-<step>-<attempt>` and must stay below the 63 characters of a label value.
 MAX_NAME_LENGTH = 40
+NAME_LENGTH_MESSAGE = f"metadata.name must be at most {MAX_NAME_LENGTH} characters"
+DNS_LABEL_PATTERN = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+NAME_LABEL_MESSAGE = (
+    "metadata.name must consist of lower-case letters, digits and '-', and begin and end with a letter or digit"
+)
 # JSON numbers above this are not exact in every parser on the way (API server, JavaScript tools).
 MAX_COUNT = 2**53
 
@@ -46,6 +51,18 @@ class TransitionRule:
     field: str = ""
 
 
+def immutable(field: str) -> TransitionRule:
+    """The rule that a field keeps its value, and keeps being set or not."""
+    cel = f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})"
+    return TransitionRule(cel, f"{field} is immutable; create a new resource instead", field)
+
+
+def raised_only(field: str) -> TransitionRule:
+    """The rule that a number, once set, never falls."""
+    cel = f"!has(oldSelf.{field}) || (has(self.{field}) && self.{field} >= oldSelf.{field})"
+    return TransitionRule(cel, f"{field} can only be raised", field)
+
+
 class ApiModel(BaseModel):
     """A part of a resource: camelCase in YAML, snake_case in Python, unknown fields refused."""
 
@@ -64,9 +81,13 @@ class ApiModel(BaseModel):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        for rule in type(self).RULES:
-            if not rule.holds(self):
-                raise PydanticCustomError("rule", "{message}", {"message": rule.message, "field": rule.field})
+        broken = [rule for rule in type(self).RULES if not rule.holds(self)]
+        if broken:
+            first = broken[0]
+            context: dict[str, Any] = {"message": first.message, "field": first.field}
+            # A validator can raise one error; the others travel with it, so that all are told at once.
+            context["broken"] = tuple((rule.message, rule.field) for rule in broken)
+            raise PydanticCustomError("rule", "{message}", context)
         return self
 
     def to_manifest(self) -> dict[str, Any]:
@@ -88,12 +109,14 @@ def one_of_set(*names: str) -> Callable[[Any], bool]:
 
 Count = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[int, BeforeValidator(_integral), Field(ge=0, le=MAX_COUNT)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
-ObjectName = Annotated[
-    str, StringConstraints(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
-]
-ShortText = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
-Uri = Annotated[
-    str,
-    StringConstraints(max_length=1024, pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\x00-\x1f\x7f]*)?|file://[^\x00-\x1f\x7f]+)$"),
-]
+NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+OBJECT_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+TEXT_PATTERN = r"^[^\x00-\x1f\x7f]*$"
+URI_PATTERN = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\x00-\x1f\x7f]*)?|file://[^\x00-\x1f\x7f]+)$"
+URL_PATTERN = r"^https?://[^\s]+$"
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=NAME_PATTERN)]
+ObjectName = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=OBJECT_NAME_PATTERN)]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=TEXT_PATTERN)]
+Uri = Annotated[str, StringConstraints(max_length=1024, pattern=URI_PATTERN)]
+EndpointUrl = Annotated[str, StringConstraints(max_length=512, pattern=URL_PATTERN)]

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
-from sae_operator.api.base import ApiModel, Count, CountOrZero, ObjectName, Rule, ShortText, one_of_set
+from sae_operator.api.base import MAX_COUNT, ApiModel, Count, CountOrZero, ObjectName, Rule, ShortText, one_of_set
 
 LabelText = Annotated[str, StringConstraints(max_length=253)]
+QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
+QUANTITY_LENGTH = 32
+
+
+def _quantity(value: Any) -> Any:
+    """One error for both forms of a quantity."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT:
+        return value
+    if isinstance(value, str) and len(value) <= QUANTITY_LENGTH and re.search(QUANTITY_PATTERN, value):
+        return value
+    message = 'must be a quantity: a whole number, or text such as "500m", "0.5" or "8Gi"'
+    raise PydanticCustomError("quantity", "{message}", {"message": message})
+
+
 # Kubernetes' resource.Quantity; an integer such as `nvidia.com/gpu: 1` is one too.
-Quantity = int | Annotated[str, StringConstraints(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+|[numkMGTPE]|[KMGTPE]i)?$")]
+Quantity = Annotated[
+    int | str,
+    BeforeValidator(_quantity),
+    WithJsonSchema(
+        {
+            "x-kubernetes-int-or-string": True,
+            "minimum": 0,
+            "maximum": MAX_COUNT,
+            "maxLength": QUANTITY_LENGTH,
+            "pattern": QUANTITY_PATTERN,
+        }
+    ),
+]
 ResourceList = Annotated[dict[LabelText, Quantity], Field(max_length=16)]
 StringMap = Annotated[dict[LabelText, LabelText], Field(max_length=32)]
 

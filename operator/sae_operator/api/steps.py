@@ -87,7 +87,9 @@ class TrainStep(ApiModel):
 class _Message(BaseModel):
     """JSON between pod and operator; unknown fields are ignored, so that versions can differ by one."""
 
-    model_config = ConfigDict(alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, extra="ignore", frozen=True)
+    model_config = ConfigDict(
+        alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, extra="ignore", frozen=True
+    )
 
 
 class SaeProgress(_Message):

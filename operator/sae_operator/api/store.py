@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-from sae_operator.api.base import ApiModel, ObjectName, Rule, Uri
+from sae_operator.api.base import ApiModel, EndpointUrl, ObjectName, Rule, Uri
 
 
 def has_no_parent_segment(uri: str) -> bool:
@@ -33,7 +33,7 @@ class StoreLocation(ApiModel):
 
     uri: Uri
     """`s3://bucket/prefix`, or `file://path` for a folder that every pod (or the local process) sees."""
-    endpoint_url: Annotated[str, StringConstraints(max_length=512, pattern=r"^https?://[^\s]+$")] | None = None
+    endpoint_url: EndpointUrl | None = None
     """Address of an S3-compatible server; AWS when empty and the Secret names none."""
     region: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     """Region of the bucket; the Secret's, then `us-east-1`, when empty."""

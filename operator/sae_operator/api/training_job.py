@@ -7,7 +7,20 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from sae_operator.api.activation_cache import ActivationCacheSpec, HookName
-from sae_operator.api.base import ApiModel, Count, CountOrZero, Name, ObjectName, Rule, TransitionRule, Uri, one_of_set
+from sae_operator.api.base import (
+    ApiModel,
+    Count,
+    CountOrZero,
+    EndpointUrl,
+    Name,
+    ObjectName,
+    Rule,
+    TransitionRule,
+    Uri,
+    immutable,
+    one_of_set,
+    raised_only,
+)
 from sae_operator.api.run_settings import RunSettings
 from sae_operator.api.store import SecretRef, StoreLocation, has_no_parent_segment
 
@@ -41,6 +54,19 @@ class Activations(ApiModel):
             "uri must not contain '..' segments",
             "uri",
         ),
+        Rule(
+            "!has(self.cache) || (!self.cache.suspend && self.cache.retry == 0)",
+            lambda a: a.cache is None or (not a.cache.suspend and a.cache.retry == 0),
+            "an inline cache follows the suspend and retry of its job; set spec.suspend and spec.retry instead",
+            "cache",
+        ),
+    )
+    # An inline cache has transition rules of its own.
+    TRANSITION_RULES = (
+        *(immutable(field) for field in ("cacheRef", "uri", "endpointUrl", "region", "secretRef")),
+        TransitionRule(
+            "has(self.cache) == has(oldSelf.cache)", "cache is immutable; create a new resource instead", "cache"
+        ),
     )
 
     cache_ref: CacheRef | None = None
@@ -49,7 +75,7 @@ class Activations(ApiModel):
     """An ActivationCache spec inline: the operator creates it, and shares it with every job that asks for the same."""
     uri: Uri | None = None
     """A finished cache: the folder of its `manifest.json`."""
-    endpoint_url: Annotated[str, StringConstraints(max_length=512, pattern=r"^https?://[^\s]+$")] | None = None
+    endpoint_url: EndpointUrl | None = None
     """Address of the S3-compatible server of `uri`."""
     region: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     """Region of the bucket of `uri`."""
@@ -61,8 +87,18 @@ class Architecture(ApiModel):
     """One flat object; which fields apply depends on `type`."""
 
     RULES = (
-        Rule("self.type != 'topk' || has(self.k)", lambda a: a.type != "topk" or a.k is not None, "k is required for type topk", "k"),
-        Rule("self.type == 'topk' || !has(self.k)", lambda a: a.type == "topk" or a.k is None, "k is only for type topk", "k"),
+        Rule(
+            "self.type != 'topk' || has(self.k)",
+            lambda a: a.type != "topk" or a.k is not None,
+            "k is required for type topk",
+            "k",
+        ),
+        Rule(
+            "self.type == 'topk' || !has(self.k)",
+            lambda a: a.type == "topk" or a.k is None,
+            "k is only for type topk",
+            "k",
+        ),
         Rule(
             "self.type == 'topk' || !has(self.auxKCoefficient)",
             lambda a: a.type == "topk" or a.aux_k_coefficient is None,
@@ -201,8 +237,23 @@ class SaeSpec(ApiModel):
 
 class Training(ApiModel):
     TRANSITION_RULES = (
-        TransitionRule(
-            "!has(oldSelf.tokens) || (has(self.tokens) && self.tokens >= oldSelf.tokens)", "tokens can only be raised", "tokens"
+        raised_only("tokens"),
+        *(
+            immutable(field)
+            for field in (
+                "batchSize",
+                "learningRate",
+                "learningRateEnd",
+                "decaySteps",
+                "gradientClipNorm",
+                "learningRateSchedule",
+                "restartCycles",
+                "warmUpSteps",
+                "adamBeta1",
+                "adamBeta2",
+                "deadAfterTokens",
+                "logEverySteps",
+            )
         ),
     )
 
@@ -285,6 +336,11 @@ class SAETrainingJobSpec(ApiModel):
             "each SAE's hook must be one of activations.cache.hooks; it may be left out only when there is one",
             "saes",
         ),
+    )
+    # activations and training have transition rules of their own; run and suspend may change at any time.
+    TRANSITION_RULES = (
+        *(immutable(field) for field in ("saes", "normalization", "evaluation", "checkpoints", "output")),
+        raised_only("retry"),
     )
 
     activations: Activations
