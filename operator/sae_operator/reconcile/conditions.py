@@ -1,7 +1,8 @@
 """Conditions as kstatus reads them, so that `kubectl wait`, Flux and Argo CD understand a resource without knowing it.
 
-Every status carries Ready, Reconciling and Stalled. Ready is True only when the work is done; Reconciling is True while the
-operator works or waits; Stalled is True when only a change by a user can help. Further conditions are there while they hold.
+Every status carries Ready, Reconciling and Stalled. Ready is True only when the work is done; Reconciling is True while
+the operator works or waits; Stalled is True when only a change by a user can help. Further conditions are there while
+they hold.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def find_ailments(
                 Finding(
                     PROGRESS_UNREACHABLE,
                     "NoAnswer",
-                    f"pod {pod.name} does not answer on {pod.ip}: {unreachable[pod.name]}; it works on, but its progress is"
-                    " not shown (does a NetworkPolicy keep the operator out?)",
+                    f"pod {pod.name} does not answer on {pod.ip}: {unreachable[pod.name]}; it works on, but its"
+                    " progress is not shown (does a NetworkPolicy keep the operator out?)",
                 )
             )
     return findings
@@ -142,8 +142,8 @@ def _slow_start(pod: PodFacts, around: Surroundings) -> Finding:
     return Finding(
         SECRET_MISSING,
         "ContainerCreating",
-        f"pod {pod.name} is still being created on node {pod.node}: either its image is large, or a Secret that it mounts is"
-        f" missing from namespace {around.namespace} ({names}; kubectl describe pod {pod.name} tells)",
+        f"pod {pod.name} is still being created on node {pod.node}: either its image is large, or a Secret that it"
+        f" mounts is missing from namespace {around.namespace} ({names}; kubectl describe pod {pod.name} tells)",
         "Unknown",
     )
 

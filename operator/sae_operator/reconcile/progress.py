@@ -34,6 +34,7 @@ def merge_progress(
     previous: ProgressStatus | None,
     *,
     total_tokens: int | None,
+    at_least: int = 0,
     now: datetime,
 ) -> ProgressStatus:
     """Progress of a step over all its pods.
@@ -43,11 +44,14 @@ def merge_progress(
         progress: what they said.
         previous: what the status says; kept as it is when nothing has changed, so that nothing is written.
         total_tokens: tokens of the whole step; the sum of what the pods say when None.
+        at_least: tokens that are done whatever the pods say.
         now: becomes `updatedAt` when something has changed.
     """
     latest = latest_by_index(pods, progress)
+    if not latest and previous is not None:
+        return previous
     running = {pod.index or 0 for pod in pods if pod.running}
-    tokens = sum(said.tokens for said in latest.values())
+    tokens = max(at_least, sum(said.tokens for said in latest.values()))
     total = total_tokens if total_tokens is not None else sum(said.total_tokens for said in latest.values())
     rate = sum(said.tokens_per_second for index, said in latest.items() if index in running)
     merged = _status(min(tokens, total) if total else tokens, total or None, rate)

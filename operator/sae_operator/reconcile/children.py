@@ -1,0 +1,281 @@
+"""Manifests of a step's ConfigMap and Job: valid under PodSecurity `restricted`, and without API credentials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from sae_operator.api.base import ApiModel
+from sae_operator.api.run_settings import EnvVar, Resources, RunSettings
+from sae_operator.api.steps import (
+    ENV_POD_IP,
+    ENV_SECRETS_DIRECTORY,
+    ENV_TERMINATION_MESSAGE,
+    PROGRESS_PORT,
+    SECRETS_DIRECTORY,
+    STEP_SPEC_PATH,
+    TERMINATION_MESSAGE_PATH,
+    ExitCode,
+)
+from sae_operator.reconcile.names import (
+    ANNOTATION_ATTEMPT,
+    ANNOTATION_WORK,
+    STEP_CONTAINER,
+    child_name,
+    labels,
+    owner_reference,
+)
+from sae_operator.reconcile.observed import Defaults, Metadata
+
+# Steps that load no model; they take none of the GPU pods' resources and selectors.
+CPU_STEPS = frozenset({"preflight", "prepare", "finalize"})
+
+USER = 65532
+HOME = "/home/job"
+# What a pod asks for when its settings and the plan say nothing: enough to start, little enough to fit anywhere.
+CPU_REQUEST, MEMORY_REQUEST = "500m", "1Gi"
+CPU_STEP_CPU_REQUEST = "250m"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class StepWanted:
+    """One attempt at one step.
+
+    Attributes:
+        kind, metadata: the resource that it belongs to.
+        work: key of the round of work.
+        spec: what the pods are given, resolved.
+        run: the pods' settings.
+        memory_bytes: memory that the plan says a pod needs; None when it is not known.
+        completions, parallelism: of an Indexed Job; None for a Job with one pod.
+    """
+
+    kind: str
+    metadata: Metadata
+    step: str
+    attempt: int
+    work: str
+    spec: ApiModel
+    run: RunSettings
+    defaults: Defaults
+    default_image: str
+    memory_bytes: int | None = None
+    completions: int | None = None
+    parallelism: int | None = None
+
+    @property
+    def name(self) -> str:
+        return child_name(self.metadata, self.step, self.attempt)
+
+
+def step_objects(wanted: StepWanted) -> tuple[dict[str, Any], dict[str, Any]]:
+    """ConfigMap and Job of the attempt, in the order in which they are to be created."""
+    manifest = wanted.spec.to_manifest()
+    return _config_map(wanted, manifest), _job(wanted, secret_names(manifest))
+
+
+def secret_names(manifest: Any) -> list[str]:
+    """Names in every `secretRef` of a step's specification, sorted."""
+    found: set[str] = set()
+    if isinstance(manifest, Mapping):
+        for key, value in manifest.items():
+            if key == "secretRef" and isinstance(value, Mapping) and "name" in value:
+                found.add(str(value["name"]))
+            else:
+                found.update(secret_names(value))
+    elif isinstance(manifest, list):
+        for value in manifest:
+            found.update(secret_names(value))
+    return sorted(found)
+
+
+def resources_of(run: RunSettings, step: str) -> Resources:
+    return run.cpu_steps.resources if step in CPU_STEPS else run.resources
+
+
+def resources_field(step: str, run_field: str) -> str:
+    """Path of the resources that a step's pods take, e.g. `spec.run.cpuSteps.resources`."""
+    return f"{run_field}.cpuSteps.resources" if step in CPU_STEPS else f"{run_field}.resources"
+
+
+def _metadata(wanted: StepWanted) -> dict[str, Any]:
+    return {
+        "name": wanted.name,
+        "namespace": wanted.metadata.namespace,
+        "labels": labels(wanted.kind, wanted.metadata, wanted.step),
+        "annotations": {ANNOTATION_ATTEMPT: str(wanted.attempt), ANNOTATION_WORK: wanted.work},
+        "ownerReferences": [owner_reference(wanted.kind, wanted.metadata, controller=True)],
+    }
+
+
+def _config_map(wanted: StepWanted, manifest: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(wanted),
+        "data": {PurePosixPath(STEP_SPEC_PATH).name: text},
+    }
+
+
+def _job(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
+    template = {
+        "metadata": {
+            "labels": {**wanted.run.pod_labels, **labels(wanted.kind, wanted.metadata, wanted.step)},
+            "annotations": dict(wanted.run.pod_annotations),
+        },
+        "spec": _pod_spec(wanted, secrets),
+    }
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(wanted),
+        "spec": {
+            **_retries(wanted),
+            # A pod is replaced when it has ended, not when it begins to: two never write at once.
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {
+                "rules": [
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                    {
+                        "action": "FailJob",
+                        "onExitCodes": {
+                            "containerName": STEP_CONTAINER,
+                            "operator": "In",
+                            "values": [int(ExitCode.INVALID)],
+                        },
+                    },
+                ]
+            },
+            "template": template,
+        },
+    }
+
+
+def _retries(wanted: StepWanted) -> dict[str, Any]:
+    if wanted.completions is None:
+        return {"backoffLimit": wanted.run.backoff_limit}
+    return {
+        "completionMode": "Indexed",
+        "completions": wanted.completions,
+        "parallelism": min(wanted.parallelism or wanted.completions, wanted.completions),
+        "backoffLimitPerIndex": wanted.run.backoff_limit,
+        # One bad index among many may be its own shard's fault; when a tenth is bad, the rest would only burn GPU time.
+        "maxFailedIndexes": wanted.completions // 10,
+    }
+
+
+def _pod_spec(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
+    run = wanted.run
+    spec: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": run.termination_grace_period_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(wanted, secrets)],
+        "volumes": [
+            {"name": "spec", "configMap": {"name": wanted.name}},
+            {"name": "home", "emptyDir": {}},
+            {"name": "tmp", "emptyDir": {}},
+            *(
+                {"name": f"secret-{i}", "secret": {"secretName": name, "optional": False}}
+                for i, name in enumerate(secrets)
+            ),
+        ],
+    }
+    selector, tolerations = _placement(wanted)
+    optional: dict[str, Any] = {
+        "nodeSelector": selector,
+        "tolerations": tolerations,
+        "priorityClassName": run.priority_class_name,
+        "serviceAccountName": run.service_account_name,
+        "imagePullSecrets": [reference.to_manifest() for reference in run.image_pull_secrets],
+    }
+    return spec | {key: value for key, value in optional.items() if value}
+
+
+def _placement(wanted: StepWanted) -> tuple[dict[str, str], list[Any]]:
+    """Node selector and tolerations; the namespace's defaults are for GPU nodes, so CPU steps do not take them."""
+    if wanted.step in CPU_STEPS:
+        settings = wanted.run.cpu_steps
+        return dict(settings.node_selector), [toleration.to_manifest() for toleration in settings.tolerations]
+    selector = wanted.run.node_selector or wanted.defaults.node_selector
+    tolerations = [toleration.to_manifest() for toleration in wanted.run.tolerations]
+    return dict(selector), tolerations or [dict(toleration) for toleration in wanted.defaults.tolerations]
+
+
+def _container(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
+    run = wanted.run
+    return {
+        "name": STEP_CONTAINER,
+        "image": run.image or wanted.defaults.image or wanted.default_image,
+        "imagePullPolicy": run.image_pull_policy,
+        "command": ["sae-job"],
+        "args": ["step", wanted.step, STEP_SPEC_PATH],
+        "env": [*_own_env(), *(_env(variable) for variable in run.env)],
+        "ports": [{"name": "progress", "containerPort": PROGRESS_PORT}],
+        "resources": _resources(wanted),
+        "terminationMessagePath": TERMINATION_MESSAGE_PATH,
+        # The end of the log serves where a step could not write its message.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "spec", "mountPath": str(PurePosixPath(STEP_SPEC_PATH).parent), "readOnly": True},
+            {"name": "home", "mountPath": HOME},
+            {"name": "tmp", "mountPath": "/tmp"},
+            *(
+                {"name": f"secret-{i}", "mountPath": f"{SECRETS_DIRECTORY}/{name}", "readOnly": True}
+                for i, name in enumerate(secrets)
+            ),
+        ],
+    }
+
+
+def _own_env() -> list[dict[str, Any]]:
+    fixed = {
+        "HOME": HOME,
+        "TMPDIR": "/tmp",
+        "HF_HOME": f"{HOME}/.cache/huggingface",
+        "XDG_CACHE_HOME": f"{HOME}/.cache",
+        ENV_SECRETS_DIRECTORY: SECRETS_DIRECTORY,
+        ENV_TERMINATION_MESSAGE: TERMINATION_MESSAGE_PATH,
+    }
+    pod_ip = {"name": ENV_POD_IP, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
+    return [*({"name": name, "value": value} for name, value in fixed.items()), pod_ip]
+
+
+def _env(variable: EnvVar) -> dict[str, Any]:
+    if variable.secret_key_ref is not None:
+        return {"name": variable.name, "valueFrom": {"secretKeyRef": variable.secret_key_ref.to_manifest()}}
+    return {"name": variable.name, "value": variable.value or ""}
+
+
+def _resources(wanted: StepWanted) -> dict[str, Any]:
+    """Limits and requests as strings; CPU and memory requests are filled in where nothing is said of them."""
+    given = resources_of(wanted.run, wanted.step)
+    limits = {name: str(quantity) for name, quantity in given.limits.items()}
+    requests = {name: str(quantity) for name, quantity in given.requests.items()}
+    on_cpu = wanted.step in CPU_STEPS
+    memory = MEMORY_REQUEST
+    if wanted.memory_bytes and not on_cpu:
+        memory = f"{-(-wanted.memory_bytes // MIB)}Mi"
+    for name, quantity in (("cpu", CPU_STEP_CPU_REQUEST if on_cpu else CPU_REQUEST), ("memory", memory)):
+        # The API server takes a limit for the request where there is none.
+        if name not in limits:
+            requests.setdefault(name, quantity)
+    return {key: value for key, value in (("limits", limits), ("requests", requests)) if value}

@@ -1,0 +1,225 @@
+"""The life of one step's Job: made, waited for, made anew when somebody deletes it, and judged by what its pods say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sae_operator.api.status import Condition
+from sae_operator.api.steps import StepResult
+from sae_operator.reconcile.attempts import MAX_RECREATIONS, merge_failed_pods, recreations, with_deleted_job
+from sae_operator.reconcile.children import StepWanted, step_objects
+from sae_operator.reconcile.conditions import IMAGE_PULL_FAILED, OOM_KILLED, PROGRESS_UNREACHABLE, Finding
+from sae_operator.reconcile.diagnosis import (
+    Failure,
+    Surroundings,
+    describe_failed_job,
+    describe_failed_pod,
+    find_ailments,
+    repeated_oom,
+)
+from sae_operator.reconcile.names import attempt_of, child_name, step_of
+from sae_operator.reconcile.observed import JobFacts, PodFacts
+from sae_operator.reconcile.scene import Draft, Scene, phase_of
+
+# Pods of a finished Job are listed again soon: all that is missing is their message.
+SETTLING_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How a kind runs one of its steps.
+
+    Attributes:
+        waiting_phase, running_phase: the status' phase without and with a live pod.
+        build: the Job's manifest for an attempt.
+        needs_result: the step's message carries what the next step or the status needs.
+        checkpoint_time: when work was last made safe; what an OOM kill after it costs is not lost.
+    """
+
+    step: str
+    waiting_phase: str
+    running_phase: str
+    build: Callable[[int], StepWanted]
+    surroundings: Surroundings
+    needs_result: bool = True
+    checkpoint_time: datetime | None = None
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a step's newest Job in this round has come to.
+
+    Attributes:
+        state: `absent` no Job; `ending` the Job is being deleted; `waiting` no pod lives; `running`; `settling` it has
+            finished and its message is not there yet; `succeeded`; `failed`.
+        result: its message; None when there is none, even after the grace period.
+        failure: why it failed.
+    """
+
+    state: Literal["absent", "ending", "waiting", "running", "settling", "succeeded", "failed"]
+    job: JobFacts | None = None
+    pods: tuple[PodFacts, ...] = ()
+    result: StepResult | None = None
+    failure: Failure | None = None
+
+
+def view_step(scene: Scene[Any], plan: StepPlan) -> StepView:
+    """Judge a step by its newest Job and that Job's pods."""
+    jobs = [job for job in scene.round_jobs if job.step == plan.step]
+    if not jobs:
+        return StepView("absent")
+    job = max(jobs, key=lambda job: job.attempt)
+    pods = tuple(pod for pod in scene.children.pods if pod.job_name == job.name)
+    if job.complete:
+        result = next((pod.result for pod in pods if pod.phase == "Succeeded" and pod.result is not None), None)
+        settled = result is not None or not plan.needs_result or _grace_is_over(scene, job)
+        return StepView("succeeded" if settled else "settling", job, pods, result)
+    if job.failed_reason is not None:
+        told = any(pod.phase == "Failed" for pod in pods)
+        if not told and not _grace_is_over(scene, job):
+            return StepView("settling", job, pods)
+        return StepView("failed", job, pods, failure=describe_failed_job(job, pods, plan.surroundings))
+    if job.deleting:
+        return StepView("ending", job, pods)
+    failure = repeated_oom(pods, plan.surroundings, plan.checkpoint_time)
+    if failure is not None:
+        return StepView("failed", job, pods, failure=failure)
+    alive = job.active > 0 and any(pod.running for pod in pods)
+    return StepView("running" if alive else "waiting", job, pods)
+
+
+def _grace_is_over(scene: Scene[Any], job: JobFacts) -> bool:
+    if job.finish_time is None:
+        return True
+    return (scene.now - job.finish_time).total_seconds() >= scene.settings.result_grace_seconds
+
+
+def drive_step(scene: Scene[Any], draft: Draft, plan: StepPlan) -> StepView:
+    """Bring a step forward; the draft then tells where it stands, but for success, from which the caller goes on."""
+    draft.attempts = draft.attempts or list(scene.previous.attempts or ())
+    _note_deleted_job(scene, draft, plan)
+    view = view_step(scene, plan)
+    if view.job is not None:
+        draft.updates["job_name"] = view.job.name
+        draft.updates["attempt"] = view.job.attempt
+        draft.attempts = merge_failed_pods(
+            draft.attempts, view.pods, lambda pod: describe_failed_pod(pod, plan.surroundings)
+        )
+        if view.state != "succeeded":
+            found = find_ailments(view.pods, scene.children.unreachable, plan.surroundings, scene.settings, scene.now)
+            draft.findings.extend(_steady(found, scene.previous.conditions or ()))
+    if view.state == "absent":
+        _start(scene, draft, plan)
+    elif view.state == "ending":
+        phase = "Suspended" if phase_of(scene.previous) == "Suspended" else plan.waiting_phase
+        draft.stand(phase, "working", "JobEnding", f"waits for Job {_name(view)} to be deleted")
+        draft.watch_pods(scene.settings)
+    elif view.state == "settling":
+        # The phase stays as it is, for no longer than the grace period: going back to Queued would tell a lie.
+        before = phase_of(scene.previous)
+        phase = before if before in (plan.waiting_phase, plan.running_phase) else plan.waiting_phase
+        draft.stand(phase, "working", "Finishing", f"waits for the message of Job {_name(view)}")
+        draft.watch_pods(scene.settings)
+        draft.look_again(SETTLING_SECONDS)
+    elif view.state == "failed":
+        failure = view.failure or Failure("Failed", f"Job {_name(view)} failed")
+        fail(scene, draft, failure)
+    elif view.state in ("waiting", "running"):
+        _tell_of_work(scene, draft, plan, view)
+    _end_strays(scene, draft, view)
+    return view
+
+
+def _steady(found: Sequence[Finding], before: Sequence[Condition]) -> list[Finding]:
+    """The kubelet alternates between the cause (ErrImagePull) and that it backs off: the cause stays."""
+    told = {condition.type: condition for condition in before if condition.status == "True"}
+    steady: list[Finding] = []
+    for finding in found:
+        known = told.get(finding.type)
+        if known is not None and finding.type == IMAGE_PULL_FAILED and finding.reason == "ImagePullBackOff":
+            finding = Finding(finding.type, known.reason, known.message)
+        steady.append(finding)
+    return steady
+
+
+def fail(scene: Scene[Any], draft: Draft, failure: Failure) -> None:
+    """The round ends without success; whatever still works for it is ended."""
+    draft.stand("Failed", "failed", failure.reason, failure.message)
+    draft.delete(scene.unfinished_jobs)
+    draft.requeue_after = None
+    draft.poll_pods = False
+
+
+def _note_deleted_job(scene: Scene[Any], draft: Draft, plan: StepPlan) -> None:
+    """A Job that the status tells of and that is gone was deleted by somebody else, unless we were suspended."""
+    told = scene.previous.job_name
+    if told is None or scene.previous_step != plan.step or phase_of(scene.previous) == "Suspended":
+        return
+    if not any(job.name == told for job in scene.children.jobs):
+        draft.attempts = with_deleted_job(draft.attempts, plan.step, told, scene.now)
+
+
+def _start(scene: Scene[Any], draft: Draft, plan: StepPlan) -> None:
+    """Create the step's Job, once nothing else of the resource works any more."""
+    if recreations(draft.attempts, plan.step) > MAX_RECREATIONS:
+        message = f"the Job of step {plan.step} was deleted {MAX_RECREATIONS + 1} times before it had finished"
+        fail(scene, draft, Failure("JobDeleted", f"{message}; raise spec.retry to run it again"))
+        return
+    paused = phase_of(scene.previous) == "Suspended"
+    if scene.unfinished_jobs or scene.orphaned_pods:
+        # Still Suspended: a Job that is gone because of that is not one that somebody deleted.
+        phase = "Suspended" if paused else plan.waiting_phase
+        draft.stand(phase, "working", "EarlierPodsEnding", "waits for the pods of an earlier attempt to end")
+        draft.watch_pods(scene.settings)
+        return
+    attempt = _next_attempt(scene, plan.step)
+    draft.create.extend(step_objects(plan.build(attempt)))
+    name = child_name(scene.metadata, plan.step, attempt)
+    draft.updates["job_name"] = name
+    draft.updates["attempt"] = attempt
+    draft.stand(plan.waiting_phase, "working", "JobCreated", f"Job {name} waits for a pod to start")
+    draft.watch_pods(scene.settings)
+
+
+def _next_attempt(scene: Scene[Any], step: str) -> int:
+    """One more than any attempt that is, or was told of: a name is not used twice while anything knows it."""
+    seen = [job.attempt for job in scene.children.jobs if job.step == step]
+    told = scene.stored.job_name
+    if told is not None and step_of(told, scene.metadata) == step:
+        seen.append(attempt_of(told))
+    seen.extend(attempt_of(entry.job_name) for entry in scene.stored.attempts or () if entry.step == step)
+    return 1 + max(seen, default=0)
+
+
+def _tell_of_work(scene: Scene[Any], draft: Draft, plan: StepPlan, view: StepView) -> None:
+    running = view.state == "running"
+    phase = plan.running_phase if running else plan.waiting_phase
+    hindrance = next(
+        (finding for finding in draft.findings if finding.type not in (OOM_KILLED, PROGRESS_UNREACHABLE)), None
+    )
+    if running:
+        draft.stand(phase, "working", "Working", f"Job {_name(view)} works on step {plan.step}")
+    elif hindrance is not None:
+        draft.stand(phase, "working", hindrance.type, hindrance.message)
+    elif view.job is not None and view.job.suspended:
+        draft.stand(phase, "working", "Queued", f"Job {_name(view)} is held by a queue")
+    elif view.pods and all(pod.finished for pod in view.pods) and draft.attempts:
+        last = draft.attempts[-1]
+        draft.stand(phase, "working", "Retrying", f"a pod is started again after {last.reason}: {last.message}")
+    else:
+        draft.stand(phase, "working", "Queued", f"Job {_name(view)} waits for a pod to start")
+    draft.live = running
+    draft.watch_pods(scene.settings)
+
+
+def _end_strays(scene: Scene[Any], draft: Draft, view: StepView) -> None:
+    """Only the step's own Job may work: end what an earlier round, or a race, has left."""
+    current = view.job.name if view.job is not None else None
+    draft.delete([job for job in scene.unfinished_jobs if job.name != current])
+
+
+def _name(view: StepView) -> str:
+    return view.job.name if view.job is not None else ""
