@@ -22,6 +22,10 @@ class StoreError(Exception):
     credentials."""
 
 
+class NoSpaceLeft(StoreError):
+    """The store is full: trying again cannot help until somebody makes room."""
+
+
 class ObjectNotFound(StoreError):
     """No object has this key."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sae_job.errors import InvalidInput
-from sae_job.storage.base import ObjectInfo, ObjectNotFound, PreconditionFailed, StoreError
+from sae_job.storage.base import NoSpaceLeft, ObjectInfo, ObjectNotFound, PreconditionFailed, StoreError
 
 # One unfinished file per key: a writer that died leaves at most this behind, and the next writer of the key reuses it.
 PARTIAL_SUFFIX = ".partial"
@@ -215,7 +215,7 @@ class FileStore:
     def _error(self, error: OSError, key: str, size: int = 0) -> Exception:
         where = f"{self._uri}/{key}".rstrip("/")
         if error.errno in NO_SPACE:
-            return StoreError(f"{where}: no space left for {size} bytes; free some space, or choose a larger place")
+            return NoSpaceLeft(f"{where}: no space left for {size} bytes; free some space, or choose a larger place")
         if error.errno in NO_PERMISSION:
             return InvalidInput("AccessDenied", f"{where}: {os.strerror(error.errno or 0)} for user {os.getuid()}")
         return StoreError(f"{where}: {error.strerror or error}")
