@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sae_job.errors import InvalidInput
@@ -116,6 +116,12 @@ class TrainingPlan:
 
     def _crosses(self, every: int, steps_done: int) -> bool:
         return steps_done * self.batch_size // every > (steps_done - 1) * self.batch_size // every
+
+    def with_scales_of(self, record: Mapping[str, Any]) -> TrainingPlan:
+        """The same plan with the scales of an earlier `record`: a cache that has grown since has other statistics, but
+        a training that goes on must see its activations as before."""
+        saes = tuple(replace(sae, scale=record["saes"][sae.name]["scale"]) for sae in self.saes)
+        return replace(self, saes=saes)
 
     def record(self) -> dict[str, Any]:
         """The resolved values as they are told in results.json."""

@@ -1,0 +1,270 @@
+"""The step `train`: a finished cache in, trained SAEs, results and a report out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from sae_job.activations.contexts import ContextReader
+from sae_job.activations.manifest import CacheManifest, read_manifest
+from sae_job.activations.reader import CachedActivations, HeldOut, held_out_contexts_for
+from sae_job.errors import InvalidInput
+from sae_job.evaluation.cross_entropy import CrossEntropy, cross_entropies
+from sae_job.evaluation.metrics import HeldOutRows
+from sae_job.reporting.report import render_report
+from sae_job.run.context import StepContext
+from sae_job.run.output_marker import claim_output
+from sae_job.storage.base import ObjectNotFound, ObjectStore
+from sae_job.text.plan import CacheIndex
+from sae_job.training.checkpoints import Checkpoints, metrics_lines
+from sae_job.training.loop import TrainingLoop
+from sae_job.training.plan import TrainingPlan, resolve_plan
+from sae_job.training.trainer import Trainer, continues
+from sae_operator.api.activation_cache import ModelSource
+from sae_operator.api.steps import CacheStep, ExitCode, SaeProgress, StepResult, TrainStep
+from sae_operator.api.training_job import SAETrainingJobSpec
+
+logger = logging.getLogger(__name__)
+
+RESULTS, METRICS, REPORT = "results.json", "metrics.jsonl", "report.html"
+# Order in which rows are read: one for every job, so that SAEs of different jobs see the same batches.
+ORDER_SEED = 0
+# Tokens that the CE-loss score runs the whole model on, several times: enough for two digits, minutes on a CPU.
+CROSS_ENTROPY_TOKENS = 8192
+CROSS_ENTROPY_BATCH_TOKENS = 2048
+PACKAGES = ("sae-operator", "torch", "safetensors")
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is trained on."""
+
+    store: ObjectStore
+    manifest: CacheManifest
+    reader: CachedActivations
+    held_out: HeldOut
+
+
+def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
+    """Train the SAEs of a job, continuing from its last checkpoint, and leave them with their results in its output.
+
+    Raises:
+        InvalidInput: the spec does not fit the cache, the output is another job's, or all SAEs diverged.
+        Stopped: asked to stop; a checkpoint is stored.
+        StoreError: the store failed.
+    """
+    assert isinstance(step, TrainStep)
+    spec = step.spec
+    output = context.open_store(spec.output)
+    claim_output(output, step)
+    checkpoints = Checkpoints(output, keep=spec.checkpoints.keep)
+    finished = _finished_results(output)
+    if finished is not None and finished["tokens"] >= (spec.training.tokens or 0):
+        logger.info("finished results are there already: %s/%s", output.uri, RESULTS)
+        checkpoints.remove_all()
+        return _step_result(finished, adopted=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cache_store = context.open_store(step.activations)
+    manifest = read_manifest(cache_store)
+    plan = _plan(step, manifest)
+
+    def fits(state: Mapping[str, Any]) -> bool:
+        left_over = finished is not None and state["plan"]["tokens"] == finished["tokens"]
+        return not left_over and continues(plan, state)
+
+    snapshot = checkpoints.newest(fits)
+    if snapshot is not None:
+        plan = plan.with_scales_of(snapshot.state["plan"])
+    data = _open(cache_store, manifest, plan, rows=_cache_rows(step, manifest))
+    try:
+        trainer = Trainer(
+            plan,
+            data.reader,
+            {hook: HeldOutRows(rows, device=device) for hook, rows in data.held_out.activations.items()},
+            metrics=frozenset(spec.evaluation.metrics),
+            device=device,
+        )
+        if snapshot is None:
+            if finished is not None:
+                logger.info("the results there are of %d tokens: training again from the start", finished["tokens"])
+            trainer.initialize()
+        else:
+            logger.info("continuing from the checkpoint of %d tokens", snapshot.tokens)
+            trainer.restore(snapshot)
+        loop = TrainingLoop(
+            trainer,
+            checkpoints,
+            context.reporter,
+            should_stop=context.should_stop,
+            now=context.now,
+            seconds_before=0.0 if snapshot is None else snapshot.state["seconds"],
+            stored_tokens=None if snapshot is None else snapshot.tokens,
+        )
+        loop.run()
+        scores = _cross_entropies(spec, trainer, data, device)
+    finally:
+        data.reader.close()
+    results = _results(step, trainer, data, scores, seconds=loop.seconds, device=device)
+    _leave(output, spec, trainer, results)
+    checkpoints.remove_all()
+    result = _step_result(results, adopted=False)
+    context.reporter.update(saes=result.saes)
+    return result
+
+
+def _finished_results(output: ObjectStore) -> dict[str, Any] | None:
+    try:
+        return json.loads(output.get(RESULTS))
+    except ObjectNotFound:
+        return None
+
+
+def _cache_rows(step: TrainStep, manifest: CacheManifest) -> int:
+    """Rows of the cache that the job asked for: others may have extended it since."""
+    return manifest.tokens if step.cache is None else min(step.cache.tokens, manifest.tokens)
+
+
+def _plan(step: TrainStep, manifest: CacheManifest) -> TrainingPlan:
+    statistics = {hook.name: hook for hook in manifest.hooks}
+    return resolve_plan(step.spec, cache_rows=_cache_rows(step, manifest), statistics=statistics)
+
+
+def _open(store: ObjectStore, manifest: CacheManifest, plan: TrainingPlan, *, rows: int) -> _Data:
+    reader = CachedActivations.open(
+        store,
+        hooks=plan.hooks,
+        batch_size=plan.batch_size,
+        seed=ORDER_SEED,
+        held_out_contexts=held_out_contexts_for(store, manifest, plan.held_out_rows),
+        total_rows=rows,
+    )
+    return _Data(store, manifest, reader, reader.held_out(plan.held_out_rows))
+
+
+def _cross_entropies(
+    spec: SAETrainingJobSpec, trainer: Trainer, data: _Data, device: torch.device
+) -> dict[str, CrossEntropy]:
+    """Cross-entropies on held-out contexts, where they are asked for."""
+    if "ce_loss_score" not in spec.evaluation.metrics or not trainer.sound():
+        return {}
+    from sae_job.models.load import load_full_model
+
+    index = CacheIndex.load(data.store)
+    size = data.manifest.context_size
+    sequence, position = data.held_out.sequence.long(), data.held_out.position.long()
+    count = min(int(sequence.max()) + 1 if len(sequence) else 0, max(1, CROSS_ENTROPY_TOKENS // size))
+    if index is None or count == 0:
+        raise InvalidInput(
+            "NoHeldOutContexts",
+            "ce_loss_score needs held-out contexts and the cache's tokens/ folder; hold out more, or drop the metric",
+            field="spec.evaluation.metrics",
+        )
+    contexts = ContextReader(data.store, index).read(0, count)
+    replaced = torch.zeros(contexts.shape, dtype=torch.bool)
+    inside = sequence < count
+    replaced[sequence[inside], position[inside]] = True
+    source = ModelSource.model_validate(data.manifest.spec["model"])
+    model = load_full_model(source, device=device, revision=data.manifest.model["revision"])
+    return cross_entropies(
+        model,
+        contexts,
+        replaced,
+        {sae.name: (sae.plan.hook, sae.inference()) for sae in trainer.sound()},
+        ignore_token_ids=index.tokenizer.special_token_ids,
+        batch_size=max(1, CROSS_ENTROPY_BATCH_TOKENS // size),
+    )
+
+
+def _results(
+    step: TrainStep,
+    trainer: Trainer,
+    data: _Data,
+    scores: Mapping[str, CrossEntropy],
+    *,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    plan, manifest = trainer.plan, data.manifest
+    return {
+        "name": step.name,
+        "namespace": step.namespace,
+        "saes": [_sae_results(trainer, index, scores) for index in range(len(trainer.saes))],
+        "tokens": plan.tokens,
+        "held_out_tokens": len(data.held_out.sequence),
+        "tokens_per_second": plan.tokens / seconds if seconds > 0 else None,
+        "provenance": {
+            "cache": {
+                "uri": data.store.uri,
+                "identity": manifest.identity,
+                "manifest_sha256": manifest.sha256,
+                "tokens": manifest.tokens,
+                "model": manifest.model,
+                "dataset": manifest.dataset,
+            },
+            "spec": step.spec.to_manifest(),
+            "resolved": plan.record(),
+            "versions": {package: version(package) for package in PACKAGES},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _sae_results(trainer: Trainer, index: int, scores: Mapping[str, CrossEntropy]) -> dict[str, Any]:
+    sae, plan = trainer.saes[index], trainer.plan
+    last = trainer.evaluation_after(plan.steps, sae.name)
+    tenth = trainer.evaluation_after(plan.tenth_step, sae.name)
+    score = scores.get(sae.name)
+    return {
+        "name": sae.name,
+        "phase": "Succeeded" if sae.failure is None else "Failed",
+        "message": sae.failure,
+        "hook": sae.plan.hook,
+        "architecture": sae.plan.spec.architecture.type,
+        "d_in": sae.plan.d_in,
+        "d_sae": sae.plan.d_sae,
+        "explained_variance": last.get("explained_variance"),
+        "explained_variance_at_10_percent": tenth.get("explained_variance"),
+        "l0": last.get("l0"),
+        "mse": last.get("mse"),
+        "dead_fraction": last.get("dead_fraction"),
+        "ce_loss_score": None if score is None else score.score,
+        "ce_loss_clean": None if score is None else score.clean,
+        "ce_loss_with_sae": None if score is None else score.spliced,
+        "ce_loss_with_ablation": None if score is None else score.ablated,
+        "loss": trainer.latest(sae.name).get("loss"),
+    }
+
+
+def _leave(output: ObjectStore, spec: SAETrainingJobSpec, trainer: Trainer, results: dict[str, Any]) -> None:
+    """Write what a finished job leaves; results.json last, since its presence means that all is there."""
+    densities: dict[str, list[float]] = {}
+    for sae in trainer.sound():
+        log_densities = sae.log_densities()
+        sae.inference().save(output, sae.name, log_sparsity=log_densities)
+        if log_densities is not None:
+            densities[sae.name] = log_densities.tolist()
+    output.put(METRICS, metrics_lines(trainer.lines))
+    output.put(REPORT, render_report(results, trainer.lines, densities, spec.to_manifest()).encode())
+    output.put(RESULTS, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _step_result(results: Mapping[str, Any], *, adopted: bool) -> StepResult:
+    failed = [sae["name"] for sae in results["saes"] if sae["phase"] == "Failed"]
+    told = SaeProgress.model_fields.keys()
+    return StepResult(
+        step="train",
+        exit_code=ExitCode.DONE,
+        reason="Completed",
+        message=f"failed: {', '.join(failed)}" if failed else "",
+        adopted=adopted,
+        tokens=results["tokens"],
+        tokens_per_second=results["tokens_per_second"],
+        saes=[SaeProgress(**{key: value for key, value in sae.items() if key in told}) for sae in results["saes"]],
+    )
