@@ -53,7 +53,8 @@ class Sampling(ApiModel):
     """Which positions of a context become rows of the cache."""
 
     prepend_bos: bool = True
-    """Begin every context with the tokenizer's BOS token, and separate documents by it. Without effect for tokenizers that have none."""
+    """Begin every context with the tokenizer's BOS token, and separate documents by it. Without effect for tokenizers
+    that have none."""
     exclude_special_tokens: bool = True
     """Drop rows of special tokens (BOS, EOS, padding)."""
     max_norm_ratio: Annotated[float, Field(ge=0, le=1e6)] = 10.0

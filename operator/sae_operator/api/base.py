@@ -1,4 +1,4 @@
-"""What every resource model shares: strictness, camelCase names, bounded types, and rules that hold in Python and in CEL alike."""
+"""What every resource model shares: strictness, camelCase names, bounded types, rules in Python and in CEL."""
 
 from __future__ import annotations
 

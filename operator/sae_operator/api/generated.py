@@ -17,7 +17,11 @@ def differing_files(files: Mapping[str, str], folder: Path) -> list[str]:
 
 
 def write_or_check(files: Mapping[str, str], arguments: Sequence[str], *, program: str) -> int:
-    """The command line of a generator: `--out FOLDER [--check]`. Returns the exit code: 1 when `--check` finds a difference."""
+    """The command line of a generator: `--out FOLDER [--check]`.
+
+    Returns:
+        The exit code: 1 when `--check` finds a difference.
+    """
     parser = argparse.ArgumentParser(prog=program)
     parser.add_argument("--out", type=Path, required=True, help="folder of the generated files")
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a file differs")

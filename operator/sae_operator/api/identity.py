@@ -46,15 +46,17 @@ def cache_location(spec: ActivationCacheSpec, namespace: str) -> StoreLocation:
 
 
 def inline_cache_name(spec: ActivationCacheSpec) -> str:
-    """Name of the ActivationCache that an inline spec becomes: the same for every job that asks for the same data in the same place."""
-    place = {"identity": cache_identity(spec), "uri": spec.storage.uri, "endpointUrl": spec.storage.endpoint_url}
+    """Name of the ActivationCache that an inline spec becomes: the same for all that ask for one data in one place."""
+    storage = spec.storage
+    place = {"identity": cache_identity(spec), "uri": storage.uri.rstrip("/"), "endpointUrl": storage.endpoint_url}
     return f"cache-{canonical_hash(place)}"
 
 
 def training_identity(spec: SAETrainingJobSpec) -> str:
-    """Hash of what determines a training job's results: a resource re-created with the same hash resumes or adopts them."""
+    """Hash of what determines a training job's results: a resource re-created with the same continues or adopts."""
     manifest = spec.to_manifest()
-    activations = dict(manifest["activations"])
+    # Where the data lies counts, not who opens it.
+    activations = {key: value for key, value in manifest["activations"].items() if key not in ("region", "secretRef")}
     if spec.activations.cache is not None:
         activations = {"cache": cache_identity(spec.activations.cache)}
     training = {key: value for key, value in manifest["training"].items() if key != "tokens"}

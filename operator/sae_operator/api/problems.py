@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sae_operator.api.base import NAME_PATTERN, OBJECT_NAME_PATTERN, TEXT_PATTERN, URI_PATTERN, URL_PATTERN
+from sae_operator.api.run_settings import LABEL_VALUE_PATTERN
 from sae_operator.api.schema import MAP_KEY_MESSAGE, models_in
 
 # More would push the message out of a line that people read.
@@ -21,6 +22,7 @@ _PATTERN_WORDS = {
     OBJECT_NAME_PATTERN: "must be the name of a Kubernetes object: lower-case letters, digits, '-' and '.'",
     TEXT_PATTERN: "must not contain control characters",
     URI_PATTERN: "must be s3://bucket/prefix or file://path",
+    LABEL_VALUE_PATTERN: "must be a label's value: letters, digits, '-', '_' and '.'",
     URL_PATTERN: "must be an address such as https://host:port",
 }
 

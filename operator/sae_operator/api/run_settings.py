@@ -10,7 +10,11 @@ from pydantic_core import PydanticCustomError
 
 from sae_operator.api.base import MAX_COUNT, ApiModel, Count, CountOrZero, ObjectName, Rule, ShortText, one_of_set
 
-LabelText = Annotated[str, StringConstraints(max_length=253)]
+LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
+LabelKey = Annotated[str, StringConstraints(max_length=253)]
+LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=LABEL_VALUE_PATTERN)]
+AnnotationValue = Annotated[str, StringConstraints(max_length=2048)]
+SecretKey = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[-._A-Za-z0-9]+$")]
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
 QUANTITY_LENGTH = 32
 
@@ -41,8 +45,9 @@ Quantity = Annotated[
         }
     ),
 ]
-ResourceList = Annotated[dict[LabelText, Quantity], Field(max_length=16)]
-StringMap = Annotated[dict[LabelText, LabelText], Field(max_length=32)]
+ResourceList = Annotated[dict[LabelKey, Quantity], Field(max_length=16)]
+StringMap = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
+Annotations = Annotated[dict[LabelKey, AnnotationValue], Field(max_length=32)]
 
 
 class Resources(ApiModel):
@@ -53,11 +58,33 @@ class Resources(ApiModel):
 
 
 class Toleration(ApiModel):
-    key: LabelText | None = None
+    # As Kubernetes has them: a pod that breaks one is refused when it is created, long after the manifest.
+    RULES = (
+        Rule(
+            "self.operator != 'Exists' || !has(self.value)",
+            lambda t: t.operator != "Exists" or t.value is None,
+            "value is only for operator Equal",
+            "value",
+        ),
+        Rule(
+            "has(self.key) || self.operator == 'Exists'",
+            lambda t: t.key is not None or t.operator == "Exists",
+            "key may be left out only with operator Exists",
+            "key",
+        ),
+        Rule(
+            "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            lambda t: t.toleration_seconds is None or t.effect == "NoExecute",
+            "tolerationSeconds is only for effect NoExecute",
+            "tolerationSeconds",
+        ),
+    )
+
+    key: LabelKey | None = None
     """Taint key that is tolerated; every taint when empty."""
     operator: Literal["Exists", "Equal"] = "Equal"
     """How key and value relate to the taint."""
-    value: LabelText | None = None
+    value: LabelValue | None = None
     """Taint value; only with `Equal`."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Taint effect; all when empty."""
@@ -68,7 +95,7 @@ class Toleration(ApiModel):
 class SecretKeyRef(ApiModel):
     name: ObjectName
     """Name of the Secret."""
-    key: LabelText
+    key: SecretKey
     """Key in the Secret."""
 
 
@@ -78,6 +105,12 @@ class EnvVar(ApiModel):
             "has(self.value) != has(self.secretKeyRef)",
             one_of_set("value", "secret_key_ref"),
             "exactly one of value and secretKeyRef must be set",
+        ),
+        Rule(
+            "!self.name.startsWith('SAE_JOB_')",
+            lambda variable: not variable.name.startswith("SAE_JOB_"),
+            "names that begin with SAE_JOB_ are set by the operator",
+            "name",
         ),
     )
 
@@ -95,7 +128,7 @@ class ObjectReference(ApiModel):
 
 
 class CpuStepSettings(ApiModel):
-    """Overrides for the steps that need no GPU (preflight, prepare, finalize); they take none of the GPU's selectors."""
+    """Overrides for the steps without a GPU (preflight, prepare, finalize); they take none of the GPU's selectors."""
 
     resources: Resources = Field(default_factory=Resources)
     """CPU and memory of these steps."""
@@ -126,7 +159,7 @@ class RunSettings(ApiModel):
     """Further environment variables of all pods."""
     pod_labels: StringMap = Field(default_factory=dict)
     """Further labels of all pods."""
-    pod_annotations: StringMap = Field(default_factory=dict)
+    pod_annotations: Annotations = Field(default_factory=dict)
     """Annotations of all pods."""
     backoff_limit: Annotated[CountOrZero, Field(le=100)] = 3
     """How often a failed pod is retried; pods that a node disruption ended do not count."""

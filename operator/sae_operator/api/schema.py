@@ -99,7 +99,7 @@ def _convert(node: Schema, definitions: dict[str, Schema], nested: type[BaseMode
 
 
 def _bounds(node: Schema) -> Schema:
-    """Bounds of a number. After a validator of its own, pydantic names them as Python does: `ge` for `minimum` and so on."""
+    """Bounds of a number. After a validator of its own, pydantic names them as Python does: `ge` for `minimum`."""
     bounds: Schema = {}
     lowest = [node[key] for key in ("minimum", "ge") if key in node]
     highest = [node[key] for key in ("maximum", "le") if key in node]

@@ -1,7 +1,8 @@
 """The contract between operator and pods: what a pod is given, what it answers, and how it ends.
 
 A pod runs `sae-job step NAME /etc/sae-job/step.json`. It serves `GET /progress` (a `Progress`) and `GET /metrics` on
-`PROGRESS_PORT` of its pod IP while it works, writes a `StepResult` to its termination message, and ends with an `ExitCode`.
+`PROGRESS_PORT` of its pod IP while it works, writes a `StepResult` to its termination message, and ends with an
+`ExitCode`.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class StepResult(_Message):
     """One line for people, with the fix."""
     # prepare
     adopted: bool | None = None
-    """prepare: a finished cache with enough rows is there already. train, preflight: finished results are there already."""
+    """prepare: a finished cache with enough rows is there already. train, preflight: finished results are there."""
     shards_total: int | None = None
     """prepare: shards of the cache for the tokens asked for."""
     shards_complete: int | None = None

@@ -163,11 +163,11 @@ class Architecture(ApiModel):
 
 class Initialization(ApiModel):
     decoder: Literal["mixed", "kaiming_uniform", "orthogonal", "heuristic"] = "mixed"
-    """`mixed`: unit rows halfway between a random activation and a random direction. `kaiming_uniform`: the reference's default.
-    `orthogonal`: orthogonal rows. `heuristic`: random rows of norm 0.1."""
+    """`mixed`: unit rows halfway between a random activation and a random direction. `kaiming_uniform`: the default of
+    SAELens. `orthogonal`: orthogonal rows. `heuristic`: random rows of norm 0.1."""
     encoder: Literal["scaled_transpose", "transpose", "kaiming_uniform"] = "scaled_transpose"
-    """`scaled_transpose`: the decoder's transpose times the scalar that best reconstructs a sample. `transpose`: the decoder's transpose.
-    `kaiming_uniform`: independent of the decoder."""
+    """`scaled_transpose`: the decoder's transpose times the scalar that best reconstructs a sample. `transpose`: the
+    decoder's transpose. `kaiming_uniform`: independent of the decoder."""
     decoder_bias: Literal["mean", "geometric_median", "zeros"] = "mean"
     """Start of `b_dec`, from the activations as the encoder sees them."""
 
@@ -185,6 +185,12 @@ class TrainingOverrides(ApiModel):
 
 class SaeSpec(ApiModel):
     RULES = (
+        Rule(
+            "self.name != 'checkpoints'",
+            lambda s: s.name != "checkpoints",
+            "the folder checkpoints below output.uri is taken; choose another name",
+            "name",
+        ),
         Rule(
             "!(has(self.dSae) && has(self.expansionFactor))",
             lambda s: s.d_sae is None or s.expansion_factor is None,
@@ -322,7 +328,8 @@ class SAETrainingJobSpec(ApiModel):
             "saes",
         ),
         Rule(
-            "!has(self.activations.cache) || self.saes.all(s, has(s.hook) ? self.activations.cache.hooks.exists(h, h.name == s.hook)"
+            "!has(self.activations.cache) || self.saes.all(s, has(s.hook)"
+            " ? self.activations.cache.hooks.exists(h, h.name == s.hook)"
             " : self.activations.cache.hooks.size() == 1)",
             lambda spec: (
                 spec.activations.cache is None
@@ -336,6 +343,17 @@ class SAETrainingJobSpec(ApiModel):
             "each SAE's hook must be one of activations.cache.hooks; it may be left out only when there is one",
             "saes",
         ),
+        Rule(
+            "!has(self.activations.cache) || !has(self.evaluation.heldOutTokens)"
+            " || self.evaluation.heldOutTokens < self.activations.cache.tokens",
+            lambda spec: (
+                spec.activations.cache is None
+                or spec.evaluation.held_out_tokens is None
+                or spec.evaluation.held_out_tokens < spec.activations.cache.tokens
+            ),
+            "evaluation.heldOutTokens must be less than activations.cache.tokens, or nothing is left to train on",
+            "evaluation.heldOutTokens",
+        ),
     )
     # activations and training have transition rules of their own; run and suspend may change at any time.
     TRANSITION_RULES = (
@@ -348,8 +366,8 @@ class SAETrainingJobSpec(ApiModel):
     saes: Annotated[list[SaeSpec], Field(min_length=1, max_length=16)]
     """The SAEs; all train on the same stream, read once."""
     normalization: Literal["centered_rms", "expected_average_only_in", "none"] = "centered_rms"
-    """How activations are scaled for training; folded into the saved SAE. `centered_rms`: deviation from the mean has RMS norm sqrt(dIn).
-    `expected_average_only_in`: mean norm is sqrt(dIn)."""
+    """How activations are scaled for training; folded into the saved SAE. `centered_rms`: the deviation from the mean
+    has RMS norm sqrt(dIn). `expected_average_only_in`: the mean norm is sqrt(dIn)."""
     training: Training = Field(default_factory=Training)
     """Optimisation; the same for all SAEs but for what an SAE overrides."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
