@@ -16,6 +16,7 @@ from _pytest.capture import CaptureManager
 
 from tests.testbed.binaries import HELM, KUBE, VERSITYGW, ensure_built
 from tests.testbed.control_plane import ControlPlane
+from tests.testbed.node import Node
 from tests.testbed.object_server import ObjectServer
 from tests.testbed.paths import CHECKOUT
 from tests.testbed.waiting import wait_for
@@ -80,3 +81,10 @@ def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSe
 def helm() -> Path:
     """Path of the helm program."""
     return ensure_built(HELM)
+
+
+@pytest.fixture(scope="session")
+def node(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A node with 8 GPUs for the whole session; image `sae-operator/job:test` is this checkout with its environment."""
+    with Node(control_plane, tmp_path_factory.mktemp("node")) as started:
+        yield started
