@@ -114,12 +114,14 @@ class BlockBuilder:
         tokenizer: TextTokenizer,
         tokenizer_record: TokenizerRecord,
         *,
+        vocabulary: int,
         previous: BlockRecord | None,
         first_block: int,
         between_batches: Callable[[], None],
     ) -> None:
         """
         Args:
+            vocabulary: the model takes token ids below this.
             previous: sidecar of the block before the first one to make.
             between_batches: called between batches of texts; may raise to end the work.
         """
@@ -127,6 +129,7 @@ class BlockBuilder:
         self._tokenizer = tokenizer
         self._tokenizer_record = tokenizer_record
         self._documents = documents
+        self._vocabulary = vocabulary
         self._between_batches = between_batches
         self._next_block = first_block
         self._rows_consumed = previous.rows_consumed if previous else 0
@@ -161,7 +164,11 @@ class BlockBuilder:
             self._rows_consumed += 1
 
     def write_next(self, store: ObjectStore) -> BlockRecord | None:
-        """Make the next block and store it, then its sidecar; None when the data set has no whole context left."""
+        """Make the next block and store it, then its sidecar; None when the data set has no whole context left.
+
+        Raises:
+            InvalidInput: the tokenizer gives ids that the model does not take.
+        """
         from safetensors.torch import save
 
         wanted = contexts_per_block(self._spec.context_size)
@@ -175,6 +182,12 @@ class BlockBuilder:
         state = self._packer.state
         order = shuffled_order(self._spec.seed, self._next_block, len(contexts))
         stacked = torch.stack(contexts)[torch.from_numpy(order)]
+        if int(stacked.max()) >= self._vocabulary:
+            raise InvalidInput(
+                "TokenizerMismatch",
+                f"the tokenizer gives token id {int(stacked.max())}, the model takes {self._vocabulary} ids",
+                field="spec.model.name",
+            )
         data = save({"contexts": stacked})
         record = BlockRecord(
             sha256=hashlib.sha256(data).hexdigest(),

@@ -1,0 +1,284 @@
+"""The step `prepare`: text to contexts on the store, and the plan that cache workers follow; no weights, no GPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from sae_job.activations.format import MANIFEST_KEY, SHARDS_PREFIX, shard_key, sidecar_key
+from sae_job.activations.manifest import CacheManifest, parse_manifest
+from sae_job.errors import InvalidInput, Stopped
+from sae_job.models.facts import ModelFacts, check_context_size
+from sae_job.models.load import inspect_model
+from sae_job.run.context import StepContext
+from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
+from sae_job.text.blocks import BlockBuilder, BlockRecord, read_block_records
+from sae_job.text.documents import open_documents
+from sae_job.text.plan import (
+    ITEM_BYTES,
+    BlockEntry,
+    CacheIndex,
+    ModelRecord,
+    Plan,
+    TokenizerRecord,
+    contexts_per_block,
+    plan_shards,
+    row_bytes,
+    rows_per_shard,
+    slack_for,
+)
+from sae_job.text.tokenize import TextTokenizer, load_tokenizer
+from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.identity import CACHE_FORMAT_VERSION, cache_identity
+from sae_operator.api.steps import CacheStep, ExitCode, HookFacts, StepResult, TrainStep
+
+logger = logging.getLogger(__name__)
+
+MARKER_KEY = "sae-operator.json"
+# Interpreter, libraries, and a GPU's context: measured at 0.6 GiB on a CPU.
+_PROCESS_BYTES = 2**30
+# Tensors of a layer's width that a forward pass holds at a time, beside what the hooks keep.
+_FORWARD_WIDTHS = 16
+# Shards in memory: one being filled, one being stored.
+_SHARDS_IN_MEMORY = 2
+
+
+def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult:
+    """Store contexts for `spec.tokens` rows and the plan of their shards, or adopt a finished cache.
+
+    Contexts that are stored already, for fewer rows or by an attempt that was stopped, are kept.
+
+    Raises:
+        InvalidInput: model, data set or hooks do not exist or do not fit; too little text; too large a cache.
+        Stopped: asked to stop; whole blocks of contexts are stored.
+    """
+    if not isinstance(step, CacheStep):
+        raise TypeError(f"the prepare step is given a {type(step).__name__}")
+    spec = step.spec
+    store = context.open_store(step.location)
+    context.reporter.update(total_tokens=spec.tokens)
+    manifest = finished_manifest(store, spec)
+    if manifest is not None and manifest.tokens >= spec.tokens:
+        return _adopt(manifest)
+    _mark(store, spec)
+    earlier = CacheIndex.load(store)
+    facts = inspect_model(
+        spec.model,
+        [hook.name for hook in spec.hooks],
+        revision=None if earlier is None else earlier.model.revision,
+    )
+    check_context_size(facts, spec.context_size)
+    check_size(spec, facts)
+    records, plan = _contexts(spec, facts, store, context)
+    index = _index(spec, facts, records, plan)
+    if index != earlier:
+        index.save(store)
+    context.reporter.update(tokens=spec.tokens)
+    complete = _complete_shards(store, index)
+    logger.info("%d contexts, %d shards, of which %d are stored", index.contexts, len(index.shards), complete)
+    return StepResult(
+        step="prepare",
+        exit_code=ExitCode.DONE,
+        reason="Completed",
+        message=f"{len(index.shards)} shards from {index.contexts} contexts, of which {complete} are stored already",
+        adopted=False,
+        shards_total=len(index.shards),
+        shards_complete=complete,
+        plan={"bytes": cache_bytes(spec, facts), "gpuSeconds": None, "memoryBytes": memory_bytes(spec, facts)},
+    )
+
+
+def finished_manifest(store: ObjectStore, spec: ActivationCacheSpec) -> CacheManifest | None:
+    """The manifest of a cache that is complete, for however many rows; None when there is none.
+
+    Raises:
+        InvalidInput: it is damaged, or another cache's.
+    """
+    try:
+        data = store.get(MANIFEST_KEY)
+    except ObjectNotFound:
+        return None
+    manifest = parse_manifest(data, store.uri)
+    if manifest.identity != cache_identity(spec):
+        raise InvalidInput(
+            "CacheTaken", f"{store.uri} holds a cache of another spec; choose another uri", field="spec.storage.uri"
+        )
+    return manifest
+
+
+def cache_bytes(spec: ActivationCacheSpec, facts: ModelFacts) -> int:
+    """Size of the finished cache's rows."""
+    return spec.tokens * row_bytes(facts.d_in, spec.storage.dtype)
+
+
+def check_size(spec: ActivationCacheSpec, facts: ModelFacts) -> None:
+    """Raises InvalidInput when the cache would be larger than the spec allows."""
+    size, limit = cache_bytes(spec, facts), spec.storage.max_bytes
+    if limit is not None and size > limit:
+        raise InvalidInput(
+            "CacheTooLarge",
+            f"{spec.tokens} rows are {size} bytes, more than maxBytes {limit}; lower spec.tokens or raise maxBytes",
+            field="spec.storage.maxBytes",
+        )
+
+
+def memory_bytes(spec: ActivationCacheSpec, facts: ModelFacts) -> int:
+    """What a cache worker needs: weights, one forward pass, and the shards being filled and stored."""
+    item = ITEM_BYTES[spec.model.dtype]
+    width = sum(facts.d_in.values()) + _FORWARD_WIDTHS * max(facts.d_in.values())
+    forward = spec.model.batch_size * spec.context_size * width * item
+    shard = rows_per_shard(spec, facts.d_in) * row_bytes(facts.d_in, spec.storage.dtype)
+    return _PROCESS_BYTES + facts.parameter_bytes + forward + _SHARDS_IN_MEMORY * shard
+
+
+def _adopt(manifest: CacheManifest) -> StepResult:
+    logger.info("a finished cache of %d rows is there already", manifest.tokens)
+    return StepResult(
+        step="prepare",
+        exit_code=ExitCode.DONE,
+        reason="Completed",
+        message=f"a finished cache of {manifest.tokens} rows is there already",
+        adopted=True,
+        shards_total=len(manifest.shards),
+        shards_complete=len(manifest.shards),
+        tokens=manifest.tokens,
+        bytes=manifest.bytes,
+        hooks=[HookFacts(name=hook.name, d_in=hook.d_in, mean_norm=hook.mean_norm) for hook in manifest.hooks],
+    )
+
+
+def _mark(store: ObjectStore, spec: ActivationCacheSpec) -> None:
+    """Say that this folder is a cache of ours: nothing without the marker is ever deleted."""
+    marker = {"kind": "ActivationCache", "formatVersion": CACHE_FORMAT_VERSION, "identity": cache_identity(spec)}
+    try:
+        store.put(MARKER_KEY, (json.dumps(marker, sort_keys=True) + "\n").encode(), if_absent=True)
+    except PreconditionFailed:
+        logger.info("continuing what is there below %s", store.uri)
+
+
+def _contexts(
+    spec: ActivationCacheSpec, facts: ModelFacts, store: ObjectStore, context: StepContext
+) -> tuple[list[BlockRecord], Plan]:
+    """Store blocks until their contexts suffice."""
+    records = read_block_records(store)
+    plan = _plan(spec, facts, records)
+    if plan.rows >= spec.tokens:
+        return records, plan
+    last = records[-1] if records else None
+    text_tokens = 0
+    if last is None or not last.exhausted:
+        builder = _builder(spec, facts, records, context)
+        while plan.rows < spec.tokens:
+            record = builder.write_next(store)
+            text_tokens = builder.tokens_seen
+            if record is None:
+                break
+            records.append(record)
+            plan = _plan(spec, facts, records)
+            context.reporter.update(tokens=min(plan.rows, spec.tokens))
+            if record.exhausted:
+                break
+    if not records:
+        raise InvalidInput(
+            "NoTokens",
+            f"the text of {spec.dataset.path!r} has {text_tokens} tokens, "
+            f"which do not fill one context of {spec.context_size}; give more text",
+            field="spec.dataset.path",
+        )
+    if plan.rows < spec.tokens:
+        raise _not_enough_text(spec, records, plan)
+    return records, plan
+
+
+def _not_enough_text(spec: ActivationCacheSpec, records: Sequence[BlockRecord], plan: Plan) -> InvalidInput:
+    usable = sum(sum(record.usable) for record in records)
+    reserve = f" ({usable} with those that the norm filter may drop)" if usable > plan.rows else ""
+    fix = f"lower it to {plan.rows} or give more text" if plan.rows else "give more text"
+    return InvalidInput(
+        "NotEnoughText",
+        f"{spec.dataset.path!r} gives {plan.rows} rows{reserve}, fewer than the {spec.tokens} asked for; {fix}",
+        field="spec.tokens",
+    )
+
+
+def _plan(spec: ActivationCacheSpec, facts: ModelFacts, records: Sequence[BlockRecord]) -> Plan:
+    usable = [np.asarray(record.usable, dtype=np.int32) for record in records]
+    contexts = np.concatenate(usable) if usable else np.zeros(0, dtype=np.int32)
+    return plan_shards(contexts, spec.tokens, spec, shard_rows=rows_per_shard(spec, facts.d_in))
+
+
+def _builder(
+    spec: ActivationCacheSpec, facts: ModelFacts, records: Sequence[BlockRecord], context: StepContext
+) -> BlockBuilder:
+    """A builder that goes on after the last complete block, with the same text and tokenizer as before.
+
+    Raises:
+        InvalidInput: either has changed since.
+    """
+    last = records[-1] if records else None
+    documents = open_documents(spec.dataset, revision=None if last is None else last.dataset.revision)
+    tokenizer = TextTokenizer(load_tokenizer(spec.model, revision=facts.revision))
+    record = TokenizerRecord(
+        name=spec.model.name,
+        sha256=tokenizer.sha256(),
+        bos_token_id=tokenizer.bos_token_id,
+        special_token_ids=tokenizer.special_token_ids(),
+    )
+    if last is not None and last.dataset.fingerprint != documents.record.fingerprint:
+        raise InvalidInput(
+            "DatasetChanged",
+            f"the files of {spec.dataset.path!r} are not those that this cache was begun with; "
+            "bring them back, or make a new cache (another seed or storage.uri)",
+            field="spec.dataset.path",
+        )
+    if last is not None and last.tokenizer.sha256 != record.sha256:
+        raise InvalidInput(
+            "TokenizerChanged",
+            f"the tokenizer of {spec.model.name!r} is not the one that this cache was begun with; "
+            "bring it back, or make a new cache (another seed or storage.uri)",
+            field="spec.model.name",
+        )
+
+    def stop_if_asked() -> None:
+        if context.should_stop():
+            raise Stopped("blocks of contexts that were finished are stored; the next attempt goes on after them")
+
+    return BlockBuilder(
+        spec,
+        documents,
+        tokenizer,
+        record,
+        vocabulary=facts.vocabulary,
+        previous=last,
+        first_block=len(records),
+        between_batches=stop_if_asked,
+    )
+
+
+def _index(spec: ActivationCacheSpec, facts: ModelFacts, records: Sequence[BlockRecord], plan: Plan) -> CacheIndex:
+    shard_rows = rows_per_shard(spec, facts.d_in)
+    return CacheIndex(
+        context_size=spec.context_size,
+        contexts_per_block=contexts_per_block(spec.context_size),
+        blocks=[BlockEntry(contexts=record.contexts, sha256=record.sha256) for record in records],
+        tokenizer=records[0].tokenizer,
+        model=ModelRecord(name=facts.name, revision=facts.revision, d_in=facts.d_in),
+        dataset=records[0].dataset,
+        exhausted=records[-1].exhausted,
+        rows_per_shard=shard_rows,
+        slack=slack_for(shard_rows, spec),
+        shards=plan.shards,
+        tokens=plan.rows,
+    )
+
+
+def _complete_shards(store: ObjectStore, index: CacheIndex) -> int:
+    """Shards of the plan whose sidecar is stored."""
+    there = {info.key for info in store.list(SHARDS_PREFIX)}
+    keys = (
+        sidecar_key(shard_key(number, shard.rows, index.rows_per_shard)) for number, shard in enumerate(index.shards)
+    )
+    return sum(key in there for key in keys)
