@@ -1,1 +1,1 @@
-""""""
+"""Products that touch only active latents, in public PyTorch operators."""

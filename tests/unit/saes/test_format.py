@@ -1,0 +1,145 @@
+"""SAEs are saved as the field's tools read them, and what cannot be loaded rightly is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from sae_job import SAE
+from sae_job.errors import InvalidInput
+from sae_job.saes.config import Provenance, SAEConfig
+from sae_job.storage.open import open_store
+from sae_operator.api.store import StoreLocation
+from tests.unit.saes.conftest import D_IN, D_SAE, STANDARD, TOPK, batch, trainable
+
+# What SAELens 5 writes into cfg.json.
+KEYS = {
+    "architecture", "d_in", "d_sae", "activation_fn_str", "activation_fn_kwargs", "apply_b_dec_to_input",
+    "finetuning_scaling_factor", "context_size", "model_name", "hook_name", "hook_layer", "hook_head_index", "prepend_bos",
+    "dataset_path", "dataset_trust_remote_code", "normalize_activations", "dtype", "device", "sae_lens_training_version",
+    "neuronpedia_id", "model_from_pretrained_kwargs", "seqpos_slice",
+}  # fmt: skip
+PROVENANCE = Provenance(model_name="gpt2", hook_name="transformer.h.7", dataset_path="text", context_size=64)
+
+
+@pytest.fixture(params=[TOPK, STANDARD], ids=["topk", "standard"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[SAE, Path]:
+    sae = trainable(request.param).to_inference(scale=0.25, provenance=PROVENANCE)
+    folder = tmp_path / "sae"
+    sae.save(open_store(StoreLocation(uri=f"file://{tmp_path}")), "sae", log_sparsity=torch.full((D_SAE,), -2.0))
+    return sae, folder
+
+
+def change(folder: Path, **values: Any) -> None:
+    path = folder / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_the_configuration_has_the_keys_of_the_format(saved: tuple[SAE, Path]) -> None:
+    config = json.loads((saved[1] / "cfg.json").read_text())
+    assert set(config) == KEYS
+    assert config["hook_layer"] == 7
+    assert config["normalize_activations"] == "none"
+    assert config["activation_fn_kwargs"] == ({"k": 5} if config["architecture"] == "topk" else {})
+
+
+def test_tensors_have_the_names_and_shapes_of_the_format(saved: tuple[SAE, Path]) -> None:
+    tensors = load_file(saved[1] / "sae_weights.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
+    assert load_file(saved[1] / "sparsity.safetensors")["sparsity"].shape == (D_SAE,)
+
+
+def test_a_saved_sae_is_loaded_equal(saved: tuple[SAE, Path]) -> None:
+    sae, folder = saved
+    for location in (folder, str(folder), f"file://{folder}"):
+        loaded = SAE.load(location)
+        assert loaded.cfg == sae.cfg
+        assert torch.equal(loaded(batch()), sae(batch()))
+
+
+@pytest.mark.parametrize("name", ["scaling_factor", "finetuning_scaling_factor"])
+def test_a_scaling_factor_is_taken_under_both_of_its_names(saved: tuple[SAE, Path], name: str) -> None:
+    sae, folder = saved
+    factor = torch.linspace(0.5, 2, D_SAE)
+    save_file({**load_file(folder / "sae_weights.safetensors"), name: factor}, folder / "sae_weights.safetensors")
+    loaded = SAE.load(folder)
+    features = sae.encode(batch())
+    assert torch.allclose(loaded.decode(features), sae.decode(features * factor), atol=1e-6)
+
+
+def test_a_scaling_factor_of_ones_is_left_out(saved: tuple[SAE, Path]) -> None:
+    sae, folder = saved
+    ones = torch.ones(D_SAE)
+    save_file(
+        {**load_file(folder / "sae_weights.safetensors"), "scaling_factor": ones}, folder / "sae_weights.safetensors"
+    )
+    loaded = SAE.load(folder)
+    assert not loaded.cfg.finetuning_scaling_factor
+    assert torch.equal(loaded(batch()), sae(batch()))
+
+
+def test_older_names_of_keys_are_understood() -> None:
+    config = SAEConfig.from_dict(
+        {
+            "d_in": 4,
+            "d_sae": 8,
+            "hook_point": "blocks.3.hook_mlp_out",
+            "hook_point_layer": 3,
+            "activation_fn": "relu",
+            "normalize_activations": False,
+            "dtype": "torch.float32",
+            "l1_coefficient": 5,
+        }
+    )
+    assert (config.hook_name, config.hook_layer, config.activation_fn_str) == ("blocks.3.hook_mlp_out", 3, "relu")
+    assert (config.architecture, config.normalize_activations, config.dtype) == ("standard", "none", "float32")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"architecture": "gated"}, "architecture 'gated' cannot be loaded; these can: standard, topk"),
+        ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu'"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm'"),
+        ({"architecture": "topk", "activation_fn_kwargs": {}}, "activation_fn_kwargs.k"),
+        ({"d_sae": 7}, "tensors are"),
+        ({"dtype": "float8"}, "dtype 'float8'"),
+    ],
+)
+def test_what_cannot_be_loaded_rightly_is_refused(
+    saved: tuple[SAE, Path], values: dict[str, Any], message: str
+) -> None:
+    change(saved[1], **values)
+    with pytest.raises(InvalidInput, match=message):
+        SAE.load(saved[1])
+
+
+def test_a_folder_without_an_sae_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="holds no SAE"):
+        SAE.load(tmp_path)
+
+
+def test_damaged_weights_say_so(saved: tuple[SAE, Path]) -> None:
+    (saved[1] / "sae_weights.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(InvalidInput, match="is damaged"):
+        SAE.load(saved[1])
+
+
+@pytest.mark.parametrize("architecture", [TOPK, STANDARD], ids=["topk", "standard"])
+@given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 1000))
+def test_folding_the_scale_changes_no_reconstruction(architecture: dict[str, Any], scale: float, seed: int) -> None:
+    training = trainable(architecture, seed=seed)
+    unfolded, folded = training.to_inference(scale=1.0), training.to_inference(scale=scale)
+    x = batch(seed)
+    features = unfolded.encode(x)
+    assert bool((features > 0).any())
+    assert torch.allclose(folded.encode(x / scale), features, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(folded(x / scale) * scale, unfolded(x), rtol=1e-4, atol=1e-4)
