@@ -39,7 +39,7 @@ class ContextReader:
             if number == len(self._ends):
                 raise InvalidInput(
                     "CorruptTokens",
-                    f"{self._store.uri}/{INDEX_KEY} plans contexts that no block holds: remove it and run prepare again",
+                    f"{self._store.uri}/{INDEX_KEY} plans contexts that no block holds: remove it and retry",
                 )
             first = self._ends[number] - self._index.blocks[number].contexts
             end = min(stop, self._ends[number])

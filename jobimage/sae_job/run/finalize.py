@@ -75,8 +75,8 @@ def _read_sidecars(store: ObjectStore, index: CacheIndex) -> list[Sidecar]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InvalidInput(
             "ShardsMissing",
-            f"{store.uri} lacks {', '.join(missing[:3])}{more}, or not all of their bytes are there: raise spec.retry to "
-            "write them again",
+            f"{store.uri} lacks {', '.join(missing[:3])}{more}, or not all of their bytes are there: raise spec.retry "
+            "to write them again",
         )
     return complete
 
