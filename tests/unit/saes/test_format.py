@@ -22,9 +22,9 @@ from tests.unit.saes.conftest import D_IN, D_SAE, STANDARD, TOPK, batch, trainab
 # What SAELens 5 writes into cfg.json.
 KEYS = {
     "architecture", "d_in", "d_sae", "activation_fn_str", "activation_fn_kwargs", "apply_b_dec_to_input",
-    "finetuning_scaling_factor", "context_size", "model_name", "hook_name", "hook_layer", "hook_head_index", "prepend_bos",
-    "dataset_path", "dataset_trust_remote_code", "normalize_activations", "dtype", "device", "sae_lens_training_version",
-    "neuronpedia_id", "model_from_pretrained_kwargs", "seqpos_slice",
+    "finetuning_scaling_factor", "context_size", "model_name", "hook_name", "hook_layer", "hook_head_index",
+    "prepend_bos", "dataset_path", "dataset_trust_remote_code", "normalize_activations", "dtype", "device",
+    "sae_lens_training_version", "neuronpedia_id", "model_from_pretrained_kwargs", "seqpos_slice",
 }  # fmt: skip
 PROVENANCE = Provenance(model_name="gpt2", hook_name="transformer.h.7", dataset_path="text", context_size=64)
 
@@ -77,10 +77,8 @@ def test_a_scaling_factor_is_taken_under_both_of_its_names(saved: tuple[SAE, Pat
 
 def test_a_scaling_factor_of_ones_is_left_out(saved: tuple[SAE, Path]) -> None:
     sae, folder = saved
-    ones = torch.ones(D_SAE)
-    save_file(
-        {**load_file(folder / "sae_weights.safetensors"), "scaling_factor": ones}, folder / "sae_weights.safetensors"
-    )
+    tensors = load_file(folder / "sae_weights.safetensors") | {"scaling_factor": torch.ones(D_SAE)}
+    save_file(tensors, folder / "sae_weights.safetensors")
     loaded = SAE.load(folder)
     assert not loaded.cfg.finetuning_scaling_factor
     assert torch.equal(loaded(batch()), sae(batch()))

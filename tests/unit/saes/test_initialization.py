@@ -27,7 +27,7 @@ def test_decoder_rows_have_unit_norm_by_default(decoder: str) -> None:
 def test_heuristic_rows_have_norm_a_tenth_and_point_everywhere() -> None:
     sae = trainable(STANDARD, normalizeDecoder=False, initialization={"decoder": "heuristic"})
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.full((D_SAE,), 0.1), atol=1e-6)
-    cosines = torch.nn.functional.cosine_similarity(sae.W_dec.unsqueeze(0), sae.W_dec.unsqueeze(1), dim=2)
+    cosines = torch.nn.functional.cosine_similarity(sae.W_dec.detach()[None], sae.W_dec.detach()[:, None], dim=2)
     assert abs(float(cosines[~torch.eye(D_SAE, dtype=torch.bool)].mean())) < 0.05
 
 
@@ -49,11 +49,10 @@ def test_kaiming_uniform_is_bounded_by_its_second_axis() -> None:
 
 
 def test_the_transpose_is_taken_before_the_decoder_is_normalised() -> None:
-    free = trainable(
-        STANDARD, normalizeDecoder=False, initialization={"decoder": "kaiming_uniform", "encoder": "transpose"}
-    )
+    options = {"decoder": "kaiming_uniform", "encoder": "transpose"}
+    free = trainable(STANDARD, normalizeDecoder=False, initialization=options)
     assert torch.equal(free.W_enc_T, free.W_dec)
-    unit = trainable(STANDARD, initialization={"decoder": "kaiming_uniform", "encoder": "transpose"})
+    unit = trainable(STANDARD, initialization=options)
     assert not torch.allclose(unit.W_enc_T, unit.W_dec, atol=1e-3)
     directions = unit.W_enc_T / unit.W_enc_T.norm(dim=1, keepdim=True)
     assert torch.allclose(directions, unit.W_dec, atol=1e-5)
