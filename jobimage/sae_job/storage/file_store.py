@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class FileStore:
         path = self._path(key)
         try:
             os.unlink(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return
         except OSError as error:
             raise self._error(error, key) from error
@@ -186,10 +187,13 @@ class FileStore:
             partial.discard()
 
     def _publish(self, partial: _Partial, key: str, *, if_absent: bool, if_match: str | None) -> ObjectInfo:
+        # The file system's own clock ticks in milliseconds, in which a file can be replaced more than once.
+        now = time.time_ns()
+        os.utime(partial.descriptor, ns=(now, now))
         os.fsync(partial.descriptor)
         if if_match is not None:
-            now = self.head(key)
-            if now is None or now.etag != if_match:
+            there = self.head(key)
+            if there is None or there.etag != if_match:
                 raise PreconditionFailed(f"{self._uri}/{key}: another version is there than expected")
         if if_absent:
             self._link(partial, key)
