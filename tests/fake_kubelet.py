@@ -18,6 +18,7 @@ from typing import Any
 from tests.testbed.control_plane import ControlPlane
 
 NODE = "fake-node"
+POD_IP = "127.99.0.1"
 LABEL = "fake-kubelet"
 # What a resource's `run` needs for its pods to land here.
 PLACEMENT = {
@@ -172,8 +173,8 @@ class FakeKubelet:
             "status": {
                 "phase": phase,
                 "startTime": now,
-                "podIP": "127.99.0.1",
-                "podIPs": [{"ip": "127.99.0.1"}],
+                "podIP": POD_IP,
+                "podIPs": [{"ip": POD_IP}],
                 "conditions": conditions,
                 "containerStatuses": [{**container, "ready": ready, "started": ready, "state": state}],
             }

@@ -81,11 +81,13 @@ class Operator:
         self.heartbeat = heartbeats.Heartbeat(self.client, namespace=own_namespace)
         # The first listing is over; another one is a relist.
         self._started = False
+        self._stopping = False
+        self._parts: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT; any part that fails ends all."""
         await self._wait_for_definitions()
-        parts = [
+        self._parts = [
             asyncio.create_task(self._work(), name="work"),
             asyncio.create_task(self.heartbeat.run(), name="heartbeat"),
         ]
@@ -94,13 +96,14 @@ class Operator:
         gc.collect()
         gc.freeze()
         try:
-            done, _ = await asyncio.wait([watches, *parts], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([watches, *self._parts], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                task.result()
+                if not (task.cancelled() and self._stopping):
+                    task.result()
         finally:
-            for task in (*parts, watches):
-                task.cancel()
-            await asyncio.gather(*parts, watches, return_exceptions=True)
+            watches.cancel()
+            await self.stop()
+            await asyncio.gather(watches, return_exceptions=True)
             await self.client.close()
 
     async def process(self, key: Key) -> float | None:
@@ -174,6 +177,13 @@ class Operator:
             return self.heartbeat.check(self.queue.oldest_age())
         except heartbeats.Unhealthy as error:
             raise kopf.PermanentError(str(error)) from error
+
+    async def stop(self) -> None:
+        """Ends everything but the watches; kopf, which is told to stop, waits five seconds for tasks that go on."""
+        self._stopping = True
+        for task in self._parts:
+            task.cancel()
+        await asyncio.gather(*self._parts, return_exceptions=True)
 
     # Parts
 

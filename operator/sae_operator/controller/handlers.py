@@ -27,6 +27,8 @@ class Inbox(Protocol):
 
     def probe(self) -> dict[str, float]: ...
 
+    async def stop(self) -> None: ...
+
 
 def register(registry: kopf.OperatorRegistry, inbox: Inbox) -> kopf.OperatorRegistry:
     """Registers all handlers in `registry` and returns it."""
@@ -48,6 +50,10 @@ def register(registry: kopf.OperatorRegistry, inbox: Inbox) -> kopf.OperatorRegi
     @kopf.on.probe(registry=registry)
     async def health(**_: Any) -> dict[str, float]:
         return inbox.probe()
+
+    @kopf.on.cleanup(registry=registry)
+    async def stop(**_: Any) -> None:
+        await inbox.stop()
 
     return registry
 
