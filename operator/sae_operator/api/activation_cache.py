@@ -11,7 +11,8 @@ from sae_operator.api.run_settings import RunSettings
 from sae_operator.api.store import StoreLocation
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-HookName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.]+$")]
+HOOK_NAME_PATTERN = r"^[A-Za-z0-9_.]+$"
+HookName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=HOOK_NAME_PATTERN)]
 
 
 class ModelSource(ApiModel):

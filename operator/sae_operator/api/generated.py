@@ -11,8 +11,6 @@ from pathlib import Path
 def differing_files(files: Mapping[str, str], folder: Path) -> list[str]:
     """Names of files that are missing, differ, or should not be there, sorted."""
     present = {path.name: path.read_text() for path in folder.glob("*") if path.is_file()} if folder.is_dir() else {}
-    # kustomize's list of the folder's files is written by hand.
-    present.pop("kustomization.yaml", None)
     return sorted(name for name in {*files, *present} if files.get(name) != present.get(name))
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from sae_operator.api.activation_cache import HOOK_NAME_PATTERN
 from sae_operator.api.base import NAME_PATTERN, OBJECT_NAME_PATTERN, TEXT_PATTERN, URI_PATTERN, URL_PATTERN
-from sae_operator.api.run_settings import LABEL_VALUE_PATTERN
+from sae_operator.api.run_settings import ENV_NAME_PATTERN, LABEL_VALUE_PATTERN
 from sae_operator.api.schema import MAP_KEY_MESSAGE, models_in
 
 # More would push the message out of a line that people read.
@@ -22,6 +24,8 @@ _PATTERN_WORDS = {
     OBJECT_NAME_PATTERN: "must be the name of a Kubernetes object: lower-case letters, digits, '-' and '.'",
     TEXT_PATTERN: "must not contain control characters",
     URI_PATTERN: "must be s3://bucket/prefix or file://path",
+    HOOK_NAME_PATTERN: "must be the dotted path of a module, such as transformer.h.7",
+    ENV_NAME_PATTERN: "must be the name of an environment variable: letters, digits and '_'",
     LABEL_VALUE_PATTERN: "must be a label's value: letters, digits, '-', '_' and '.'",
     URL_PATTERN: "must be an address such as https://host:port",
 }
@@ -137,7 +141,12 @@ def _expects(what: str, fix: str = "") -> Callable[[dict[str, Any], Any], str]:
 
 
 def _bound(words: str, key: str) -> Callable[[dict[str, Any], Any], str]:
-    return lambda context, value: f"must be {words} {_number(context[key])}, not {_number(value)}"
+    def message(context: dict[str, Any], value: Any) -> str:
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"must be a finite number, not {value}"
+        return f"must be {words} {_number(context[key])}, not {_number(value)}"
+
+    return message
 
 
 def _number(value: Any) -> str:
@@ -162,7 +171,8 @@ def _truth(_context: dict[str, Any], value: Any) -> str:
 
 
 def _choice(context: dict[str, Any], value: Any) -> str:
-    return f"must be {context['expected']}, not {_kind(value)}".replace("must be '", "must be one of '", 1)
+    expected = str(context["expected"])
+    return f"must be {'one of ' if ' or ' in expected else ''}{expected}, not {_kind(value)}"
 
 
 _WORDS: dict[str, Callable[[dict[str, Any], Any], str]] = {

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from sae_operator.api.base import MAX_COUNT, ApiModel, Count, CountOrZero, ObjectName, Rule, ShortText, one_of_set
 
+ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 LabelKey = Annotated[str, StringConstraints(max_length=253)]
 LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=LABEL_VALUE_PATTERN)]
@@ -114,7 +115,7 @@ class EnvVar(ApiModel):
         ),
     )
 
-    name: Annotated[str, StringConstraints(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    name: Annotated[str, StringConstraints(max_length=128, pattern=ENV_NAME_PATTERN)]
     """Name of the environment variable, e.g. `HF_TOKEN`."""
     value: Annotated[str, StringConstraints(max_length=1024)] | None = None
     """Its value, in the clear."""

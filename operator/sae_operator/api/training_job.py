@@ -222,7 +222,7 @@ class SaeSpec(ApiModel):
     hook: HookName | None = None
     """Hook of the cache that it is trained on; the only one when empty."""
     architecture: Architecture
-    """Kind of SAE and its own settings."""
+    """Kind of SAE and its own settings; which of them apply depends on `type`."""
     d_sae: Count | None = None
     """Number of latents."""
     expansion_factor: Annotated[Count, Field(le=4096)] | None = None
@@ -362,7 +362,7 @@ class SAETrainingJobSpec(ApiModel):
     )
 
     activations: Activations
-    """Where activations come from."""
+    """Where activations come from: exactly one of `cacheRef`, `cache` and `uri`."""
     saes: Annotated[list[SaeSpec], Field(min_length=1, max_length=16)]
     """The SAEs; all train on the same stream, read once."""
     normalization: Literal["centered_rms", "expected_average_only_in", "none"] = "centered_rms"

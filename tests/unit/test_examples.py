@@ -1,0 +1,66 @@
+"""Every manifest in examples/ is valid as it stands, and says what the documentation promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sae_operator.api.manifest import load_manifests, read_yaml, validate_spec
+from sae_operator.api.training_job import SAETrainingJobSpec
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FILES = sorted(EXAMPLES.rglob("*.yaml"))
+
+
+def the_job(path: Path) -> SAETrainingJobSpec:
+    (job,) = load_manifests(path)
+    return job.spec
+
+
+def test_there_are_examples() -> None:
+    names = {path.relative_to(EXAMPLES).as_posix() for path in FILES}
+    assert {"sae-job.yaml", "activation-cache.yaml", "quickstart.yaml", "testbed/sae-job.yaml"} <= names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(EXAMPLES).as_posix())
+def test_an_example_is_valid_and_survives_a_round_trip(path: Path) -> None:
+    for resource in load_manifests(path):
+        assert validate_spec(resource.kind, resource.spec.to_manifest()) == resource.spec
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(EXAMPLES).as_posix())
+def test_an_example_goes_where_kubectl_is(path: Path) -> None:
+    for document in read_yaml(path.read_text()):
+        assert "namespace" not in document["metadata"]
+
+
+def test_the_quickstart_needs_no_cluster_no_hub_and_no_credentials() -> None:
+    spec = the_job(EXAMPLES / "quickstart.yaml")
+    cache = spec.activations.cache
+    assert cache is not None
+    for location in (cache.storage, spec.output):
+        assert location.uri.startswith("file://out/quickstart")
+        assert location.secret_ref is None
+    assert cache.model.name.startswith("build/")
+    assert cache.dataset.path.startswith("build/")
+
+
+def test_the_quickstart_trains_on_150000_tokens_and_holds_out_20000() -> None:
+    spec = the_job(EXAMPLES / "quickstart.yaml")
+    assert spec.evaluation.held_out_tokens == 20_000
+    assert spec.activations.cache is not None
+    assert spec.training.tokens is None
+    assert spec.activations.cache.tokens - 20_000 >= 150_000
+
+
+def test_the_test_beds_job_makes_at_least_four_shards_in_two_pods_and_trains_two_saes() -> None:
+    spec = the_job(EXAMPLES / "testbed" / "sae-job.yaml")
+    cache = spec.activations.cache
+    assert cache is not None
+    bytes_per_row = 576 * 2 + 12
+    assert cache.tokens / (cache.storage.shard_bytes // bytes_per_row) > 3
+    assert cache.parallelism == 2
+    assert len(spec.saes) == 2
+    for settings in (cache.run, spec.run):
+        assert settings.resources.limits["nvidia.com/gpu"] == 1
