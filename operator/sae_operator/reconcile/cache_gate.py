@@ -1,7 +1,7 @@
 """The gate between a training job and the activations it reads: open, or closed with the reason why.
 
-An inline cache is created, joined, extended or re-armed here, by one server-side apply with a field manager of the job's
-own.
+An inline cache is created, joined, extended or re-armed here, by one server-side apply with a field manager of the
+job's own.
 """
 
 from __future__ import annotations

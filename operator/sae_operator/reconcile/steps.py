@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from sae_operator.api.status import Condition
-from sae_operator.api.steps import StepResult
+from sae_operator.api.steps import ExitCode, StepResult
 from sae_operator.reconcile.attempts import MAX_RECREATIONS, merge_failed_pods, recreations, with_deleted_job
 from sae_operator.reconcile.children import StepWanted, step_objects
 from sae_operator.reconcile.conditions import IMAGE_PULL_FAILED, OOM_KILLED, PROGRESS_UNREACHABLE, Finding
@@ -53,8 +53,8 @@ class StepView:
     """What a step's newest Job in this round has come to.
 
     Attributes:
-        state: `absent` no Job; `ending` the Job is being deleted; `waiting` no pod lives; `running`; `settling` it has
-            finished and its message is not there yet; `succeeded`; `failed`.
+        state: `absent` no Job; `ending` the Job is being deleted; `waiting` no pod lives; `running`; `settling` its
+            pods have ended, and the Job's end or the message is not there yet; `succeeded`; `failed`.
         result: its message; None when there is none, even after the grace period.
         failure: why it failed.
     """
@@ -87,8 +87,16 @@ def view_step(scene: Scene[Any], plan: StepPlan) -> StepView:
     failure = repeated_oom(pods, plan.surroundings, plan.checkpoint_time)
     if failure is not None:
         return StepView("failed", job, pods, failure=failure)
-    alive = job.active > 0 and any(pod.running for pod in pods)
-    return StepView("running" if alive else "waiting", job, pods)
+    if job.active > 0 and any(pod.running for pod in pods):
+        return StepView("running", job, pods)
+    return StepView("settling" if _will_end(pods) else "waiting", job, pods)
+
+
+def _will_end(pods: tuple[PodFacts, ...]) -> bool:
+    """Whether the pods say how the Job will end, before its controller does."""
+    if any(pod.exit_code == ExitCode.INVALID for pod in pods):
+        return True
+    return bool(pods) and all(pod.phase == "Succeeded" for pod in pods)
 
 
 def _grace_is_over(scene: Scene[Any], job: JobFacts) -> bool:
@@ -118,10 +126,10 @@ def drive_step(scene: Scene[Any], draft: Draft, plan: StepPlan) -> StepView:
         draft.stand(phase, "working", "JobEnding", f"waits for Job {_name(view)} to be deleted")
         draft.watch_pods(scene.settings)
     elif view.state == "settling":
-        # The phase stays as it is, for no longer than the grace period: going back to Queued would tell a lie.
+        # The phase stays as it is for this moment: going back to Queued would tell a lie.
         before = phase_of(scene.previous)
         phase = before if before in (plan.waiting_phase, plan.running_phase) else plan.waiting_phase
-        draft.stand(phase, "working", "Finishing", f"waits for the message of Job {_name(view)}")
+        draft.stand(phase, "working", "Finishing", f"waits for the end of Job {_name(view)} to be told")
         draft.watch_pods(scene.settings)
         draft.look_again(SETTLING_SECONDS)
     elif view.state == "failed":

@@ -1,0 +1,109 @@
+"""The operator may die after any call that it makes: the end is the same, and no work is done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.unit.reconcile.fake_cluster import CACHE, JOB, FakeCluster, PodScript
+from tests.unit.reconcile.specs import cache_spec, job_spec
+
+TIMES = ("startTime", "completionTime", "updatedAt", "lastTransitionTime", "time")
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(found) for key, found in value.items() if key not in TIMES}
+    if isinstance(value, list):
+        return [without_times(found) for found in value]
+    return value
+
+
+def outcome(cluster: FakeCluster) -> dict[str, Any]:
+    """Everything that is left at the end, but for times."""
+    return {
+        "resources": sorted((kind, name, without_times(raw)) for (kind, name), raw in cluster.resources.items()),
+        "jobs": sorted(cluster.jobs),
+        "created": sorted(cluster.created_jobs),
+        "pods": sorted(cluster.pods),
+        "config maps": without_times(cluster.config_maps),
+    }
+
+
+def train_from_an_inline_cache(cluster: FakeCluster) -> None:
+    cluster.create(JOB, "sae", job_spec())
+    cluster.run()
+
+
+def share_and_extend(cluster: FakeCluster) -> None:
+    cluster.create(JOB, "first", job_spec())
+    cluster.run()
+    cluster.create(JOB, "more", job_spec({"cache": cache_spec(tokens=900)}, output={"uri": "s3://saes/more"}))
+    cluster.run()
+
+
+def suspend_and_resume(cluster: FakeCluster) -> None:
+    cluster.create(CACHE, "acts", cache_spec())
+    cluster.run_until(lambda: cluster.phase(CACHE, "acts") == "Caching")
+    cluster.edit(CACHE, "acts", suspend=True)
+    cluster.run_until(lambda: cluster.phase(CACHE, "acts") == "Suspended")
+    cluster.edit(CACHE, "acts", suspend=False)
+    cluster.run()
+
+
+def fail_and_retry(cluster: FakeCluster) -> None:
+    cluster.script = lambda step, index, earlier: PodScript(exit_code=2 if step == "cache" else 0)
+    cluster.create(JOB, "sae", job_spec())
+    cluster.run()
+    cluster.script = lambda step, index, earlier: PodScript()
+    cluster.edit(JOB, "sae", retry=1)
+    cluster.run()
+
+
+def run_out_of_memory(cluster: FakeCluster) -> None:
+    killed = PodScript(exit_code=137, reason="OOMKilled")
+    cluster.script = lambda step, index, earlier: killed if step == "train" else PodScript()
+    cluster.create(JOB, "sae", job_spec({"uri": "s3://saes/some/cache"}))
+    cluster.run()
+    cluster.wait(5)
+
+
+def lose_a_job(cluster: FakeCluster) -> None:
+    cluster.create(CACHE, "acts", cache_spec())
+    cluster.run_until(lambda: cluster.phase(CACHE, "acts") == "Caching")
+    cluster.delete_job(next(name for name in cluster.jobs if "-cache-" in name))
+    cluster.run()
+
+
+LIVES = [
+    train_from_an_inline_cache,
+    share_and_extend,
+    suspend_and_resume,
+    fail_and_retry,
+    run_out_of_memory,
+    lose_a_job,
+]
+
+
+@pytest.mark.parametrize("life", LIVES, ids=lambda life: life.__name__)
+def test_dying_after_any_call_changes_nothing(life: Callable[[FakeCluster], None]) -> None:
+    undisturbed = FakeCluster()
+    life(undisturbed)
+    expected = outcome(undisturbed)
+    assert undisturbed.calls >= 8
+    for call in range(1, undisturbed.calls + 1):
+        cluster = FakeCluster(die_after=call)
+        life(cluster)
+        assert cluster.calls >= call
+        assert outcome(cluster) == expected, f"after call {call}"
+
+
+@pytest.mark.parametrize("life", LIVES, ids=lambda life: life.__name__)
+def test_dying_after_every_change_changes_nothing_either(life: Callable[[FakeCluster], None]) -> None:
+    undisturbed = FakeCluster()
+    life(undisturbed)
+    cluster = FakeCluster(die_after_changes=True)
+    life(cluster)
+    assert outcome(cluster) == outcome(undisturbed)
