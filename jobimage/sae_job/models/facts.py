@@ -20,6 +20,7 @@ class ModelFacts:
         vocabulary: token ids are below this.
         parameter_bytes: memory of the weights up to the last hook, in the number format asked for.
         total_parameter_bytes: memory of all weights.
+        predicts_tokens: whether it has an output head.
         layers: layers that are loaded.
         total_layers: layers of the whole model; None when it has no list of layers.
     """
@@ -31,6 +32,7 @@ class ModelFacts:
     vocabulary: int
     parameter_bytes: int
     total_parameter_bytes: int
+    predicts_tokens: bool
     layers: int | None
     total_layers: int | None
 

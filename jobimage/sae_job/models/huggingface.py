@@ -37,6 +37,7 @@ def inspect(source: ModelSource, hooks: Sequence[str], *, revision: str | None) 
     anatomy = examine(cls, config, hooks)
     item = torch.empty((), dtype=DTYPES[source.dtype]).element_size()
     truncated_class, truncated_config = _truncated(cls, config, anatomy)
+    whole = build_without_weights(cls, config)
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in _CONTEXT_LIMITS]
     return ModelFacts(
@@ -46,7 +47,8 @@ def inspect(source: ModelSource, hooks: Sequence[str], *, revision: str | None) 
         context_limit=next((limit for limit in limits if isinstance(limit, int) and limit > 0), None),
         vocabulary=text.vocab_size,
         parameter_bytes=_parameters(build_without_weights(truncated_class, truncated_config)) * item,
-        total_parameter_bytes=_parameters(build_without_weights(cls, config)) * item,
+        total_parameter_bytes=_parameters(whole) * item,
+        predicts_tokens=whole.get_output_embeddings() is not None,
         layers=anatomy.layers,
         total_layers=total_layers(config),
     )

@@ -15,48 +15,76 @@ RESULTS_KEY = "results.json"
 KIND = "SAETrainingJob"
 
 
+def check_output(store: ObjectStore, step: TrainStep) -> bool:
+    """Whether an output carries this job's marker; nothing is written.
+
+    A marker of the same spec is this job's, whichever resource wrote it.
+
+    Raises:
+        InvalidInput: the output is another job's, or holds results without a marker.
+    """
+    try:
+        data = store.get(MARKER_KEY)
+    except ObjectNotFound:
+        if store.head(RESULTS_KEY) is not None:
+            raise _taken(store, f"something else ({RESULTS_KEY} without our marker)") from None
+        return False
+    marker = _parse(data) or {}
+    if marker.get("kind") != KIND:
+        raise _taken(store, f"an {marker['kind']}" if "kind" in marker else "something else")
+    if marker.get("specHash") != training_identity(step.spec):
+        raise _taken(
+            store,
+            f"the job {marker.get('namespace')}/{marker.get('name')} with another spec",
+            fix=f"; if that job is gone for good, delete what is there, {MARKER_KEY} included",
+        )
+    return True
+
+
 def claim_output(store: ObjectStore, step: TrainStep) -> Literal["claimed", "resumed"]:
-    """Mark an output as this job's; a marker of the same spec is taken over, whichever resource wrote it.
+    """Mark an output as this job's.
 
     Returns:
         `claimed` when there was no marker, `resumed` when there was one of the same spec.
 
     Raises:
-        InvalidInput: the output is another job's.
+        InvalidInput: as `check_output`.
     """
-    identity = training_identity(step.spec)
-    marker = {"kind": KIND, "uid": step.uid, "namespace": step.namespace, "name": step.name, "specHash": identity}
-    data = (json.dumps(marker, sort_keys=True) + "\n").encode()
+    if check_output(store, step):
+        return "resumed"
+    marker = {
+        "kind": KIND,
+        "uid": step.uid,
+        "namespace": step.namespace,
+        "name": step.name,
+        "specHash": training_identity(step.spec),
+    }
     try:
-        store.put(MARKER_KEY, data, if_absent=True)
+        store.put(MARKER_KEY, (json.dumps(marker, sort_keys=True) + "\n").encode(), if_absent=True)
     except PreconditionFailed:
-        _check_marker(store, identity)
+        # Another job was faster, or our own write was repeated after its answer was lost.
+        check_output(store, step)
         return "resumed"
     return "claimed"
 
 
-def _check_marker(store: ObjectStore, identity: str) -> None:
-    there = _read(store, MARKER_KEY)
-    if there is not None and there.get("kind") == KIND and there.get("specHash") == identity:
-        return
-    whose = "something else"
-    if there is not None and there.get("kind") == KIND:
-        whose = f"the job {there.get('namespace')}/{there.get('name')} with another spec"
-    elif there is not None and "kind" in there:
-        whose = f"an {there['kind']}"
-    raise InvalidInput(
-        "OutputTaken", f"{store.uri} holds the output of {whose}; choose another uri", field="spec.output.uri"
+def _taken(store: ObjectStore, whose: str, *, fix: str = "") -> InvalidInput:
+    return InvalidInput(
+        "OutputTaken", f"{store.uri} holds the output of {whose}; choose another uri{fix}", field="spec.output.uri"
     )
 
 
 def finished_results(store: ObjectStore) -> dict[str, Any] | None:
     """What a finished job left in results.json; None when there is none, or it cannot be read."""
-    return _read(store, RESULTS_KEY)
-
-
-def _read(store: ObjectStore, key: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(store.get(key))
-    except (ObjectNotFound, ValueError):
+        return _parse(store.get(RESULTS_KEY))
+    except ObjectNotFound:
+        return None
+
+
+def _parse(data: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(data)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None

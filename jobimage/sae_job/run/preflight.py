@@ -1,0 +1,176 @@
+"""The step `preflight`: can this training job work, and what will it cost? Told before anything costs GPU time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from sae_job.activations.manifest import CacheManifest, HookStatistics, read_manifest
+from sae_job.errors import InvalidInput
+from sae_job.models.facts import ModelFacts, check_context_size
+from sae_job.models.load import inspect_model
+from sae_job.run.context import StepContext
+from sae_job.run.output_marker import check_output, claim_output, finished_results
+from sae_job.run.prepare import cache_bytes, check_size, finished_manifest
+from sae_job.storage.base import ObjectStore
+from sae_job.training.plan import TrainingPlan, resolve_plan
+from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.steps import CacheStep, ExitCode, SaeProgress, StepResult, TrainStep
+from sae_operator.api.training_job import SAETrainingJobSpec
+
+logger = logging.getLogger(__name__)
+
+# A weight in float32, its gradient, and Adam's two moments.
+_BYTES_PER_PARAMETER = 16
+# Float32 arrays of [batch, d_sae] that a step holds at a time: pre-activations, and a penalty's or auxiliary loss's.
+_LATENT_ARRAYS = 3
+_PROCESS_BYTES = 2**30
+# Rows that the reader holds: shards being mixed and read ahead.
+_READER_BYTES = 2**30
+# Suffixes of a Kubernetes quantity, from 10**-9 and from 2**10 on.
+_DECIMAL_SUFFIXES = ("n", "u", "m", "", "k", "M", "G", "T", "P", "E")
+_BINARY_SUFFIXES = ("Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
+
+
+def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
+    """Check a training job against its output, its cache and its model; claim the output.
+
+    Results that a finished job of the same spec left are adopted.
+
+    Raises:
+        InvalidInput: what cannot work, with the field to change.
+    """
+    if not isinstance(step, TrainStep):
+        raise TypeError(f"the preflight step is given a {type(step).__name__}")
+    spec = step.spec
+    output = context.open_store(spec.output)
+    finished = finished_results(output) if check_output(output, step) else None
+    if finished is not None and finished["tokens"] >= (spec.training.tokens or 0):
+        logger.info("finished results are there already below %s", output.uri)
+        return _adopt(finished)
+    bytes_planned = 0
+    manifest = _manifest(step, context.open_store(step.activations))
+    if manifest is not None:
+        statistics = {hook.name: hook for hook in manifest.hooks}
+        rows = manifest.tokens if step.cache is None else step.cache.tokens
+    else:
+        assert step.cache is not None, "a cache without a spec has a manifest"
+        facts = _inspect(spec, step.cache)
+        bytes_planned = cache_bytes(step.cache, facts)
+        statistics = _pretended_statistics(facts)
+        rows = step.cache.tokens
+    plan = resolve_plan(spec, cache_rows=rows, statistics=statistics)
+    memory = memory_bytes(plan)
+    _check_memory(spec, memory)
+    # Last, so that a spec that cannot work does not keep its mended successor from the output.
+    claim_output(output, step)
+    context.reporter.update(total_tokens=plan.tokens)
+    return StepResult(
+        step="preflight",
+        exit_code=ExitCode.DONE,
+        reason="Completed",
+        message=f"{len(plan.saes)} SAEs, {plan.tokens} tokens in {plan.steps} steps of {plan.batch_size}",
+        adopted=False,
+        plan={"bytes": bytes_planned, "gpuSeconds": None, "memoryBytes": memory},
+    )
+
+
+def _adopt(results: Mapping[str, Any]) -> StepResult:
+    told = SaeProgress.model_fields.keys()
+    return StepResult(
+        step="preflight",
+        exit_code=ExitCode.DONE,
+        reason="Completed",
+        message="finished results are there already",
+        adopted=True,
+        tokens=results["tokens"],
+        tokens_per_second=results.get("tokens_per_second"),
+        saes=[SaeProgress(**{key: value for key, value in sae.items() if key in told}) for sae in results["saes"]],
+    )
+
+
+def _manifest(step: TrainStep, store: ObjectStore) -> CacheManifest | None:
+    """The manifest of the cache; None when it is still to be built."""
+    if step.cache is not None:
+        with _fields_of_cache(step.spec):
+            return finished_manifest(store, step.cache)
+    try:
+        return read_manifest(store)
+    except InvalidInput as error:
+        raise InvalidInput(error.reason, error.message, field="spec.activations.uri") from error
+
+
+def _inspect(spec: SAETrainingJobSpec, cache: ActivationCacheSpec) -> ModelFacts:
+    """Facts of the model, after checking what the cache asks of it."""
+    with _fields_of_cache(spec):
+        facts = inspect_model(cache.model, [hook.name for hook in cache.hooks])
+        check_context_size(facts, cache.context_size)
+        check_size(cache, facts)
+    if "ce_loss_score" in spec.evaluation.metrics and not facts.predicts_tokens:
+        raise InvalidInput(
+            "NoLanguageModelHead",
+            f"{cache.model.name!r} predicts no tokens; leave ce_loss_score out",
+            field="spec.evaluation.metrics",
+        )
+    return facts
+
+
+@contextmanager
+def _fields_of_cache(spec: SAETrainingJobSpec) -> Iterator[None]:
+    """Errors about a cache's spec, told with the path that they have from the training job."""
+    try:
+        yield
+    except InvalidInput as error:
+        if not error.field:
+            raise
+        below = error.field.removeprefix("spec.")
+        if spec.activations.cache is not None:
+            raise InvalidInput(error.reason, error.message, field=f"spec.activations.cache.{below}") from error
+        name = spec.activations.cache_ref.name if spec.activations.cache_ref else ""
+        raise InvalidInput(
+            error.reason,
+            f"spec.{below} of ActivationCache {name!r}: {error.message}",
+            field="spec.activations.cacheRef",
+        ) from error
+
+
+def _pretended_statistics(facts: ModelFacts) -> dict[str, HookStatistics]:
+    """Statistics of activations that nobody has seen yet: widths are right; what follows from the rest is not told."""
+    return {
+        hook: HookStatistics(name=hook, d_in=d_in, mean=[0.0] * d_in, mean_norm=1.0, mean_squared_norm=1.0)
+        for hook, d_in in facts.d_in.items()
+    }
+
+
+def memory_bytes(plan: TrainingPlan) -> int:
+    """What the training pod needs, device and host together: weights with gradients and moments, a step, the reader."""
+    weights = sum((2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae) * _BYTES_PER_PARAMETER for sae in plan.saes)
+    latents = max(sae.d_sae for sae in plan.saes) * plan.batch_size * 4 * _LATENT_ARRAYS
+    return _PROCESS_BYTES + _READER_BYTES + weights + latents
+
+
+def _check_memory(spec: SAETrainingJobSpec, needed: int) -> None:
+    """Raises InvalidInput when the pod's memory limit is too low for training on the CPU; a GPU's memory is unknown."""
+    limits = spec.run.resources.limits
+    if "memory" not in limits or any("gpu" in name for name in limits):
+        return
+    limit = quantity_bytes(limits["memory"])
+    if limit < needed:
+        raise InvalidInput(
+            "NotEnoughMemory",
+            f"training needs about {needed >> 20} MiB, the limit is {limit >> 20} MiB; "
+            "raise it, or lower batchSize, dSae or the number of SAEs",
+            field="spec.run.resources.limits.memory",
+        )
+
+
+def quantity_bytes(quantity: int | str) -> int:
+    """A Kubernetes quantity of memory in bytes: `1536Mi`, `2G`, `1e9`, `4096`."""
+    text = str(quantity)
+    number = text.rstrip("numkMGTPEi")
+    suffix = text[len(number) :]
+    if suffix in _BINARY_SUFFIXES:
+        return int(float(number) * 2 ** (10 * (_BINARY_SUFFIXES.index(suffix) + 1)))
+    return int(float(number) * 10.0 ** (3 * (_DECIMAL_SUFFIXES.index(suffix) - 3)))
