@@ -5,7 +5,7 @@ The unit tests put them to the models, the cluster tests to the API server: both
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
 
 from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB
 from tests.specs import REMOVED, Edits
@@ -14,7 +14,7 @@ CACHE = ACTIVATION_CACHE.kind
 JOB = SAE_TRAINING_JOB.kind
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RuleCase:
     """A rule of a kind's spec.
 
@@ -30,7 +30,7 @@ class RuleCase:
     breaks: Edits
     field: str
     message: str
-    keeps: Edits = field(default_factory=dict)
+    keeps: Edits = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.kind}-{'-'.join(self.breaks)}"

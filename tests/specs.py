@@ -34,10 +34,10 @@ def edited(spec: Mapping[str, Any], edits: Edits) -> dict[str, Any]:
     """A copy of a spec with fields set or removed; objects on the way are made."""
     result: dict[str, Any] = copy.deepcopy(dict(spec))
     for path, value in edits.items():
-        *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        *parents, last = path.split(".")
         at: Any = result
         for parent in parents:
-            at = at[parent] if isinstance(at, list) else at.setdefault(parent, {})
+            at = at[int(parent)] if isinstance(at, list) else at.setdefault(parent, {})
         if value is REMOVED:
             del at[last]
         else:

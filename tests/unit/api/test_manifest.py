@@ -9,6 +9,7 @@ import pytest
 from ruamel.yaml import YAMLError
 
 from sae_operator.api.manifest import ManifestError, load_manifests, parse_manifests, read_yaml, validate_spec
+from sae_operator.api.schema import MAP_KEY_MESSAGE
 from tests.specs import CACHE_SPEC, JOB_SPEC, REMOVED, edited
 
 CACHE_YAML = """\
@@ -22,6 +23,10 @@ spec:
   tokens: 3e8
   storage: {uri: "s3://saes/caches"}
 """
+
+
+A_PATH = "must be the dotted path of a module, such as transformer.h.7"
+TEXT, QUOTES = "must be text", "put it in quotes"
 
 
 def problems_of(text: str) -> list[str]:
@@ -166,12 +171,16 @@ class TestMessages:
             ({"model.name": "a\nb"}, "spec.model.name", "must not contain control characters, not 'a\\nb'"),
             ({"hooks": {"name": "a"}}, "spec.hooks", "must be a list, not a mapping; begin each item with '- '"),
             ({"hooks": []}, "spec.hooks", "must have at least 1 item"),
-            ({"hooks.0.name": "a-b"}, "spec.hooks[0].name", "must be the dotted path of a module, such as transformer.h.7, not 'a-b'"),
-            ({"storage.uri": "gs://a/b"}, "spec.storage.uri", "must be s3://bucket/prefix or file://path, not 'gs://a/b'"),
-            ({"run.nodeSelector": {"a/b": 1}}, "spec.run.nodeSelector[a/b]", "must be text, not the number 1; put it in quotes"),
-            ({"run.podAnnotations": {"a" * 254: "b"}}, "spec.run.podAnnotations", "keys must be at most 253 characters"),
+            ({"hooks.0.name": "a-b"}, "spec.hooks[0].name", f"{A_PATH}, not 'a-b'"),
+            (
+                {"storage.uri": "gs://a/b"},
+                "spec.storage.uri",
+                "must be s3://bucket/prefix or file://path, not 'gs://a/b'",
+            ),
+            ({"run.nodeSelector": {"a/b": 1}}, "spec.run.nodeSelector[a/b]", f"{TEXT}, not the number 1; {QUOTES}"),
+            ({"run.podAnnotations": {"a" * 254: "b"}}, "spec.run.podAnnotations", MAP_KEY_MESSAGE),
         ],
-    )  # fmt: skip
+    )
     def test_a_mistake_is_told_in_plain_words(self, edits: dict[str, Any], field: str, message: str) -> None:
         assert messages("ActivationCache", edited(CACHE_SPEC, edits)) == [(field, message)]
 
