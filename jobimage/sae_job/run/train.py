@@ -19,8 +19,9 @@ from sae_job.evaluation.cross_entropy import CrossEntropy, cross_entropies
 from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.reporting.report import render_report
 from sae_job.run.context import StepContext
-from sae_job.run.output_marker import claim_output
-from sae_job.storage.base import ObjectNotFound, ObjectStore
+from sae_job.run.output_marker import RESULTS_KEY, claim_output, finished_results
+from sae_job.saes.config import Provenance
+from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex
 from sae_job.training.checkpoints import Checkpoints, metrics_lines
 from sae_job.training.loop import TrainingLoop
@@ -32,7 +33,7 @@ from sae_operator.api.training_job import SAETrainingJobSpec
 
 logger = logging.getLogger(__name__)
 
-RESULTS, METRICS, REPORT = "results.json", "metrics.jsonl", "report.html"
+METRICS_KEY, REPORT_KEY = "metrics.jsonl", "report.html"
 # Order in which rows are read: one for every job, so that SAEs of different jobs see the same batches.
 ORDER_SEED = 0
 # Tokens that the CE-loss score runs the whole model on, several times: enough for two digits, minutes on a CPU.
@@ -64,9 +65,9 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
     output = context.open_store(spec.output)
     claim_output(output, step)
     checkpoints = Checkpoints(output, keep=spec.checkpoints.keep)
-    finished = _finished_results(output)
+    finished = finished_results(output)
     if finished is not None and finished["tokens"] >= (spec.training.tokens or 0):
-        logger.info("finished results are there already: %s/%s", output.uri, RESULTS)
+        logger.info("finished results are there already: %s/%s", output.uri, RESULTS_KEY)
         checkpoints.remove_all()
         return _step_result(finished, adopted=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,6 +89,7 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
             data.reader,
             {hook: HeldOutRows(rows, device=device) for hook, rows in data.held_out.activations.items()},
             metrics=frozenset(spec.evaluation.metrics),
+            provenance={hook: _provenance(manifest, hook) for hook in plan.hooks},
             device=device,
         )
         if snapshot is None:
@@ -118,13 +120,6 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
     return result
 
 
-def _finished_results(output: ObjectStore) -> dict[str, Any] | None:
-    try:
-        return json.loads(output.get(RESULTS))
-    except ObjectNotFound:
-        return None
-
-
 def _cache_rows(step: TrainStep, manifest: CacheManifest) -> int:
     """Rows of the cache that the job asked for: others may have extended it since."""
     return manifest.tokens if step.cache is None else min(step.cache.tokens, manifest.tokens)
@@ -145,6 +140,17 @@ def _open(store: ObjectStore, manifest: CacheManifest, plan: TrainingPlan, *, ro
         total_rows=rows,
     )
     return _Data(store, manifest, reader, reader.held_out(plan.held_out_rows))
+
+
+def _provenance(manifest: CacheManifest, hook: str) -> Provenance:
+    sampling = manifest.spec.get("sampling", {})
+    return Provenance(
+        model_name=manifest.model["name"],
+        hook_name=hook,
+        dataset_path=manifest.dataset["path"],
+        context_size=manifest.context_size,
+        prepend_bos=sampling.get("prependBos", True),
+    )
 
 
 def _cross_entropies(
@@ -250,9 +256,9 @@ def _leave(output: ObjectStore, spec: SAETrainingJobSpec, trainer: Trainer, resu
         sae.inference().save(output, sae.name, log_sparsity=log_densities)
         if log_densities is not None:
             densities[sae.name] = log_densities.tolist()
-    output.put(METRICS, metrics_lines(trainer.lines))
-    output.put(REPORT, render_report(results, trainer.lines, densities, spec.to_manifest()).encode())
-    output.put(RESULTS, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+    output.put(METRICS_KEY, metrics_lines(trainer.lines))
+    output.put(REPORT_KEY, render_report(results, trainer.lines, densities, spec.to_manifest()).encode())
+    output.put(RESULTS_KEY, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _step_result(results: Mapping[str, Any], *, adopted: bool) -> StepResult:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_job.evaluation.metrics import HeldOutRows, reconstruction_metrics
 from sae_job.saes.architectures import build_trainable
 from sae_job.saes.base import SAE
+from sae_job.saes.config import Provenance
 from sae_job.saes.trainable import StepStatistics
 from sae_job.training.dead_latents import DeadLatents, FiringFrequency
 from sae_job.training.plan import SaePlan, TrainingPlan
@@ -35,14 +36,18 @@ class SaeTraining:
         plan: the SAE's part of the job.
         job: the job.
         index: place in `spec.saes`, for messages.
+        provenance: what the saved SAE tells of its activations.
         device: where weights lie.
     """
 
-    def __init__(self, plan: SaePlan, job: TrainingPlan, index: int, *, device: torch.device) -> None:
+    def __init__(
+        self, plan: SaePlan, job: TrainingPlan, index: int, *, provenance: Provenance, device: torch.device
+    ) -> None:
         self.plan = plan
         self.failure: str | None = None
         self._job = job
         self._index = index
+        self._provenance = provenance
         self._device = device
         self._trainable = build_trainable(plan.spec, plan.d_in, device=device)
         self._parameters = self._trainable.parameters_by_name
@@ -140,7 +145,7 @@ class SaeTraining:
 
     def inference(self) -> SAE:
         """A copy for use on raw activations: scaling folded in."""
-        return self._trainable.to_inference(scale=self.plan.scale)
+        return self._trainable.to_inference(scale=self.plan.scale, provenance=self._provenance)
 
     def log_densities(self) -> Float32[Tensor, " d_sae"] | None:
         """log10 firing frequency of each latent, on the CPU."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_job.errors import InvalidInput
 from sae_job.evaluation.metrics import HeldOutRows
+from sae_job.saes.config import Provenance
 from sae_job.training.checkpoints import Snapshot, random_states, restore_random_states
 from sae_job.training.plan import TrainingPlan
 from sae_job.training.sae_training import SaeTraining, is_finite, sample_rows
@@ -45,6 +46,7 @@ class Trainer:
         stream: batches of `plan.batch_size` rows per hook, in raw scale.
         held_out: hook -> held-out rows, in raw scale.
         metrics: which figures of evaluations are kept.
+        provenance: hook -> what saved SAEs tell of its activations.
         device: where the SAEs lie.
     """
 
@@ -55,13 +57,17 @@ class Trainer:
         held_out: Mapping[str, HeldOutRows],
         *,
         metrics: frozenset[str],
+        provenance: Mapping[str, Provenance],
         device: torch.device,
     ) -> None:
         self.plan = plan
         self.steps_done = 0
         self.lines: list[dict[str, Any]] = []
         self._latest: dict[str, dict[str, float | None]] = {}
-        self.saes = [SaeTraining(sae, plan, index, device=device) for index, sae in enumerate(plan.saes)]
+        self.saes = [
+            SaeTraining(sae, plan, index, provenance=provenance[sae.hook], device=device)
+            for index, sae in enumerate(plan.saes)
+        ]
         self._stream = stream
         self._held_out = held_out
         self._metrics = metrics

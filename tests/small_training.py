@@ -1,0 +1,79 @@
+"""A small training job on a small cache: what tests of the trainer, of checkpoints and of resuming start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_job.activations.manifest import read_manifest
+from sae_job.activations.reader import CachedActivations, held_out_contexts_for
+from sae_job.evaluation.metrics import HeldOutRows
+from sae_job.saes.config import Provenance
+from sae_job.storage.base import ObjectStore
+from sae_job.training.plan import TrainingPlan, resolve_plan
+from sae_job.training.trainer import Trainer
+from sae_operator.api.training_job import SAETrainingJobSpec
+
+TOPK: dict[str, Any] = {"name": "topk", "architecture": {"type": "topk", "k": 3}, "dSae": 24}
+STANDARD: dict[str, Any] = {
+    "name": "standard",
+    "architecture": {"type": "standard", "l1Coefficient": 0.1, "l1WarmUpSteps": 4},
+    "dSae": 16,
+    "seed": 1,
+}
+TRAINING: dict[str, Any] = {"tokens": 600, "batchSize": 32, "logEverySteps": 3, "learningRate": 0.01}
+
+
+def small_spec(saes: list[dict[str, Any]] | None = None, **parts: Any) -> SAETrainingJobSpec:
+    """A spec of 19 steps on 32 rows each; `parts` replace parts of it."""
+    document = {
+        "activations": {"uri": "file://cache"},
+        "saes": [TOPK, STANDARD] if saes is None else saes,
+        "training": TRAINING,
+        "evaluation": {"heldOutTokens": 40},
+        "output": {"uri": "file://out"},
+        **parts,
+    }
+    return SAETrainingJobSpec.model_validate(document)
+
+
+@dataclass
+class SmallJob:
+    """A trainer with its data."""
+
+    plan: TrainingPlan
+    reader: CachedActivations
+    trainer: Trainer
+
+
+def small_job(store: ObjectStore, spec: SAETrainingJobSpec, *, device: str = "cpu") -> SmallJob:
+    """A trainer on the cache in `store`, not yet initialised."""
+    manifest = read_manifest(store)
+    plan = resolve_plan(
+        spec, cache_rows=manifest.tokens, statistics={statistics.name: statistics for statistics in manifest.hooks}
+    )
+    reader = CachedActivations.open(
+        store,
+        hooks=plan.hooks,
+        batch_size=plan.batch_size,
+        seed=0,
+        held_out_contexts=held_out_contexts_for(store, manifest, plan.held_out_rows),
+    )
+    held_out = reader.held_out(plan.held_out_rows).activations
+    trainer = Trainer(
+        plan,
+        reader,
+        {hook: HeldOutRows(rows, device=device) for hook, rows in held_out.items()},
+        metrics=frozenset(spec.evaluation.metrics),
+        provenance={hook: Provenance(hook_name=hook) for hook in plan.hooks},
+        device=torch.device(device),
+    )
+    return SmallJob(plan, reader, trainer)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Content of every file below a folder, by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
