@@ -26,9 +26,10 @@ logger = logging.getLogger(__name__)
 _BYTES_PER_PARAMETER = 16
 # Float32 arrays of [batch, d_sae] that a step holds at a time: pre-activations, and a penalty's or auxiliary loss's.
 _LATENT_ARRAYS = 3
+# Interpreter and libraries.
 _PROCESS_BYTES = 2**30
-# Rows that the reader holds: shards being mixed and read ahead.
-_READER_BYTES = 2**30
+# Shards that the reader mixes and reads ahead, unless the whole cache is smaller.
+_READER_BYTES = 3 * 2**30
 # Suffixes of a Kubernetes quantity, from 10**-9 and from 2**10 on.
 _DECIMAL_SUFFIXES = ("n", "u", "m", "", "k", "M", "G", "T", "P", "E")
 _BINARY_SUFFIXES = ("Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
@@ -50,20 +51,21 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
     if finished is not None and finished["tokens"] >= (spec.training.tokens or 0):
         logger.info("finished results are there already below %s", output.uri)
         return _adopt(finished)
-    bytes_planned = 0
+    cached_bytes = bytes_to_cache = 0
     manifest = _manifest(step, context.open_store(step.activations))
     if manifest is not None:
         statistics = {hook.name: hook for hook in manifest.hooks}
         rows = manifest.tokens if step.cache is None else step.cache.tokens
+        cached_bytes = manifest.bytes
     else:
         assert step.cache is not None, "a cache without a spec has a manifest"
         facts = _inspect(spec, step.cache)
-        bytes_planned = cache_bytes(step.cache, facts)
         statistics = _pretended_statistics(facts)
         rows = step.cache.tokens
+        bytes_to_cache = cache_bytes(step.cache, facts)
     plan = resolve_plan(spec, cache_rows=rows, statistics=statistics)
-    memory = memory_bytes(plan)
-    _check_memory(spec, memory)
+    _check_memory(spec, plan)
+    memory = memory_bytes(plan, cached_bytes or bytes_to_cache)
     # Last, so that a spec that cannot work does not keep its mended successor from the output.
     claim_output(output, step)
     context.reporter.update(total_tokens=plan.tokens)
@@ -73,7 +75,7 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
         reason="Completed",
         message=f"{len(plan.saes)} SAEs, {plan.tokens} tokens in {plan.steps} steps of {plan.batch_size}",
         adopted=False,
-        plan={"bytes": bytes_planned, "gpuSeconds": None, "memoryBytes": memory},
+        plan={"bytes": bytes_to_cache, "gpuSeconds": None, "memoryBytes": memory},
     )
 
 
@@ -144,23 +146,30 @@ def _pretended_statistics(facts: ModelFacts) -> dict[str, HookStatistics]:
     }
 
 
-def memory_bytes(plan: TrainingPlan) -> int:
+def memory_bytes(plan: TrainingPlan, cached_bytes: int) -> int:
     """What the training pod needs, device and host together: weights with gradients and moments, a step, the reader."""
-    weights = sum((2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae) * _BYTES_PER_PARAMETER for sae in plan.saes)
-    latents = max(sae.d_sae for sae in plan.saes) * plan.batch_size * 4 * _LATENT_ARRAYS
-    return _PROCESS_BYTES + _READER_BYTES + weights + latents
+    reader = min(_READER_BYTES, cached_bytes)
+    return _PROCESS_BYTES + reader + _weight_bytes(plan) + _LATENT_ARRAYS * _latent_bytes(plan)
 
 
-def _check_memory(spec: SAETrainingJobSpec, needed: int) -> None:
-    """Raises InvalidInput when the pod's memory limit is too low for training on the CPU; a GPU's memory is unknown."""
+def _weight_bytes(plan: TrainingPlan) -> int:
+    return sum((2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae) * _BYTES_PER_PARAMETER for sae in plan.saes)
+
+
+def _latent_bytes(plan: TrainingPlan) -> int:
+    return max(sae.d_sae for sae in plan.saes) * plan.batch_size * 4
+
+
+def _check_memory(spec: SAETrainingJobSpec, plan: TrainingPlan) -> None:
+    """Raises InvalidInput when a pod without a GPU cannot even hold the weights and one step."""
     limits = spec.run.resources.limits
     if "memory" not in limits or any("gpu" in name for name in limits):
         return
-    limit = quantity_bytes(limits["memory"])
+    needed, limit = _weight_bytes(plan) + _latent_bytes(plan), quantity_bytes(limits["memory"])
     if limit < needed:
         raise InvalidInput(
             "NotEnoughMemory",
-            f"training needs about {needed >> 20} MiB, the limit is {limit >> 20} MiB; "
+            f"weights and one step alone take {needed >> 20} MiB, the limit is {limit >> 20} MiB; "
             "raise it, or lower batchSize, dSae or the number of SAEs",
             field="spec.run.resources.limits.memory",
         )

@@ -38,7 +38,7 @@ from sae_operator.api.steps import CacheStep, ExitCode, HookFacts, StepResult, T
 logger = logging.getLogger(__name__)
 
 MARKER_KEY = "sae-operator.json"
-# Interpreter, libraries, and a GPU's context: measured at 0.6 GiB on a CPU.
+# Interpreter and libraries.
 _PROCESS_BYTES = 2**30
 # Tensors of a layer's width that a forward pass holds at a time, beside what the hooks keep.
 _FORWARD_WIDTHS = 16
@@ -130,7 +130,7 @@ def memory_bytes(spec: ActivationCacheSpec, facts: ModelFacts) -> int:
     item = ITEM_BYTES[spec.model.dtype]
     width = sum(facts.d_in.values()) + _FORWARD_WIDTHS * max(facts.d_in.values())
     forward = spec.model.batch_size * spec.context_size * width * item
-    shard = rows_per_shard(spec, facts.d_in) * row_bytes(facts.d_in, spec.storage.dtype)
+    shard = min(spec.tokens, rows_per_shard(spec, facts.d_in)) * row_bytes(facts.d_in, spec.storage.dtype)
     return _PROCESS_BYTES + facts.parameter_bytes + forward + _SHARDS_IN_MEMORY * shard
 
 
