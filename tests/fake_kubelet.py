@@ -109,7 +109,7 @@ class FakeKubelet:
         self._beat_at = 0.0
 
     def __enter__(self) -> FakeKubelet:
-        self._register()
+        self.register()
         self._thread.start()
         return self
 
@@ -124,7 +124,7 @@ class FakeKubelet:
         try:
             while not self._stop.is_set():
                 if time.monotonic() - self._beat_at > HEARTBEAT_SECONDS:
-                    self._beat()
+                    self.beat()
                 self._sync()
                 self._stop.wait(self.interval)
         except (OSError, HTTPException, AssertionError) as error:
@@ -187,7 +187,8 @@ class FakeKubelet:
         options = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}}
         self._call("DELETE", _path(pod), options)
 
-    def _register(self) -> None:
+    def register(self) -> None:
+        """Makes the node, Ready and roomy."""
         self._call(
             "POST",
             "/api/v1/nodes",
@@ -198,9 +199,10 @@ class FakeKubelet:
                 "spec": {"taints": [{"key": LABEL, "effect": "NoSchedule"}]},
             },
         )
-        self._beat()
+        self.beat()
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
+        """Keeps the node Ready for another while."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         room = {
             "cpu": "1000",

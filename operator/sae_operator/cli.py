@@ -46,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
         help="seconds between updates of live progress (default: %(default)s)",
     )
     made.add_argument(
+        "--result-grace-seconds",
+        type=float,
+        default=30.0,
+        help="seconds to wait for the message of a pod that has ended (default: %(default)s)",
+    )
+    made.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="format of the log (default: %(default)s)"
     )
     made.add_argument("-v", "--verbose", action="store_true", help="log what is done, call by call")
@@ -75,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 liveness=options.liveness,
                 poll_seconds=options.poll_seconds,
                 progress_seconds=options.progress_seconds,
+                result_grace_seconds=options.result_grace_seconds,
             )
         )
     except CredentialsError as error:

@@ -302,14 +302,16 @@ def test_two_kills_for_memory_end_a_job(world: World, operator: OperatorProcess,
     assert conditions(job)["Ready"]["reason"] == "OOMKilled"
     assert "memory" in conditions(job)["Ready"]["message"]
     assert {item["reason"] for item in job["status"]["attempts"]} == {"OOMKilled"}
-    assert [step for space, _, step in kubelet.started if space == world.namespace].count("train") == 2
+    # A third may have started before the Job was ended; a fourth would have used up its backoffLimit.
+    assert [step for space, _, step in kubelet.started if space == world.namespace].count("train") in (2, 3)
 
 
 def test_a_result_that_was_lost_does_not_hold_a_job(world: World, kubelet: FakeKubelet) -> None:
     kubelet.scripts[world.namespace] = except_for(train=Ends(0, "not a result"))
-    with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
+    patience = ("--result-grace-seconds=2",)
+    with run_operator(world.control_plane.kubeconfig, namespace=world.namespace, arguments=patience):
         world.create("SAETrainingJob", "first", training_spec())
-        job = world.wait_phase("SAETrainingJob", "first", "Succeeded", timeout=60)
+        job = world.wait_phase("SAETrainingJob", "first", "Succeeded")
     assert conditions(job)["MetricsUnavailable"]["status"] == "True"
 
 

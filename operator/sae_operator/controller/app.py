@@ -45,6 +45,9 @@ class Options:
     Attributes:
         namespace: the one that is served; all when None.
         lease_namespace: where the heartbeat's Lease lies; the served namespace, then the operator's own, when None.
+        poll_seconds: time between two looks at running pods.
+        progress_seconds: time between two updates of live progress in a status.
+        result_grace_seconds: how long the message of a pod that has ended is waited for.
         liveness: where health is served, e.g. `http://0.0.0.0:8081/healthz`; not at all when None.
     """
 
@@ -55,6 +58,7 @@ class Options:
     liveness: str | None = None
     poll_seconds: float = 5.0
     progress_seconds: float = 10.0
+    result_grace_seconds: float = 30.0
 
 
 class Operator:
@@ -67,6 +71,7 @@ class Operator:
             job_image=options.job_image,
             poll_seconds=options.poll_seconds,
             progress_interval_seconds=options.progress_seconds,
+            result_grace_seconds=options.result_grace_seconds,
         )
         own_namespace = options.lease_namespace or options.namespace or self._load().namespace
         self.client = ApiClient(self._load, faults=CallFaults.from_environment())

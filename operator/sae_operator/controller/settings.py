@@ -1,4 +1,4 @@
-"""kopf's settings, each with the reason for its value. Figures: 1,000 to 3,000 resources, a real API server, 2 cores."""
+"""kopf's settings, each with the reason for its value. Figures: 1,000 to 3,000 resources on a real API server."""
 
 from __future__ import annotations
 
