@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,21 @@ from _pytest.capture import CaptureManager
 
 from tests.testbed.binaries import HELM, KUBE, VERSITYGW, ensure_built
 from tests.testbed.control_plane import ControlPlane
+from tests.testbed.data import ensure_english_text, ensure_small_model, ensure_tiny_model
 from tests.testbed.node import Node
 from tests.testbed.object_server import ObjectServer
 from tests.testbed.paths import CHECKOUT
 from tests.testbed.waiting import wait_for
 
 # What a fixture needs built. A cold build takes minutes: more than a test may take.
-BUILDS = {"control_plane": KUBE, "object_server": VERSITYGW, "helm": HELM}
+BUILDS: dict[str, Callable[[], Path]] = {
+    "control_plane": partial(ensure_built, KUBE),
+    "object_server": partial(ensure_built, VERSITYGW),
+    "helm": partial(ensure_built, HELM),
+    "small_model_dir": ensure_small_model,
+    "english_text_dir": ensure_english_text,
+    "tiny_model_dir": ensure_tiny_model,
+}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -33,9 +42,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     capture = session.config.pluginmanager.getplugin("capturemanager")
     assert isinstance(capture, CaptureManager)
     with capture.global_and_fixture_disabled():
-        for fixture, tool in BUILDS.items():
+        for fixture, ensure in BUILDS.items():
             if fixture in asked:
-                ensure_built(tool)
+                ensure()
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +97,21 @@ def node(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) 
     """A node with 8 GPUs for the whole session; image `sae-operator/job:test` is this checkout with its environment."""
     with Node(control_plane, tmp_path_factory.mktemp("node")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def small_model_dir() -> Path:
+    """SmolLM2-135M, which `from_pretrained` loads; pods see it as `/opt/sae-operator-testbed/smollm2-135m`."""
+    return ensure_small_model()
+
+
+@pytest.fixture(scope="session")
+def english_text_dir() -> Path:
+    """English text as JSON lines; pods see it as `/opt/sae-operator-testbed/english-text`."""
+    return ensure_english_text()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir() -> Path:
+    """A tiny random model and its tokenizer; pods see it as `/opt/sae-operator-testbed/tiny-model`."""
+    return ensure_tiny_model()

@@ -81,21 +81,16 @@ class Pods:
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
         """A finalizer holds the pod in the API, so that its last state can be read."""
-        in_namespace = ("--namespace", self.namespace)
         finalizer = "testbed.example.com/hold"
-        kept = self.control_plane.get("pod", name, *in_namespace)["metadata"].get("finalizers", [])
-        self._set_finalizers(name, [*kept, finalizer])
+        self._patch_metadata(name, {"finalizers": [finalizer]})
         try:
             yield
         finally:
-            kept = self.control_plane.get("pod", name, *in_namespace)["metadata"]["finalizers"]
-            self._set_finalizers(name, [one for one in kept if one != finalizer])
+            self._patch_metadata(name, {"$deleteFromPrimitiveList/finalizers": [finalizer]})
 
-    def _set_finalizers(self, name: str, finalizers: list[str]) -> None:
-        patch = json.dumps({"metadata": {"finalizers": finalizers}})
-        self.control_plane.kubectl(
-            "patch", "pod", name, "--namespace", self.namespace, "--type=merge", "--patch", patch
-        )
+    def _patch_metadata(self, name: str, metadata: dict[str, Any]) -> None:
+        patch = json.dumps({"metadata": metadata})
+        self.control_plane.kubectl("patch", "pod", name, "--namespace", self.namespace, "--patch", patch)
 
     def events(self, name: str) -> list[str]:
         listed = self.control_plane.get(

@@ -8,24 +8,16 @@ import sys
 from pathlib import Path
 
 from tests.testbed.control_plane import ControlPlane
+from tests.testbed.data import POD_DATA, data_directory
 from tests.testbed.node_agent.settings import Image, NodeSettings
-from tests.testbed.paths import CHECKOUT, cache_directory
+from tests.testbed.paths import CHECKOUT
 from tests.testbed.processes import ChildProcess
 from tests.testbed.waiting import wait_for
 
 JOB_IMAGE = "sae-operator/job:test"
 OPERATOR_IMAGE = "sae-operator/operator:test"
 IMAGE_USER = 65532
-# Where pods see the models and texts of `data_directory`.
-POD_DATA = "/opt/sae-operator-testbed"
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-def data_directory() -> Path:
-    """Folder of this machine that pods see as `/opt/sae-operator-testbed`: the small model, text, the tiny model."""
-    directory = cache_directory() / "data"
-    directory.mkdir(exist_ok=True)
-    return directory
 
 
 def project_image() -> Image:
