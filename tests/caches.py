@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sae_job.activations.format import layout_of
+from sae_job.activations.format import STORAGE_DTYPES, layout_of
 from sae_job.activations.manifest import CacheManifest
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.run.cache import write_shards
@@ -46,7 +46,7 @@ BOS = 0
 
 class LookupModel:
     """A model without weights: the activation of a token is its row of a fixed random table, plus a little of its
-    position.
+    position; in float32 the first value also tells the contexts apart, so that no two rows are equal.
 
     Attributes:
         calls: how many batches it was given.
@@ -61,7 +61,11 @@ class LookupModel:
     def activations(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         self.calls += 1
         position = torch.arange(tokens.shape[1]).reshape(1, -1, 1) / 64
-        return {hook: (table[tokens.long()] + position).to(self._dtype) for hook, table in self._tables.items()}
+        context = (tokens.double() * torch.arange(1, tokens.shape[1] + 1).sqrt()).sum(dim=1).sin().float() / 16
+        found = {hook: table[tokens.long()] + position for hook, table in self._tables.items()}
+        for values in found.values():
+            values[:, :, 0] += context[:, None]
+        return {hook: values.to(self._dtype) for hook, values in found.items()}
 
 
 def cache_spec(
@@ -180,6 +184,6 @@ def finished_cache(
     store = FileStore(path_of_file_uri(step.location.uri))
     prepare_tokens(store, spec, hooks)
     context = step_context(root)
-    write_shards(step, context, lambda _: LookupModel(hooks, seed=seed), device="cpu")
+    write_shards(step, context, lambda _: LookupModel(hooks, dtype=STORAGE_DTYPES[dtype], seed=seed), device="cpu")
     run_finalize(step, context)
     return store, read_manifest(store)

@@ -1,0 +1,310 @@
+"""What training reads: full batches of mixed rows, each row once an epoch, resumable exactly, held-out rows apart."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from sae_job.activations.manifest import CacheManifest
+from sae_job.activations.reader import CachedActivations, held_out_contexts_for
+from sae_job.errors import InvalidInput
+from sae_job.storage.file_store import FileStore
+from tests.caches import finished_cache
+from tests.faults import FaultPlan, fail
+
+Cache = tuple[FileStore, CacheManifest]
+HOOK = "layer.0"
+ROWS = 2000
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return finished_cache(tmp_path_factory.mktemp("cache"), tokens=ROWS, dtype="float32")
+
+
+def open_reader(cache: Cache, **changes: object) -> CachedActivations:
+    arguments: dict[str, object] = {
+        "hooks": [HOOK],
+        "batch_size": 64,
+        "seed": 1,
+        "held_out_contexts": 0,
+        "mix_shards": 3,
+        "read_ahead_bytes": 2**16,
+    }
+    return CachedActivations.open(cache[0], **{**arguments, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def keys(rows: torch.Tensor) -> list[bytes]:
+    """What tells rows apart: in float32 no two rows of the test's model are equal."""
+    return [row.contiguous().view(torch.uint8).numpy().tobytes() for row in rows]
+
+
+def all_rows(cache: Cache, name: str = HOOK) -> torch.Tensor:
+    return torch.cat([load(cache[0].get(entry.key))[name] for entry in cache[1].shards])
+
+
+def take(reader: CachedActivations, batches: int) -> torch.Tensor:
+    return torch.cat([reader.next_batch()[HOOK] for _ in range(batches)])
+
+
+@pytest.mark.parametrize("mix", [1, 3, 100])
+def test_an_epoch_reads_every_row_once_and_the_next_one_in_another_order(cache: Cache, mix: int) -> None:
+    reader = open_reader(cache, batch_size=ROWS // 20, mix_shards=mix)
+    first, second = take(reader, 20), take(reader, 20)
+    assert reader.training_rows == ROWS
+    assert Counter(keys(first)) == Counter(keys(second)) == Counter(keys(all_rows(cache)))
+    assert not torch.equal(first, second)
+    reader.close()
+
+
+def test_batches_are_full_across_epochs(cache: Cache) -> None:
+    reader = open_reader(cache, batch_size=999)
+    epochs = []
+    for _ in range(6):
+        assert reader.next_batch()[HOOK].shape == (999, 16)
+        epochs.append(reader.epoch)
+    assert epochs == [0, 0, 1, 1, 2, 2]
+    reader.close()
+
+
+def test_a_batch_may_be_larger_than_an_epoch(cache: Cache) -> None:
+    reader = open_reader(cache, batch_size=3 * ROWS)
+    assert Counter(keys(reader.next_batch()[HOOK])) == Counter(keys(all_rows(cache)) * 3)
+    reader.close()
+
+
+def test_the_order_is_a_function_of_the_seed(cache: Cache) -> None:
+    batches = {}
+    for name, changes in {
+        "one": {},
+        "again": {"read_ahead_bytes": 0},
+        "other seed": {"seed": 2},
+    }.items():
+        reader = open_reader(cache, **changes)
+        batches[name] = take(reader, 70)
+        reader.close()
+    assert torch.equal(batches["one"], batches["again"]), "reading ahead has no part in it"
+    assert not torch.equal(batches["one"], batches["other seed"])
+
+
+def test_a_batch_mixes_shards(cache: Cache) -> None:
+    home = {
+        key: number for number, entry in enumerate(cache[1].shards) for key in keys(load(cache[0].get(entry.key))[HOOK])
+    }
+    reader = open_reader(cache, batch_size=128)
+    for _ in range(ROWS // 128):
+        shards = Counter(home[key] for key in keys(reader.next_batch()[HOOK]))
+        assert len(shards) >= 2
+        assert max(shards.values()) < 120
+    reader.close()
+
+
+@pytest.mark.parametrize("hooks", [["layer.1"], ["layer.1", "layer.0"]])
+def test_hooks_are_read_aligned(tmp_path: Path, hooks: list[str]) -> None:
+    cache = finished_cache(tmp_path, hooks={"layer.0": 16, "layer.1": 8}, tokens=500, dtype="float32")
+    pairs = dict(zip(keys(all_rows(cache, "layer.1")), keys(all_rows(cache, "layer.0")), strict=True))
+    reader = open_reader(cache, hooks=hooks)
+    batch = reader.next_batch()
+    assert list(batch) == hooks
+    if len(hooks) == 2:
+        assert [pairs[key] for key in keys(batch["layer.1"])] == keys(batch["layer.0"])
+    reader.close()
+
+
+@pytest.mark.parametrize("before", [0, 1, 3, 17, 31, 32, 65])
+@pytest.mark.parametrize("mix", [2, 100])
+def test_a_restored_reader_continues_exactly(cache: Cache, before: int, mix: int) -> None:
+    reader = open_reader(cache, mix_shards=mix, held_out_contexts=5)
+    take(reader, before) if before else None
+    state = json.loads(json.dumps(reader.state()))
+    expected = take(reader, 40)
+    other = open_reader(cache, mix_shards=mix, held_out_contexts=5)
+    other.next_batch()
+    other.restore(state)
+    assert torch.equal(take(other, 40), expected)
+    assert other.state() == reader.state()
+    reader.close()
+    other.close()
+
+
+def test_a_state_of_another_order_is_refused(cache: Cache) -> None:
+    reader = open_reader(cache)
+    state = reader.state()
+    other = open_reader(cache, seed=2)
+    with pytest.raises(InvalidInput, match="reading with seed 1, not 2"):
+        other.restore(state)
+    reader.close()
+    other.close()
+
+
+def test_when_the_cache_has_grown_the_epoch_that_was_begun_ends_as_planned(tmp_path: Path) -> None:
+    short = finished_cache(tmp_path, tokens=1000, dtype="float32")
+    reader = open_reader(short, batch_size=100)
+    first = take(reader, 4)
+    state = reader.state()
+    reader.close()
+    long = finished_cache(tmp_path, tokens=2000, dtype="float32")
+    grown = open_reader(long, batch_size=100)
+    grown.restore(state)
+    rest = take(grown, 6)
+    assert len(set(keys(first)) | set(keys(rest))) == 1000
+    assert Counter(keys(take(grown, 20))) == Counter(keys(all_rows(long)))
+    grown.close()
+
+
+def test_held_out_rows_are_never_in_a_batch(cache: Cache) -> None:
+    contexts = held_out_contexts_for(cache[0], cache[1], 300)
+    reader = open_reader(cache, held_out_contexts=contexts)
+    held = reader.held_out(10_000)
+    assert reader.training_rows == ROWS - len(held.sequence)
+    everything = take(reader, 2 * (reader.training_rows // 64 + 1))
+    assert not set(keys(held.activations[HOOK])) & set(keys(everything))
+    assert set(keys(held.activations[HOOK])) | set(keys(everything)) == set(keys(all_rows(cache)))
+    reader.close()
+
+
+def test_held_out_rows_come_in_order_of_their_context_and_position(cache: Cache) -> None:
+    reader = open_reader(cache, held_out_contexts=20)
+    held = reader.held_out(10_000)
+    place = (held.sequence * 16 + held.position).tolist()
+    assert place == sorted(set(place))
+    assert int(held.sequence.max()) == 19
+    assert len(held.token_ids) == int((all_rows(cache, "sequence") < 20).sum())
+    fewer = reader.held_out(33)
+    assert torch.equal(fewer.activations[HOOK], held.activations[HOOK][:33])
+    assert reader.held_out(0).activations[HOOK].shape == (0, 16)
+    reader.close()
+
+
+def test_looking_at_held_out_rows_does_not_move_the_reader(cache: Cache) -> None:
+    plain, looking = (open_reader(cache, held_out_contexts=30) for _ in range(2))
+    for _ in range(40):
+        assert torch.equal(plain.next_batch()[HOOK], looking.next_batch()[HOOK])
+        looking.held_out(50)
+    plain.close()
+    looking.close()
+
+
+@pytest.mark.parametrize(
+    ("rows", "contexts"), [(0, 0), (1, 1), (15, 1), (16, 2), (300, None), (450, None), (1500, None)]
+)
+def test_the_fewest_contexts_that_hold_so_many_rows(cache: Cache, rows: int, contexts: int | None) -> None:
+    sequence = all_rows(cache, "sequence")
+    found = held_out_contexts_for(cache[0], cache[1], rows)
+    assert contexts is None or found == contexts
+    assert int((sequence < found).sum()) >= rows
+    assert found == 0 or int((sequence < found - 1).sum()) < rows
+
+
+def test_holding_out_more_rows_than_there_are_is_refused(cache: Cache) -> None:
+    with pytest.raises(InvalidInput, match="has 2000 rows, fewer than the 2001 to hold out"):
+        held_out_contexts_for(*cache, ROWS + 1)
+    with pytest.raises(InvalidInput, match="no rows are left to train on"):
+        open_reader(cache, held_out_contexts=10**6)
+
+
+def test_only_the_first_rows_are_read_when_fewer_are_asked_for(cache: Cache) -> None:
+    reader = open_reader(cache, total_rows=500, batch_size=250)
+    assert reader.training_rows == 500
+    assert Counter(keys(take(reader, 2))) == Counter(keys(all_rows(cache)[:500]))
+    reader.close()
+
+
+def test_an_unknown_hook_is_told_with_the_nearest(cache: Cache) -> None:
+    with pytest.raises(InvalidInput, match=r"no activations of 'layer\.00'; nearest: layer\.0") as caught:
+        open_reader(cache, hooks=["layer.00"])
+    assert caught.value.reason == "HookNotFound"
+
+
+def test_an_unfinished_cache_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"holds no finished cache: it has no manifest.json") as caught:
+        open_reader((FileStore(tmp_path), None))  # pyright: ignore[reportArgumentType]
+    assert caught.value.reason == "CacheNotFound"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"{", "CorruptManifest"),
+        (b'{"formatVersion": 1}', "CorruptManifest"),
+        (b'{"formatVersion": 9}', "UnknownFormat"),
+    ],
+)
+def test_a_manifest_that_cannot_be_understood_is_told(tmp_path: Path, data: bytes, reason: str) -> None:
+    store = FileStore(tmp_path)
+    store.put("manifest.json", data)
+    with pytest.raises(InvalidInput) as caught:
+        CachedActivations.open(store, hooks=[HOOK], batch_size=1, seed=0, held_out_contexts=0)
+    assert caught.value.reason == reason
+
+
+def read_until_error(cache: Cache, **changes: object) -> InvalidInput:
+    reader = open_reader(cache, **changes)
+    with pytest.raises(InvalidInput) as caught:
+        take(reader, ROWS // 64 + 1)
+    reader.close()
+    return caught.value
+
+
+@pytest.mark.parametrize("place", [0, 9, 300, -1])
+def test_a_flipped_bit_is_found(tmp_path: Path, place: int) -> None:
+    cache = finished_cache(tmp_path, tokens=1000)
+    key = cache[1].shards[1].key
+    data = bytearray(cache[0].get(key))
+    data[place] ^= 1
+    cache[0].put(key, data)
+    error = read_until_error(cache)
+    assert error.reason == "CorruptShard"
+    assert key in error.message
+    assert "delete it, its .json and the cache's manifest.json, and raise the cache's spec.retry" in error.message
+
+
+def test_a_shard_that_changes_between_epochs_is_found(tmp_path: Path) -> None:
+    cache = finished_cache(tmp_path, tokens=1000)
+    reader = open_reader(cache, mix_shards=1, read_ahead_bytes=0)
+    take(reader, 16)
+    entry = cache[1].shards[0]
+    data = bytearray(cache[0].get(entry.key))
+    data[-1] ^= 1
+    cache[0].put(entry.key, data)
+    with pytest.raises(InvalidInput, match="its CRC-32 differs"):
+        take(reader, 32)
+    reader.close()
+
+
+@pytest.mark.parametrize(("data", "why"), [(None, "it is missing"), (b"short", "it is shorter than")])
+def test_a_shard_that_is_not_there_whole_is_told(tmp_path: Path, data: bytes | None, why: str) -> None:
+    cache = finished_cache(tmp_path, tokens=1000)
+    key = cache[1].shards[0].key
+    if data is None:
+        cache[0].delete(key)
+    else:
+        cache[0].put(key, data)
+    error = read_until_error(cache)
+    assert error.reason == "CorruptShard"
+    assert why in error.message
+
+
+def test_no_more_shards_are_held_than_are_mixed_and_read_ahead(cache: Cache) -> None:
+    """Every shard is fetched once an epoch, and read-ahead keeps within its bytes."""
+    plan = FaultPlan()
+    faulty = (plan.wrap(cache[0]), cache[1])
+    reader = open_reader(faulty, mix_shards=2, read_ahead_bytes=0)  # pyright: ignore[reportArgumentType]
+    take(reader, ROWS // 64)
+    fetched = Counter(name for name in plan.names if name.startswith("read_into"))
+    reader.close()
+    assert set(fetched.values()) == {1}
+    assert len(fetched) == len(cache[1].shards)
+
+
+def test_a_store_that_fails_ends_the_reading(cache: Cache) -> None:
+    plan = FaultPlan("read_into", fail)
+    reader = open_reader((plan.wrap(cache[0]), cache[1]))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(Exception, match="cannot be reached"):
+        take(reader, ROWS // 64)
+    reader.close()

@@ -1,0 +1,58 @@
+"""Sums are exact: those of the stored values in float64, whatever the shards' number and size."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_job.activations.manifest import HookSums
+from sae_job.activations.statistics import merge_sums, sums_of
+from sae_job.errors import InvalidInput
+
+
+def test_closed_form() -> None:
+    sums = sums_of(torch.tensor([[3.0, 4.0], [0.0, 5.0], [-6.0, 8.0]]), "h")
+    assert (sums.d_in, sums.sum, sums.sum_norm, sums.sum_squared_norm) == (2, [-3.0, 17.0], 20.0, 150.0)
+
+
+def test_columns_are_summed_exactly() -> None:
+    # In float32 the small values would vanish beside the large ones.
+    rows = torch.tensor([[1e8], [1.0], [-1e8], [1.0]]).repeat(1000, 1).to(torch.bfloat16)
+    exact = sum(Fraction(float(value)) for value in rows.flatten())
+    assert sums_of(rows, "h").sum == [float(exact)]
+
+
+@given(
+    counts=st.lists(st.integers(1, 700), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+)
+def test_merged_statistics_are_those_of_all_rows(counts: list[int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(sum(counts))
+    shards = [(torch.randn(count, 5, generator=generator) + 2).to(dtype) for count in counts]
+    merged = merge_sums("h", [(len(shard), sums_of(shard, "h")) for shard in shards])
+    everything = torch.cat(shards).double()
+    norms = everything.norm(dim=1)
+    assert merged.mean == pytest.approx(everything.mean(dim=0).tolist(), rel=1e-12)
+    assert merged.mean_norm == pytest.approx(float(norms.mean()), rel=1e-12)
+    assert merged.mean_squared_norm == pytest.approx(float((norms**2).mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    with pytest.raises(InvalidInput, match=r"layer\.3 are not finite in float16: use bfloat16") as caught:
+        sums_of(torch.tensor([[1.0, value]], dtype=torch.float16), "layer.3")
+    assert (caught.value.reason, caught.value.field) == ("NotFinite", "spec.storage.dtype")
+
+
+def test_shards_that_were_filtered_differently_are_refused() -> None:
+    def sums(median: float) -> HookSums:
+        return HookSums(d_in=1, sum=[1.0], sum_norm=1.0, sum_squared_norm=1.0, calibration_median_norm=median)
+
+    assert merge_sums("h", [(1, sums(2.0)), (1, sums(2.0))]).calibration_median_norm == 2.0
+    with pytest.raises(InvalidInput, match="disagree on the median norm of h"):
+        merge_sums("h", [(1, sums(2.0)), (1, sums(2.5))])
