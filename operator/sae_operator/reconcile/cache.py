@@ -176,17 +176,7 @@ def _recall_preparation(scene: CacheScene, draft: Draft) -> None:
 
 
 def _plan(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec, step: CacheStepName, inline: bool) -> StepPlan:
-    resolved = resolve_cache(spec, scene.defaults)
     completions = _completions(scene, draft, spec) if step == "cache" else None
-    given = CacheStep(
-        step=step,
-        namespace=scene.metadata.namespace,
-        name=scene.metadata.name,
-        uid=scene.metadata.uid,
-        spec=resolved,
-        location=cache_location(resolved, scene.metadata.namespace),
-        completions=completions or 1,
-    )
     plan = draft.updates.get("plan") or scene.previous.plan
 
     def build(attempt: int) -> StepWanted:
@@ -196,7 +186,7 @@ def _plan(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec, step: Cach
             step=step,
             attempt=attempt,
             work=scene.round.key,
-            spec=given,
+            spec=_given(scene, spec, step, completions or 1),
             run=spec.run,
             defaults=scene.defaults,
             default_image=scene.settings.job_image,
@@ -211,11 +201,25 @@ def _plan(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec, step: Cach
         run_field=run_field,
         resources_field=resources_field(step, run_field),
         limits=resources_of(spec.run, step).limits,
-        secrets=secret_names(given.to_manifest()),
+        secrets=lambda: secret_names(_given(scene, spec, step, completions or 1).to_manifest()),
     )
     waiting, running = PHASES[step]
     # The shards themselves say that the cache step is done; nothing waits for its pods' messages.
     return StepPlan(step, waiting, running, build, surroundings, needs_result=step != "cache")
+
+
+def _given(scene: CacheScene, spec: ActivationCacheSpec, step: CacheStepName, completions: int) -> CacheStep:
+    """What the step's pods are given: the spec with the namespace's defaults."""
+    resolved = resolve_cache(spec, scene.defaults)
+    return CacheStep(
+        step=step,
+        namespace=scene.metadata.namespace,
+        name=scene.metadata.name,
+        uid=scene.metadata.uid,
+        spec=resolved,
+        location=cache_location(resolved, scene.metadata.namespace),
+        completions=completions,
+    )
 
 
 def _completions(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec) -> int:

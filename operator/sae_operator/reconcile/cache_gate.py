@@ -116,7 +116,7 @@ def _inline_gate(
     status = cache.status
     there = status.manifest_uri is not None and (status.tokens or 0) >= mine.tokens
     failed = has_failed(cache) and not there
-    rearm = failed and not _failed_for(cache, previous)
+    rearm = failed and not _failed_for(cache, metadata.uid, previous)
     if failed and not rearm:
         return Gate(False, failure=Failure("CacheFailed", f"ActivationCache {name} failed: {_told(cache)}"))
     application, event = _join(cache, cache.spec, mine, metadata, rearm=rearm)
@@ -125,12 +125,14 @@ def _inline_gate(
     return Gate(False, "WaitingForCache", _waits(cache), apply_cache=application, event=event)
 
 
-def _failed_for(cache: CacheFacts, previous: SAETrainingJobStatus) -> bool:
-    """Whether a cache failed while this job waited for it in this round; an earlier failure is re-armed instead."""
-    if previous.phase != "WaitingForCache":
+def _failed_for(cache: CacheFacts, uid: str, previous: SAETrainingJobStatus) -> bool:
+    """Whether a cache failed for this job, in this round of its work; an earlier failure is re-armed instead."""
+    if uid not in cache.owner_uids:
         return False
     failed, began = parse_time(cache.status.completion_time), parse_time(previous.start_time)
-    return failed is None or began is None or failed >= began
+    if failed is None or began is None:
+        return previous.phase == "WaitingForCache"
+    return failed > began
 
 
 def _join(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -50,14 +50,14 @@ class Surroundings:
         run_field: path of the run settings, e.g. `spec.run`.
         resources_field: path of the step's resources, e.g. `spec.run.cpuSteps.resources`.
         limits: the step's resource limits.
-        secrets: Secrets that the pod mounts.
+        secrets: tells the Secrets that the pod mounts; seldom asked for.
     """
 
     namespace: str
     run_field: str
     resources_field: str
     limits: Mapping[str, int | str]
-    secrets: Sequence[str] = ()
+    secrets: Callable[[], Sequence[str]] = tuple
 
     @property
     def memory_limit(self) -> str:
@@ -130,7 +130,8 @@ def _not_starting(pod: PodFacts, around: Surroundings, settings: OperatorSetting
 
 def _slow_start(pod: PodFacts, around: Surroundings) -> Finding:
     """The kubelet tells a volume that cannot be mounted in an event alone: say what it most often is."""
-    if not around.secrets:
+    secrets = around.secrets()
+    if not secrets:
         return Finding(
             POD_NOT_STARTING,
             "ContainerCreating",
@@ -138,7 +139,7 @@ def _slow_start(pod: PodFacts, around: Surroundings) -> Finding:
             f" (kubectl describe pod {pod.name})",
             "Unknown",
         )
-    names = ", ".join(around.secrets)
+    names = ", ".join(secrets)
     return Finding(
         SECRET_MISSING,
         "ContainerCreating",

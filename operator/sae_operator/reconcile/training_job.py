@@ -132,11 +132,10 @@ def _plan(
     scene: TrainingScene, draft: Draft, spec: SAETrainingJobSpec, source: Source | None, step: TrainStepName
 ) -> StepPlan:
     """How a step is run; without a known source only a Job that exists already can be."""
-    given = _given(scene, spec, source, step) if source is not None else None
     plan = draft.updates.get("plan") or scene.previous.plan
 
     def build(attempt: int) -> StepWanted:
-        if given is None:
+        if source is None:
             raise RuntimeError(
                 f"step {step} of {scene.metadata.name} was to be created before its activations are known"
             )
@@ -146,7 +145,7 @@ def _plan(
             step=step,
             attempt=attempt,
             work=scene.round.key,
-            spec=given,
+            spec=_given(scene, spec, source, step),
             run=spec.run,
             defaults=scene.defaults,
             default_image=scene.settings.job_image,
@@ -158,7 +157,7 @@ def _plan(
         run_field="spec.run",
         resources_field=resources_field(step, "spec.run"),
         limits=resources_of(spec.run, step).limits,
-        secrets=secret_names(given.to_manifest()) if given is not None else (),
+        secrets=lambda: secret_names(_given(scene, spec, source, step).to_manifest()) if source is not None else (),
     )
     waiting, running = PHASES[step]
     reports = [scene.children.progress[pod.name] for pod in scene.children.pods if pod.name in scene.children.progress]
@@ -168,6 +167,7 @@ def _plan(
 
 
 def _given(scene: TrainingScene, spec: SAETrainingJobSpec, source: Source, step: TrainStepName) -> TrainStep:
+    """What the step's pods are given: spec and places with the namespace's defaults."""
     location, cache = source
     return TrainStep(
         step=step,

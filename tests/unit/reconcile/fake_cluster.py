@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.status import ActivationCacheStatus, SAETrainingJobStatus
@@ -30,6 +30,8 @@ from sae_operator.reconcile.observed import (
 )
 from sae_operator.reconcile.training_job import reconcile_training_job
 from sae_operator.reconcile.wanted import Wanted
+
+Spec = TypeVar("Spec", ActivationCacheSpec, SAETrainingJobSpec)
 
 CACHE, JOB = "ActivationCache", "SAETrainingJob"
 SETTINGS = OperatorSettings(job_image="sae-job:test")
@@ -101,6 +103,7 @@ class FakeCluster:
     lose_messages: frozenset[str] = frozenset()
     _ages: dict[str, int] = field(default_factory=dict)
     _uids: int = 0
+    _specs: dict[tuple[str, int], Any] = field(default_factory=dict)
 
     # ---- what a user does
 
@@ -188,10 +191,9 @@ class FakeCluster:
             for raw in self.resources.values()
         )
 
-    def _fingerprint(self) -> str:
-        return json.dumps(
-            [sorted((str(key), raw) for key, raw in self.resources.items()), self.jobs, self.pods], default=str
-        )
+    def _fingerprint(self) -> object:
+        pods = [(name, pod["status"]["phase"], self._ages[name]) for name, pod in self.pods.items()]
+        return self.calls, list(self.resources), list(self.jobs), pods
 
     def _time(self) -> str:
         return self.now.strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -228,14 +230,14 @@ class FakeCluster:
         if kind == CACHE:
             observed = ObservedCache(
                 metadata=found,
-                spec=ActivationCacheSpec.model_validate(raw["spec"]),
+                spec=self._spec(raw, ActivationCacheSpec),
                 status=ActivationCacheStatus.model_validate(raw["status"]),
                 owners=tuple(self._owner(reference) for reference in raw["metadata"]["ownerReferences"]),
                 defaults=self.defaults,
                 **children,
             )
             return reconcile_cache(observed, SETTINGS, self.now)
-        spec = SAETrainingJobSpec.model_validate(raw["spec"])
+        spec = self._spec(raw, SAETrainingJobSpec)
         job = ObservedTrainingJob(
             metadata=found,
             spec=spec,
@@ -245,6 +247,13 @@ class FakeCluster:
             **children,
         )
         return reconcile_training_job(job, SETTINGS, self.now)
+
+    def _spec(self, raw: dict[str, Any], model: type[Spec]) -> Spec:
+        """Parsed once per generation, as the shell does."""
+        key = raw["metadata"]["uid"], raw["metadata"]["generation"]
+        if key not in self._specs:
+            self._specs[key] = model.model_validate(raw["spec"])
+        return self._specs[key]
 
     def _owner(self, reference: dict[str, Any]) -> OwnerFacts:
         owner = self.resources.get((JOB, reference["name"]))
@@ -261,7 +270,7 @@ class FakeCluster:
             name=raw["metadata"]["name"],
             uid=raw["metadata"]["uid"],
             generation=raw["metadata"]["generation"],
-            spec=ActivationCacheSpec.model_validate(raw["spec"]),
+            spec=self._spec(raw, ActivationCacheSpec),
             status=ActivationCacheStatus.model_validate(raw["status"]),
             owner_uids=frozenset(reference["uid"] for reference in raw["metadata"]["ownerReferences"]),
         )

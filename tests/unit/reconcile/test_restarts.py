@@ -13,6 +13,10 @@ from tests.unit.reconcile.specs import cache_spec, job_spec
 TIMES = ("startTime", "completionTime", "updatedAt", "lastTransitionTime", "time")
 
 
+def quickly(step: str, index: int, earlier: int) -> PodScript:
+    return PodScript(seconds=1)
+
+
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_times(found) for key, found in value.items() if key not in TIMES}
@@ -32,11 +36,6 @@ def outcome(cluster: FakeCluster) -> dict[str, Any]:
     }
 
 
-def train_from_an_inline_cache(cluster: FakeCluster) -> None:
-    cluster.create(JOB, "sae", job_spec())
-    cluster.run()
-
-
 def share_and_extend(cluster: FakeCluster) -> None:
     cluster.create(JOB, "first", job_spec())
     cluster.run()
@@ -45,6 +44,7 @@ def share_and_extend(cluster: FakeCluster) -> None:
 
 
 def suspend_and_resume(cluster: FakeCluster) -> None:
+    cluster.script = lambda step, index, earlier: PodScript(seconds=4)
     cluster.create(CACHE, "acts", cache_spec())
     cluster.run_until(lambda: cluster.phase(CACHE, "acts") == "Caching")
     cluster.edit(CACHE, "acts", suspend=True)
@@ -54,23 +54,24 @@ def suspend_and_resume(cluster: FakeCluster) -> None:
 
 
 def fail_and_retry(cluster: FakeCluster) -> None:
-    cluster.script = lambda step, index, earlier: PodScript(exit_code=2 if step == "cache" else 0)
+    cluster.script = lambda step, index, earlier: PodScript(seconds=1, exit_code=2 if step == "cache" else 0)
     cluster.create(JOB, "sae", job_spec())
     cluster.run()
-    cluster.script = lambda step, index, earlier: PodScript()
+    cluster.script = quickly
     cluster.edit(JOB, "sae", retry=1)
     cluster.run()
 
 
 def run_out_of_memory(cluster: FakeCluster) -> None:
     killed = PodScript(exit_code=137, reason="OOMKilled")
-    cluster.script = lambda step, index, earlier: killed if step == "train" else PodScript()
+    cluster.script = lambda step, index, earlier: killed if step == "train" else quickly(step, index, earlier)
     cluster.create(JOB, "sae", job_spec({"uri": "s3://saes/some/cache"}))
     cluster.run()
     cluster.wait(5)
 
 
 def lose_a_job(cluster: FakeCluster) -> None:
+    cluster.script = lambda step, index, earlier: PodScript(seconds=4)
     cluster.create(CACHE, "acts", cache_spec())
     cluster.run_until(lambda: cluster.phase(CACHE, "acts") == "Caching")
     cluster.delete_job(next(name for name in cluster.jobs if "-cache-" in name))
@@ -78,7 +79,6 @@ def lose_a_job(cluster: FakeCluster) -> None:
 
 
 LIVES = [
-    train_from_an_inline_cache,
     share_and_extend,
     suspend_and_resume,
     fail_and_retry,
@@ -89,12 +89,12 @@ LIVES = [
 
 @pytest.mark.parametrize("life", LIVES, ids=lambda life: life.__name__)
 def test_dying_after_any_call_changes_nothing(life: Callable[[FakeCluster], None]) -> None:
-    undisturbed = FakeCluster()
+    undisturbed = FakeCluster(quickly)
     life(undisturbed)
     expected = outcome(undisturbed)
     assert undisturbed.calls >= 8
     for call in range(1, undisturbed.calls + 1):
-        cluster = FakeCluster(die_after=call)
+        cluster = FakeCluster(quickly, die_after=call)
         life(cluster)
         assert cluster.calls >= call
         assert outcome(cluster) == expected, f"after call {call}"
@@ -102,8 +102,8 @@ def test_dying_after_any_call_changes_nothing(life: Callable[[FakeCluster], None
 
 @pytest.mark.parametrize("life", LIVES, ids=lambda life: life.__name__)
 def test_dying_after_every_change_changes_nothing_either(life: Callable[[FakeCluster], None]) -> None:
-    undisturbed = FakeCluster()
+    undisturbed = FakeCluster(quickly)
     life(undisturbed)
-    cluster = FakeCluster(die_after_changes=True)
+    cluster = FakeCluster(quickly, die_after_changes=True)
     life(cluster)
     assert outcome(cluster) == outcome(undisturbed)
