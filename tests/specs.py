@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sae_operator.api.base import API_VERSION
+from pydantic import BaseModel
+
+from sae_operator.api.base import API_VERSION, ApiModel
 from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB
+from sae_operator.api.schema import models_in
 
 CACHE_SPEC: dict[str, Any] = {
     "model": {"name": "gpt2"},
@@ -43,6 +46,15 @@ def edited(spec: Mapping[str, Any], edits: Edits) -> dict[str, Any]:
         else:
             at[last] = copy.deepcopy(value)
     return result
+
+
+def all_models(model: type[BaseModel]) -> Iterator[type[ApiModel]]:
+    """A spec's model and all that it is made of."""
+    assert issubclass(model, ApiModel)
+    yield model
+    for field in model.model_fields.values():
+        for nested in models_in(field.annotation):
+            yield from all_models(nested)
 
 
 def manifest(kind: str, edits: Edits | None = None, *, name: str = "example") -> dict[str, Any]:

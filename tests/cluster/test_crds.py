@@ -13,7 +13,7 @@ from sae_operator.api.base import API_VERSION, MAX_NAME_LENGTH, NAME_LABEL_MESSA
 from sae_operator.api.manifest import load_manifests, read_yaml, validate_manifest, validate_spec
 from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_TRAINING_JOB
 from tests.rule_cases import RULE_CASES, RuleCase
-from tests.specs import REMOVED, SPECS, Edits, edited, manifest
+from tests.specs import REMOVED, SPECS, Edits, all_models, edited, manifest
 from tests.testbed.control_plane import ControlPlane, KubectlError
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("crds")]
@@ -47,8 +47,13 @@ class Resources:
     def __init__(self, control_plane: ControlPlane, namespace: str) -> None:
         self.control_plane = control_plane
         self.namespace = namespace
+        self.created = 0
 
     def create(self, resource: dict[str, Any], *, dry_run: bool = False) -> Answer:
+        """Create a resource; unless it is a dry run, under a name that is new."""
+        if not dry_run:
+            self.created += 1
+            resource = {**resource, "metadata": {"name": f"example-{self.created}"}}
         return self._write("POST", resource, "", dry_run)
 
     def replace(self, resource: dict[str, Any]) -> Answer:
@@ -62,23 +67,23 @@ class Resources:
         return Answer(code, json.loads(body))
 
 
-@pytest.fixture
-def resources(control_plane: ControlPlane, namespace: str) -> Resources:
-    return Resources(control_plane, namespace)
+@pytest.fixture(scope="module")
+def resources(control_plane: ControlPlane) -> Resources:
+    """One namespace for all tests that need nothing but the API server."""
+    name = "custom-resources"
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
+    code, body = control_plane.request("POST", "/api/v1/namespaces", namespace)
+    assert code == 201, body
+    return Resources(control_plane, name)
 
 
 def test_both_kinds_are_served_under_all_their_names(control_plane: ControlPlane, namespace: str) -> None:
     control_plane.apply({**manifest(CACHE), "metadata": {"name": "c", "namespace": namespace}})
     control_plane.apply({**manifest(JOB), "metadata": {"name": "j", "namespace": namespace}})
-    for word in ("actcache", "activationcache", "activationcaches"):
-        assert control_plane.kubectl("get", word, "-n", namespace, "-o", "name") == (
-            "activationcache.sae-operator.dev/c\n"
-        )
-    for word in ("saejob", "saetrainingjob", "saetrainingjobs"):
-        assert (
-            control_plane.kubectl("get", word, "-n", namespace, "-o", "name") == "saetrainingjob.sae-operator.dev/j\n"
-        )
-    assert len(control_plane.kubectl("get", "sae", "-n", namespace, "-o", "name").split()) == 2
+    cache, job = "activationcache.sae-operator.dev/c", "saetrainingjob.sae-operator.dev/j"
+    names = {"actcache": [cache], "activationcache": [cache], "saejob": [job], "saetrainingjob": [job]}
+    for word, expected in (names | {"sae": [cache, job]}).items():
+        assert control_plane.kubectl("get", word, "-n", namespace, "-o", "name").split() == expected
 
 
 def test_the_columns_of_kubectl_get(control_plane: ControlPlane, namespace: str) -> None:
@@ -361,5 +366,14 @@ class TestUpdates:
         assert created.code == 201, created.body
         changed = manifest(update.kind, update.start)
         changed["spec"] = edited(changed["spec"], update.change)
-        changed["metadata"]["resourceVersion"] = created.body["metadata"]["resourceVersion"]
-        return resources.replace(changed)
+        metadata = {key: created.body["metadata"][key] for key in ("name", "resourceVersion")}
+        return resources.replace({**changed, "metadata": metadata})
+
+    def test_each_rule_about_updates_has_a_case(self) -> None:
+        rules = {
+            rule.message
+            for kind in KINDS.values()
+            for model in all_models(kind.spec)
+            for rule in model.TRANSITION_RULES
+        }
+        assert rules == {message for update in REFUSED_UPDATES for message in update.refused.values()}

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from pydantic import BaseModel
 
-from sae_operator.api.base import ApiModel
 from sae_operator.api.manifest import validate_spec
 from sae_operator.api.resources import KINDS
-from sae_operator.api.schema import models_in
 from tests.rule_cases import RULE_CASES, RuleCase
-from tests.specs import SPECS, edited
-
-
-def all_models(model: type[BaseModel]) -> Iterator[type[ApiModel]]:
-    assert issubclass(model, ApiModel)
-    yield model
-    for field in model.model_fields.values():
-        for nested in models_in(field.annotation):
-            yield from all_models(nested)
+from tests.specs import SPECS, all_models, edited
 
 
 @pytest.mark.parametrize("case", RULE_CASES, ids=str)
