@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sae_operator.api.problems import describe_errors
 from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_TRAINING_JOB
 from sae_operator.api.steps import Progress
 from sae_operator.controller.queue import Key
@@ -145,10 +146,12 @@ class Store:
         index = (stored.metadata.uid, stored.metadata.generation)
         parsed = self._parsed.get(index)
         if parsed is None:
+            model = KINDS[stored.key.kind].spec
             try:
-                parsed = KINDS[stored.key.kind].spec.model_validate_json(stored.spec)
+                parsed = model.model_validate_json(stored.spec)
             except ValidationError as error:
-                parsed = InvalidSpec(tuple(_problem(item) for item in error.errors(include_url=False)))
+                problems = describe_errors(error, model)
+                parsed = InvalidSpec(tuple(SpecProblem(problem.field, problem.message) for problem in problems))
             self._parsed[index] = parsed
             while len(self._parsed) > PARSED_SPECS:
                 self._parsed.popitem(last=False)
@@ -291,11 +294,3 @@ def parent_uid(meta: Mapping[str, Any]) -> str | None:
         if owner.get("controller") and owner.get("kind") in KINDS:
             return owner["uid"]
     return (meta.get("labels") or {}).get(LABEL_UID)
-
-
-def _problem(error: Any) -> SpecProblem:
-    path = "spec"
-    context = error.get("ctx") or {}
-    for part in (*error["loc"], *(filter(None, [context.get("field")]) if error["type"] == "rule" else ())):
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return SpecProblem(path, error["msg"])
