@@ -17,7 +17,7 @@ from _pytest.capture import CaptureManager
 
 from tests.testbed.binaries import HELM, KUBE, VERSITYGW, ensure_built
 from tests.testbed.control_plane import ControlPlane
-from tests.testbed.data import ensure_english_text, ensure_small_model, ensure_tiny_model
+from tests.testbed.data import ensure_english_text, ensure_small_model, ensure_tiny_model, ensure_tiny_text
 from tests.testbed.node import Node
 from tests.testbed.object_server import ObjectServer
 from tests.testbed.paths import CHECKOUT
@@ -31,6 +31,7 @@ BUILDS: dict[str, Callable[[], Path]] = {
     "small_model_dir": ensure_small_model,
     "english_text_dir": ensure_english_text,
     "tiny_model_dir": ensure_tiny_model,
+    "tiny_text_dir": ensure_tiny_text,
 }
 
 
@@ -115,3 +116,9 @@ def english_text_dir() -> Path:
 def tiny_model_dir() -> Path:
     """A tiny random model and its tokenizer; pods see it as `/opt/sae-operator-testbed/tiny-model`."""
     return ensure_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_text_dir() -> Path:
+    """Tiny text as JSON lines; pods see it as `/opt/sae-operator-testbed/tiny-text`."""
+    return ensure_tiny_text()

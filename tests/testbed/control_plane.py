@@ -141,9 +141,11 @@ class ControlPlane:
         finally:
             connection.close()
 
-    def kubeconfig_for(self, name: str, common_name: str, organizations: Sequence[str] = ()) -> Path:
-        """A kubeconfig file (JSON, which is YAML) of a user by certificate."""
-        return self._write_kubeconfig(name, self.authority.issue(name, common_name, organizations))
+    def kubeconfig_for(
+        self, name: str, common_name: str, organizations: Sequence[str] = (), *, namespace: str = "default"
+    ) -> Path:
+        """A kubeconfig file (JSON, which is YAML) of a user by certificate; `namespace` is where its commands act."""
+        return self._write_kubeconfig(name, self.authority.issue(name, common_name, organizations), namespace)
 
     def kubeconfig_for_service_account(self, namespace: str, name: str) -> Path:
         """A kubeconfig file with a token of a service account, which must exist."""
@@ -152,16 +154,17 @@ class ControlPlane:
 
     # Parts
 
-    def _write_kubeconfig(self, name: str, user: Certificate | dict[str, str]) -> Path:
+    def _write_kubeconfig(self, name: str, user: Certificate | dict[str, str], namespace: str = "default") -> Path:
         if isinstance(user, Certificate):
             user = {"client-certificate-data": _encoded(user.certificate), "client-key-data": _encoded(user.key)}
         cluster = {"server": self.server, "certificate-authority-data": _encoded(self.authority.certificate)}
+        context = {"cluster": "testbed", "user": name, "namespace": namespace}
         content = {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "testbed", "cluster": cluster}],
             "users": [{"name": name, "user": user}],
-            "contexts": [{"name": "testbed", "context": {"cluster": "testbed", "user": name}}],
+            "contexts": [{"name": "testbed", "context": context}],
             "current-context": "testbed",
         }
         path = self.directory / f"{name}.kubeconfig"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.testbed.paths import CHECKOUT, cache_directory
@@ -37,12 +38,24 @@ def ensure_english_text() -> Path:
 
 def ensure_tiny_model() -> Path:
     """Folder with the tiny random model of `tests.tiny_model`."""
-    from tests import tiny_model
+    from tests.tiny_model import write_tiny_model
 
-    def fill(directory: Path) -> None:
-        tiny_model.write_tiny_model(directory)
+    return _ensure_tiny("tiny-model", write_tiny_model)
 
-    source = Path(tiny_model.__file__)
-    directory = data_directory() / "tiny-model"
-    make_folder(directory, hashlib.sha256(source.read_bytes()).hexdigest(), fill)
+
+def ensure_tiny_text() -> Path:
+    """Folder with the tiny text of `tests.tiny_model`."""
+    from tests.tiny_model import write_tiny_text
+
+    return _ensure_tiny("tiny-text", write_tiny_text)
+
+
+def _ensure_tiny(name: str, write: Callable[[Path], object]) -> Path:
+    source = (CHECKOUT / "tests" / "tiny_model.py").read_bytes()
+    directory = data_directory() / name
+
+    def fill(unfinished: Path) -> None:
+        write(unfinished)
+
+    make_folder(directory, hashlib.sha256(source).hexdigest(), fill)
     return directory
