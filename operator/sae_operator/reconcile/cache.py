@@ -23,7 +23,17 @@ from sae_operator.reconcile.diagnosis import Surroundings
 from sae_operator.reconcile.observed import InvalidSpec, ObservedCache, OperatorSettings
 from sae_operator.reconcile.progress import finished_progress, latest_by_index, merge_progress
 from sae_operator.reconcile.rounds import current_round
-from sae_operator.reconcile.scene import Draft, Scene, at_rest, compose, forget_round, plan_of, refuse_invalid, suspend
+from sae_operator.reconcile.scene import (
+    Draft,
+    Scene,
+    at_rest,
+    compose,
+    forget_round,
+    plan_of,
+    refuse_invalid,
+    suspend,
+    without_refused_job,
+)
 from sae_operator.reconcile.steps import StepPlan, StepView, drive_step
 from sae_operator.reconcile.wanted import Wanted
 
@@ -40,7 +50,7 @@ CacheScene = Scene[ActivationCacheStatus]
 
 def reconcile_cache(observed: ObservedCache, settings: OperatorSettings, now: datetime) -> Wanted:
     """What an ActivationCache wants now."""
-    stored, metadata, spec = observed.status, observed.metadata, observed.spec
+    stored, metadata, spec = without_refused_job(observed.status), observed.metadata, observed.spec
     if metadata.deleting:
         return Wanted(status=stored.to_manifest())
     ended = _ended(stored)

@@ -29,6 +29,9 @@ PROGRESS_UNREACHABLE = "ProgressUnreachable"
 DEFAULTS_INVALID = "DefaultsInvalid"
 INVALID = "Invalid"
 
+# Reason of Ready that the shell writes when the API server took no Job (a quota, say).
+CREATE_REFUSED = "CreateRefused"
+
 # Bounds of the CRD's metav1.Condition-like object; a message is for people, a longer one helps nobody.
 MAX_MESSAGE = 2048
 

@@ -11,8 +11,10 @@ from sae_operator.api.status import AttemptStatus, CommonStatus, PlanStatus
 from sae_operator.api.steps import StepResult
 from sae_operator.reconcile.attempts import kept
 from sae_operator.reconcile.conditions import (
+    CREATE_REFUSED,
     DEFAULTS_INVALID,
     INVALID,
+    READY,
     Finding,
     Standing,
     build_conditions,
@@ -108,6 +110,14 @@ def plan_of(result: StepResult) -> PlanStatus:
     return PlanStatus(bytes=figure("bytes"), gpu_seconds=figure("gpuSeconds"), memory_bytes=figure("memoryBytes"))
 
 
+def without_refused_job(stored: Status) -> Status:
+    """The status without a Job that it tells of, but that the API server refused: nobody has deleted that one."""
+    refused = any(
+        condition.type == READY and condition.reason == CREATE_REFUSED for condition in stored.conditions or ()
+    )
+    return stored.model_copy(update={"job_name": None, "attempt": None}) if refused else stored
+
+
 def forget_round(stored: Status, also: Sequence[str] = ()) -> Status:
     """The status as a new round begins."""
     return stored.model_copy(update=dict.fromkeys((*ROUND_FIELDS, *also)))
@@ -122,6 +132,7 @@ class Draft:
         standing: the status' Ready, Reconciling and Stalled.
         updates: further fields of the status.
         live: pods work, so that figures change without anything having happened.
+        hold: nothing is to be told before more is known: the status stays as it is.
     """
 
     phase: str = "Pending"
@@ -136,6 +147,7 @@ class Draft:
     requeue_after: float | None = None
     poll_pods: bool = False
     live: bool = False
+    hold: bool = False
 
     def stand(
         self, phase: str, kind: Literal["working", "done", "failed", "paused"], reason: str, message: str
@@ -179,15 +191,14 @@ def compose(scene: Scene[Status], draft: Draft) -> Wanted:
             ),
         }
     )
+    hold = draft.hold and not scene.round.begins
     if draft.live and _only_live_fields_differ(status, scene.stored):
-        written = scene.stored.progress
-        if is_too_early(written, scene.now, scene.settings.progress_interval_seconds):
-            status = scene.stored
+        hold = is_too_early(scene.stored.progress, scene.now, scene.settings.progress_interval_seconds)
     return Wanted(
         apply_cache=draft.apply_cache,
         create=tuple(draft.create),
-        status=status.to_manifest(),
-        events=(*draft.events, *_events(scene, draft)),
+        status=(scene.stored if hold else status).to_manifest(),
+        events=tuple(draft.events) if hold else (*draft.events, *_events(scene, draft)),
         delete_jobs=tuple(draft.delete_jobs),
         requeue_after=draft.requeue_after,
         poll_pods=draft.poll_pods,

@@ -126,10 +126,9 @@ def drive_step(scene: Scene[Any], draft: Draft, plan: StepPlan) -> StepView:
         draft.stand(phase, "working", "JobEnding", f"waits for Job {_name(view)} to be deleted")
         draft.watch_pods(scene.settings)
     elif view.state == "settling":
-        # The phase stays as it is for this moment: going back to Queued would tell a lie.
-        before = phase_of(scene.previous)
-        phase = before if before in (plan.waiting_phase, plan.running_phase) else plan.waiting_phase
-        draft.stand(phase, "working", "Finishing", f"waits for the end of Job {_name(view)} to be told")
+        # What is told stays for this moment: going back to Queued would tell a lie.
+        draft.hold = True
+        draft.stand(plan.waiting_phase, "working", "Finishing", f"waits for the end of Job {_name(view)} to be told")
         draft.watch_pods(scene.settings)
         draft.look_again(SETTLING_SECONDS)
     elif view.state == "failed":
@@ -188,7 +187,7 @@ def _start(scene: Scene[Any], draft: Draft, plan: StepPlan) -> None:
     name = child_name(scene.metadata, plan.step, attempt)
     draft.updates["job_name"] = name
     draft.updates["attempt"] = attempt
-    draft.stand(plan.waiting_phase, "working", "JobCreated", f"Job {name} waits for a pod to start")
+    draft.stand(plan.waiting_phase, "working", *_quiet_words(plan, name))
     draft.watch_pods(scene.settings)
 
 
@@ -209,7 +208,7 @@ def _tell_of_work(scene: Scene[Any], draft: Draft, plan: StepPlan, view: StepVie
         (finding for finding in draft.findings if finding.type not in (OOM_KILLED, PROGRESS_UNREACHABLE)), None
     )
     if running:
-        draft.stand(phase, "working", "Working", f"Job {_name(view)} works on step {plan.step}")
+        draft.stand(phase, "working", "Working", _working(plan, _name(view)))
     elif hindrance is not None:
         draft.stand(phase, "working", hindrance.type, hindrance.message)
     elif view.job is not None and view.job.suspended:
@@ -218,9 +217,20 @@ def _tell_of_work(scene: Scene[Any], draft: Draft, plan: StepPlan, view: StepVie
         last = draft.attempts[-1]
         draft.stand(phase, "working", "Retrying", f"a pod is started again after {last.reason}: {last.message}")
     else:
-        draft.stand(phase, "working", "Queued", f"Job {_name(view)} waits for a pod to start")
+        draft.stand(phase, "working", *_quiet_words(plan, _name(view)))
     draft.live = running
     draft.watch_pods(scene.settings)
+
+
+def _working(plan: StepPlan, job_name: str) -> str:
+    return f"step {plan.step} runs as Job {job_name}"
+
+
+def _quiet_words(plan: StepPlan, job_name: str) -> tuple[str, str]:
+    """Reason and message of a Job that has no live pod yet; the same as with one where the phase is the same."""
+    if plan.waiting_phase == plan.running_phase:
+        return "Working", _working(plan, job_name)
+    return "Queued", f"Job {job_name} waits for a pod to start"
 
 
 def _end_strays(scene: Scene[Any], draft: Draft, view: StepView) -> None:

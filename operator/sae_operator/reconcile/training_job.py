@@ -32,7 +32,17 @@ from sae_operator.reconcile.progress import (
 )
 from sae_operator.reconcile.projection import parse_time
 from sae_operator.reconcile.rounds import current_round
-from sae_operator.reconcile.scene import Draft, Scene, at_rest, compose, forget_round, plan_of, refuse_invalid, suspend
+from sae_operator.reconcile.scene import (
+    Draft,
+    Scene,
+    at_rest,
+    compose,
+    forget_round,
+    plan_of,
+    refuse_invalid,
+    suspend,
+    without_refused_job,
+)
 from sae_operator.reconcile.steps import StepPlan, StepView, drive_step, fail
 from sae_operator.reconcile.wanted import Wanted
 
@@ -47,7 +57,7 @@ Source = tuple[StoreLocation, ActivationCacheSpec | None]
 
 def reconcile_training_job(observed: ObservedTrainingJob, settings: OperatorSettings, now: datetime) -> Wanted:
     """What an SAETrainingJob wants now."""
-    stored, metadata, spec = observed.status, observed.metadata, observed.spec
+    stored, metadata, spec = without_refused_job(observed.status), observed.metadata, observed.spec
     if metadata.deleting:
         return Wanted(status=stored.to_manifest())
     ended = _ended(stored)

@@ -19,6 +19,7 @@ from sae_operator.api.steps import CacheStep, Progress, TrainStep
 from sae_operator.api.training_job import SAETrainingJobSpec
 from sae_operator.reconcile import projection
 from sae_operator.reconcile.cache import reconcile_cache
+from sae_operator.reconcile.conditions import CREATE_REFUSED
 from sae_operator.reconcile.names import LABEL_STEP, LABEL_UID, cache_of, is_controlled_by
 from sae_operator.reconcile.observed import (
     CacheFacts,
@@ -79,6 +80,7 @@ class FakeCluster:
     """Attributes:
     resources: raw resources by kind and name.
     stored_rows: rows of each finished cache by location: the object store.
+    quota_used_up: the API server refuses Jobs.
     die_after: number of the operator's call after which it ends.
     die_after_changes: it ends after every call that changes something.
     """
@@ -98,6 +100,7 @@ class FakeCluster:
     events: list[tuple[str, str, str]] = field(default_factory=list)
     unreachable: dict[str, str] = field(default_factory=dict)
     calls: int = 0
+    quota_used_up: bool = False
     die_after: int | None = None
     die_after_changes: bool = False
     lose_messages: frozenset[str] = frozenset()
@@ -284,12 +287,16 @@ class FakeCluster:
         if wanted.apply_cache is not None:
             self._apply_cache(wanted.apply_cache.manifest)
             self._called()
+        status = wanted.status
         for manifest in wanted.create:
+            if self.quota_used_up and manifest["kind"] == "Job":
+                status = _with_refusal(status)
+                continue
             self._called(changed=self._create(manifest))
         raw = self.resources[kind, name]
-        if wanted.status != raw["status"]:
-            self._check_status(kind, name, wanted.status)
-            raw["status"] = json.loads(json.dumps(wanted.status))
+        if status != raw["status"]:
+            self._check_status(kind, name, status)
+            raw["status"] = json.loads(json.dumps(status))
             self.statuses.append((name, raw["status"]))
             self._called()
         self.events.extend((name, event.reason, event.message) for event in wanted.events)
@@ -340,9 +347,8 @@ class FakeCluster:
         if status["phase"] in ("Running", "Caching"):
             job = self.jobs.get(status["jobName"])
             assert job is not None, status
-            finishing = any(condition["reason"] == "Finishing" for condition in status["conditions"])
-            assert finishing or job["status"].get("active", 0) > 0
-            assert finishing or any(pod["status"]["phase"] == "Running" for pod in self.pods_of(status["jobName"]))
+            assert job["status"].get("active", 0) > 0
+            assert any(pod["status"]["phase"] == "Running" for pod in self.pods_of(status["jobName"]))
 
     # ---- the Job controller
 
@@ -498,6 +504,17 @@ class FakeCluster:
                 | {"tokens": asked, "bytes": 16 * asked, "shardsComplete": shards["shardsTotal"]}
             )
         return result
+
+
+def _with_refusal(status: Mapping[str, Any]) -> dict[str, Any]:
+    """As the shell tells that the API server took no Job."""
+    conditions = [
+        {**condition, "reason": CREATE_REFUSED, "message": "exceeded quota"}
+        if condition["type"] == "Ready"
+        else condition
+        for condition in status["conditions"]
+    ]
+    return {**status, "conditions": conditions}
 
 
 def kstatus(generation: int, status: Mapping[str, Any]) -> str:

@@ -277,6 +277,18 @@ def test_a_job_deleted_by_hand_is_made_again_three_times() -> None:
     assert steps_of(cluster, JOB, "sae") == ["preflight-1", "train-1", "train-2", "train-3", "train-4"]
 
 
+def test_a_job_that_the_api_server_refuses_is_not_one_that_somebody_deleted() -> None:
+    cluster = FakeCluster(quota_used_up=True)
+    cluster.create(CACHE, "acts", cache_spec())
+    cluster.wait(60)
+    assert cluster.phase(CACHE, "acts") == "Preparing"
+    assert list(cluster.config_maps) == ["acts-00000001-prepare-1"]
+    cluster.quota_used_up = False
+    cluster.run()
+    assert cluster.phase(CACHE, "acts") == "Ready"
+    assert steps_of(cluster, CACHE, "acts") == ["prepare-1", "cache-1", "finalize-1"]
+
+
 def test_a_finished_resource_never_runs_again_though_its_jobs_are_gone() -> None:
     cluster = FakeCluster()
     cluster.create(JOB, "sae", job_spec())
