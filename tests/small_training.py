@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,21 @@ import torch
 from sae_job.activations.manifest import read_manifest
 from sae_job.activations.reader import CachedActivations, held_out_contexts_for
 from sae_job.evaluation.metrics import HeldOutRows
+from sae_job.reporting.progress import ProgressReporter
+from sae_job.run.context import StepContext
+from sae_job.run.train import run_train
 from sae_job.saes.config import Provenance
 from sae_job.storage.base import ObjectStore
+from sae_job.storage.file_store import FileStore
 from sae_job.training.plan import TrainingPlan, resolve_plan
 from sae_job.training.trainer import Trainer
+from sae_operator.api.steps import Progress, StepResult, TrainStep
+from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
+from tests.faults import FaultPlan, folder_bytes
+
+# What the time of day may change: rates.
+NOT_COMPARED = ("results.json", "report.html")
 
 TOPK: dict[str, Any] = {"name": "topk", "architecture": {"type": "topk", "k": 3}, "dSae": 24}
 STANDARD: dict[str, Any] = {
@@ -74,6 +86,41 @@ def small_job(store: ObjectStore, spec: SAETrainingJobSpec, *, device: str = "cp
     return SmallJob(plan, reader, trainer)
 
 
-def files_below(folder: Path) -> dict[str, bytes]:
-    """Content of every file below a folder, by its relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+@dataclass(frozen=True)
+class Job:
+    """A training job on the small cache, with its output in a folder of its own."""
+
+    cache: Path
+    output: Path
+    step: TrainStep
+
+    def run(
+        self,
+        faults: FaultPlan | None = None,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        listener: Callable[[Progress], None] = lambda state: None,
+    ) -> StepResult:
+        faults = faults or FaultPlan()
+        folders = {"file://cache": self.cache, "file://out": self.output}
+
+        def open_store(location: StoreLocation) -> ObjectStore:
+            return faults.wrap(FileStore(folders[location.uri], location.uri))
+
+        context = StepContext(
+            reporter=ProgressReporter("train", listeners=(listener,)),
+            should_stop=should_stop,
+            open_store=open_store,
+            work_directory=self.output,
+            now=time.monotonic,
+        )
+        return run_train(self.step, context)
+
+    def left(self) -> dict[str, bytes]:
+        return {name: data for name, data in folder_bytes(self.output).items() if name not in NOT_COMPARED}
+
+
+def train_step(**parts: Any) -> TrainStep:
+    spec = small_spec(**{"checkpoints": {"everyTokens": 128, "keep": 2}, **parts})
+    location = StoreLocation(uri="file://cache")
+    return TrainStep(step="train", namespace="ns", name="job", uid="uid", spec=spec, activations=location)

@@ -16,8 +16,9 @@ from sae_job.storage.file_store import FileStore
 from sae_job.training.checkpoint_writer import CheckpointWriter
 from sae_job.training.checkpoints import Checkpoints, Snapshot
 from sae_job.training.trainer import continues
+from tests.faults import folder_bytes
 from tests.small_cache import write_small_cache
-from tests.small_training import files_below, small_job, small_spec
+from tests.small_training import small_job, small_spec
 
 
 def snapshots(folder: Path, tokens: list[int]) -> list[Snapshot]:
@@ -66,9 +67,9 @@ def test_the_last_ones_are_kept(three: list[Snapshot], output: FileStore) -> Non
     checkpoints = Checkpoints(output, keep=2)
     for snapshot in three:
         checkpoints.write(snapshot)
-    assert {name.split("/")[1] for name in files_below(output.root)} == {"96", "128"}
+    assert {name.split("/")[1] for name in folder_bytes(output.root)} == {"96", "128"}
     Checkpoints(output, keep=1).write(three[2])
-    assert {name.split("/")[1] for name in files_below(output.root)} == {"128"}
+    assert {name.split("/")[1] for name in folder_bytes(output.root)} == {"128"}
 
 
 def test_what_an_interrupted_write_left_is_cleared_away(three: list[Snapshot], output: FileStore) -> None:
@@ -76,7 +77,7 @@ def test_what_an_interrupted_write_left_is_cleared_away(three: list[Snapshot], o
     checkpoints = Checkpoints(output, keep=2)
     assert checkpoints.newest(anything) is None
     checkpoints.write(three[0])
-    assert {name.split("/")[1] for name in files_below(output.root)} == {"64"}
+    assert {name.split("/")[1] for name in folder_bytes(output.root)} == {"64"}
 
 
 @pytest.mark.parametrize("name", ["state.json", "state/topk.safetensors", "metrics.jsonl", "checkpoint.json"])
@@ -107,7 +108,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 def test_every_file_is_covered_by_a_checksum(three: list[Snapshot], output: FileStore) -> None:
     Checkpoints(output, keep=2).write(three[0])
     marker = json.loads(output.get("checkpoints/64/checkpoint.json"))
-    files = {name.removeprefix("checkpoints/64/") for name in files_below(output.root)}
+    files = {name.removeprefix("checkpoints/64/") for name in folder_bytes(output.root)}
     assert set(marker["sha256"]) == files - {"checkpoint.json"}
 
 
@@ -127,7 +128,7 @@ def test_removing_all_leaves_nothing(three: list[Snapshot], output: FileStore) -
         checkpoints.write(snapshot)
     output.put("results.json", b"{}")
     checkpoints.remove_all()
-    assert list(files_below(output.root)) == ["results.json"]
+    assert list(folder_bytes(output.root)) == ["results.json"]
 
 
 def test_a_training_goes_on_only_with_the_same_saes_and_batches(three: list[Snapshot], tmp_path: Path) -> None:
