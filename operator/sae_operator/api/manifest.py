@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import ScalarNode
 
 from sae_operator.api.base import (
     API_VERSION,
@@ -40,9 +41,17 @@ class ManifestError(Exception):
 
 
 class _JsonConstructor(SafeConstructor):
-    """YAML as JSON can hold it: a date stays text, as for kubectl."""
+    """YAML as JSON can hold it, and as kubectl reads it: a date stays text."""
+
+    def construct_whole_number(self, node: ScalarNode) -> int:
+        # 017 is seventeen in YAML 1.2 and fifteen to kubectl.
+        if re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            problem = f"the number {node.value} begins with 0; write it without, or in quotes if it is text"
+            raise ConstructorError(None, None, problem, node.start_mark)
+        return self.construct_yaml_int(node)
 
 
+_JsonConstructor.add_constructor("tag:yaml.org,2002:int", _JsonConstructor.construct_whole_number)
 _JsonConstructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
 
 

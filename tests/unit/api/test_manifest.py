@@ -51,6 +51,8 @@ class TestYaml:
             ("0.5", 0.5),
             ("-7", -7),
             ("0o17", 15),
+            ("0", 0),
+            ("0x10", 16),
             ("yes", "yes"),
             ("off", "off"),
             ("true", True),
@@ -68,6 +70,11 @@ class TestYaml:
     def test_a_key_given_twice_is_refused_with_its_place(self) -> None:
         assert problems_of("a: 1\nb: 2\na: 3\n") == [
             "a.yaml: line 3, column 1: the key 'a' stands here twice; remove one"
+        ]
+
+    def test_a_number_that_readers_of_yaml_disagree_about_is_refused(self) -> None:
+        assert problems_of("a:\n  b: 017\n") == [
+            "a.yaml: line 2, column 6: the number 017 begins with 0; write it without, or in quotes if it is text"
         ]
 
     def test_text_that_is_not_yaml_is_told_on_one_line_with_its_place(self) -> None:
