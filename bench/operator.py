@@ -5,8 +5,8 @@
 Each resource is an SAETrainingJob that reads a finished cache, so that its first step (ConfigMap, Job, status, event) is
 due at once. Its pod is bound to a node that runs nothing: the resource stays active. Figures:
 
-    steady_p50_ms, steady_p99_ms   5 resources a second: from the API server's answer to the resource until a watch shows
-                                   its Job
+    steady_p50_ms, steady_p99_ms   5 resources a second: from the API server's answer to the resource until a watch
+                                   shows its Job
     burst_1000_s                   1,000 at once: from the first request until a watch shows the last Job
     cpu_ms_per_resource            CPU of the operator in the burst, until its writes have ended, by resource
     rss_mib                        resident memory of the operator with the 1,000 active
@@ -22,7 +22,6 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
-import http.client
 import json
 import statistics
 import subprocess
@@ -33,8 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sae_operator.controller.client import connection_info
-from sae_operator.controller.credentials import load_credentials
+from tests.api_connection import ApiConnection
 from tests.fake_kubelet import HEARTBEAT_SECONDS, PLACEMENT, FakeKubelet
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.waiting import wait_for
@@ -47,42 +45,16 @@ STEADY_PER_SECOND = 5.0
 SETTLE_SECONDS = 3.0
 
 
-class Connection:
-    """One kept-alive connection of an administrator; a new one for each request would measure TLS handshakes."""
-
-    def __init__(self, control_plane: ControlPlane) -> None:
-        self._plane = control_plane
-        self._tls = connection_info(load_credentials(str(control_plane.kubeconfig))).as_ssl_context()
-        self._connection = self._open()
-
-    def _open(self) -> http.client.HTTPSConnection:
-        host = self._plane.server.removeprefix("https://")
-        return http.client.HTTPSConnection(host, context=self._tls, timeout=60)
-
-    def request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        data = None if body is None else json.dumps(body)
-        self._connection.request(method, path, body=data, headers={"Content-Type": "application/json"})
-        answer = self._connection.getresponse()
-        payload = answer.read()
-        if answer.status >= 300:
-            raise RuntimeError(f"{method} {path}: {answer.status} {payload.decode()[:500]}")
-        return json.loads(payload)
-
-    def stream(self, path: str) -> http.client.HTTPResponse:
-        self._connection.request("GET", path)
-        return self._connection.getresponse()
-
-
 class JobWatch(threading.Thread):
     """Notes when each resource's first Job was seen, by `time.perf_counter`."""
 
     def __init__(self, control_plane: ControlPlane) -> None:
         super().__init__(daemon=True)
         self.seen: dict[str, float] = {}
-        self._connection = Connection(control_plane)
+        self._api = ApiConnection(control_plane)
 
     def run(self) -> None:
-        stream = self._connection.stream(f"{JOBS}?watch=true&resourceVersion=0&timeoutSeconds=3600")
+        stream = self._api.stream(f"{JOBS}?watch=true&resourceVersion=0&timeoutSeconds=3600")
         for line in stream:
             event = json.loads(line)
             owner = (event["object"]["metadata"].get("labels") or {}).get("sae-operator.dev/name")
@@ -117,6 +89,12 @@ def resource(name: str) -> dict[str, Any]:
     }
 
 
+def create(api: ApiConnection, name: str) -> None:
+    status, answer = api.request("POST", RESOURCES, resource(name))
+    if status != 201:
+        raise RuntimeError(f"{name}: {status} {answer.decode()[:500]}")
+
+
 def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -131,13 +109,13 @@ def rss_mib(pid: int) -> float:
 
 def steady(control_plane: ControlPlane, watch: JobWatch, count: int) -> list[float]:
     """Milliseconds from resource to Job, one by one."""
-    connection = Connection(control_plane)
+    api = ApiConnection(control_plane)
     created: dict[str, float] = {}
     start = time.perf_counter()
     for number in range(count):
         time.sleep(max(0.0, start + number / STEADY_PER_SECOND - time.perf_counter()))
         name = f"steady-{number}"
-        connection.request("POST", RESOURCES, resource(name))
+        create(api, name)
         created[name] = time.perf_counter()
     wait_for(lambda: created.keys() <= watch.seen.keys(), 60, what="all steady Jobs")
     return sorted(1000 * (watch.seen[name] - at) for name, at in created.items())
@@ -145,17 +123,11 @@ def steady(control_plane: ControlPlane, watch: JobWatch, count: int) -> list[flo
 
 def burst(control_plane: ControlPlane, watch: JobWatch, count: int) -> float:
     """Seconds until the last of `count` Jobs."""
-    local = threading.local()
-
-    def create(number: int) -> None:
-        if not hasattr(local, "connection"):
-            local.connection = Connection(control_plane)
-        local.connection.request("POST", RESOURCES, resource(f"burst-{number}"))
-
+    api = ApiConnection(control_plane)
     names = {f"burst-{number}" for number in range(count)}
     start = time.perf_counter()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(create, range(count)))
+        list(pool.map(lambda name: create(api, name), sorted(names)))
     wait_for(lambda: names <= watch.seen.keys(), 300, what="all burst Jobs", interval=0.2)
     return max(watch.seen[name] for name in names) - start
 

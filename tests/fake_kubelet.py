@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from http.client import HTTPException
 from typing import Any
 
+from tests.api_connection import ApiConnection
 from tests.testbed.control_plane import ControlPlane
 
 NODE = "fake-node"
@@ -103,6 +104,7 @@ class FakeKubelet:
     failure: BaseException | None = None
 
     def __post_init__(self) -> None:
+        self._api = ApiConnection(self.control_plane)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fake kubelet", daemon=True)
         self._applied: dict[str, Behaviour] = {}
@@ -131,7 +133,7 @@ class FakeKubelet:
             self.failure = error
 
     def _sync(self) -> None:
-        status, body = self.control_plane.request("GET", f"/api/v1/pods?fieldSelector=spec.nodeName%3D{NODE}")
+        status, body = self._api.request("GET", f"/api/v1/pods?fieldSelector=spec.nodeName%3D{NODE}")
         assert status == 200, body
         for pod in json.loads(body)["items"]:
             meta = pod["metadata"]
@@ -217,7 +219,7 @@ class FakeKubelet:
         self._beat_at = time.monotonic()
 
     def _call(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> None:
-        status, answer = self.control_plane.request(method, path, body, content_type)
+        status, answer = self._api.request(method, path, body, content_type)
         # Gone, or there already: another one was faster, which is what the real one meets, too.
         assert status < 300 or status in (404, 409), (method, path, status, answer)
 

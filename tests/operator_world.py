@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tests.api_connection import ApiConnection
 from tests.fake_kubelet import PLACEMENT
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.waiting import wait_for
@@ -59,6 +60,9 @@ class World:
     control_plane: ControlPlane
     namespace: str
 
+    def __post_init__(self) -> None:
+        self._api = ApiConnection(self.control_plane)
+
     def create(self, kind: str, name: str, spec: dict[str, Any], *, api_version: str | None = None) -> dict[str, Any]:
         manifest = {
             "apiVersion": api_version or "sae-operator.dev/v1alpha1",
@@ -70,7 +74,7 @@ class World:
 
     def get(self, kind: str, name: str) -> dict[str, Any] | None:
         """The object; None when it does not exist."""
-        status, body = self.control_plane.request("GET", f"{PLURALS[kind].format(self.namespace)}/{name}")
+        status, body = self._api.request("GET", f"{PLURALS[kind].format(self.namespace)}/{name}")
         assert status in (200, 404), body
         return json.loads(body) if status == 200 else None
 
@@ -132,7 +136,7 @@ class World:
         return sorted("-".join(name.rsplit("-", 2)[1:]) for name in self.jobs())
 
     def _call(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> dict[str, Any]:
-        status, answer = self.control_plane.request(method, path, body, content_type)
+        status, answer = self._api.request(method, path, body, content_type)
         assert status < 300, (method, path, status, answer.decode())
         return json.loads(answer)
 
