@@ -26,6 +26,8 @@ UPLOAD_THREADS = 4
 ATTEMPTS = 10
 CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 60
+# Objects per page of a listing: as many as S3 gives.
+LIST_KEYS = 1000
 # Connections kept open: readers fetch this many ranges at a time.
 CONNECTIONS = 32
 # How much of a body is received at a time; between these a broken connection loses nothing.
@@ -177,7 +179,7 @@ class S3Store:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         token: dict[str, str] = {}
         while True:
-            answer = self._call("list_objects_v2", prefix, Prefix=self._prefix + prefix, **token)
+            answer = self._call("list_objects_v2", prefix, Prefix=self._prefix + prefix, MaxKeys=LIST_KEYS, **token)
             for item in answer.get("Contents", []):
                 yield ObjectInfo(item["Key"].removeprefix(self._prefix), item["Size"], item["ETag"])
             if not answer.get("IsTruncated"):
