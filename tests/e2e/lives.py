@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 import uuid
@@ -14,8 +13,6 @@ from typing import Any
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.object_server import ObjectServer
 
-SECRET = "s3"
-
 
 @contextmanager
 def user_namespace(control_plane: ControlPlane, object_server: ObjectServer) -> Iterator[str]:
@@ -25,7 +22,7 @@ def user_namespace(control_plane: ControlPlane, object_server: ObjectServer) -> 
     control_plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
     control_plane.apply(
         [
-            store_secret(name, SECRET, object_server.access_key, object_server.secret_key),
+            object_server.secret(name),
             {
                 "apiVersion": "v1",
                 "kind": "ConfigMap",
@@ -36,18 +33,6 @@ def user_namespace(control_plane: ControlPlane, object_server: ObjectServer) -> 
     )
     yield name
     control_plane.request("DELETE", f"/api/v1/namespaces/{name}")
-
-
-def store_secret(namespace: str, name: str, access_key: str, secret_key: str) -> dict[str, Any]:
-    def encoded(text: str) -> str:
-        return base64.b64encode(text.encode()).decode()
-
-    return {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {"name": name, "namespace": namespace},
-        "data": {"AWS_ACCESS_KEY_ID": encoded(access_key), "AWS_SECRET_ACCESS_KEY": encoded(secret_key)},
-    }
 
 
 def conditions(resource: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import torch
 from ruamel.yaml import YAML
 
 from sae_job import SAE
 from tests.e2e.lives import Life, is_current, user_namespace
+from tests.operator_process import OperatorProcess
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.object_server import ObjectServer
 
@@ -56,13 +56,7 @@ def example(name: str, *, tokens: int | None = None) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def s3(object_server: ObjectServer) -> Any:
-    return boto3.client(
-        "s3",
-        endpoint_url=object_server.endpoint,
-        aws_access_key_id=object_server.access_key,
-        aws_secret_access_key=object_server.secret_key,
-        region_name="us-east-1",
-    )
+    return object_server.client()
 
 
 def etags(s3: Any, prefix: str) -> dict[str, str]:
@@ -71,8 +65,18 @@ def etags(s3: Any, prefix: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
+def pod_data(small_model_dir: Path, english_text_dir: Path) -> None:
+    """The model and the text that pods see as folders."""
+
+
+@pytest.fixture(scope="module")
 def first_light(
-    control_plane: ControlPlane, crds: list[str], object_server: ObjectServer, node: Any, operator: Any, s3: Any
+    control_plane: ControlPlane,
+    crds: list[str],
+    object_server: ObjectServer,
+    operator: OperatorProcess,
+    pod_data: None,
+    s3: Any,
 ) -> Iterator[FirstLight]:
     object_server.create_bucket(BUCKET)
     with user_namespace(control_plane, object_server) as namespace:
