@@ -1,1 +1,1 @@
-"""One script per published figure; each runs the peer in the same run and prints its figures as JSON in the last line."""
+"""One script per published figure; each runs the peer in the same run and prints its figures as JSON last."""
