@@ -1,4 +1,4 @@
-"""What goes wrong ends in one clear message in the status, the right exit code, and nothing that was written is lost."""
+"""What goes wrong ends in one clear message in the status and the right exit code, and nothing written is lost."""
 
 from __future__ import annotations
 
@@ -120,13 +120,9 @@ def told(state: dict[str, Any]) -> str:
 
 
 def exit_codes(user: User, name: str) -> list[int]:
-    statuses = [pod["status"].get("containerStatuses", []) for pod in user.pods(user.lives[name])]
-    return [
-        status["state"]["terminated"]["exitCode"]
-        for pod in statuses
-        for status in pod
-        if "terminated" in status["state"]
-    ]
+    pods = user.pods(user.lives[name])
+    states = [status["state"] for pod in pods for status in pod["status"].get("containerStatuses", [])]
+    return [state["terminated"]["exitCode"] for state in states if "terminated" in state]
 
 
 def test_an_unknown_hook_is_told_with_the_nearest_names(user: User) -> None:

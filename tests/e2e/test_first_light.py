@@ -71,12 +71,7 @@ def pod_data(small_model_dir: Path, english_text_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def first_light(
-    control_plane: ControlPlane,
-    crds: list[str],
-    object_server: ObjectServer,
-    operator: OperatorProcess,
-    pod_data: None,
-    s3: Any,
+    control_plane: ControlPlane, object_server: ObjectServer, operator: OperatorProcess, pod_data: None, s3: Any
 ) -> Iterator[FirstLight]:
     object_server.create_bucket(BUCKET)
     with user_namespace(control_plane, object_server) as namespace:
