@@ -2,8 +2,8 @@
 
     python bench/operator.py [--quick]
 
-Each resource is an SAETrainingJob that reads a finished cache, so that its first step (ConfigMap, Job, status, event) is
-due at once. Its pod is bound to a node that runs nothing: the resource stays active. Figures:
+Each resource is an SAETrainingJob that reads a finished cache, so that its first step (ConfigMap, Job, status, event)
+is due at once. Its pod is bound to a node that runs nothing: the resource stays active. Figures:
 
     steady_p50_ms, steady_p99_ms   5 resources a second: from the API server's answer to the resource until a watch
                                    shows its Job

@@ -27,8 +27,8 @@ LIVE = "status.phase!=Succeeded,status.phase!=Failed"
 POLL_TIMEOUT_SECONDS = 2.0
 POLLS_AT_ONCE = 64
 ANSWER_LIMIT_BYTES = 65536
-# A tick may take at most this share of the time.
-LARGEST_SHARE = 0.1
+# A tick may take at most this share of the time, however often it is asked for.
+LARGEST_SHARE = 0.03
 SHORTEST_GAP_SECONDS = 0.5
 # With many active Jobs each is looked at less often, so that polling never takes over.
 SECONDS_PER_ACTIVE_KEY = 0.02

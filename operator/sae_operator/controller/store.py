@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -163,7 +163,10 @@ class Store:
     # Children
 
     def put_job(self, raw: Mapping[str, Any]) -> tuple[Key | None, bool]:
-        """The key of the Job's resource, and whether anything about it changed that a reconcile could see."""
+        """The key of the Job's resource, and whether anything about it changed that a reconcile could see.
+
+        That pods were made means nothing before they are listed, which then leads to a look.
+        """
         meta = raw["metadata"]
         uid = parent_uid(meta)
         if uid is None or uid in self._tombstones or meta["uid"] in self._tombstones:
@@ -179,6 +182,8 @@ class Store:
             family.pods_due |= facts.finished or facts.failed > 0
         elif (old.succeeded, old.failed, old.finished) != (facts.succeeded, facts.failed, facts.finished):
             family.pods_due = True
+        if old is not None and not family.pods and replace(old, active=facts.active) == facts:
+            return self._keys.get(uid), False
         return self._keys.get(uid), facts != old
 
     def drop_job(self, meta: Mapping[str, Any]) -> Key | None:
