@@ -136,6 +136,8 @@ class SAE(torch.nn.Module):
         tensors = dict(tensors)
         for name in _SCALING_NAMES:
             if (scaling := tensors.pop(name, None)) is not None and not bool((scaling == 1).all()):
+                if not cfg.finetuning_scaling_factor:
+                    raise InvalidInput("SaeInvalid", f"{name} is there, but cfg.json has finetuning_scaling_factor off")
                 tensors[_SCALING_NAMES[0]] = scaling
         cfg = dataclasses.replace(cfg, finetuning_scaling_factor=_SCALING_NAMES[0] in tensors, device=str(device))
         shapes = {

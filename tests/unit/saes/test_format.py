@@ -70,6 +70,9 @@ def test_a_scaling_factor_is_taken_under_both_of_its_names(saved: tuple[SAE, Pat
     sae, folder = saved
     factor = torch.linspace(0.5, 2, D_SAE)
     save_file({**load_file(folder / "sae_weights.safetensors"), name: factor}, folder / "sae_weights.safetensors")
+    with pytest.raises(InvalidInput, match="finetuning_scaling_factor off"):
+        SAE.load(folder)
+    change(folder, finetuning_scaling_factor=True)
     loaded = SAE.load(folder)
     features = sae.encode(batch())
     assert torch.allclose(loaded.decode(features), sae.decode(features * factor), atol=1e-6)
@@ -129,6 +132,26 @@ def test_damaged_weights_say_so(saved: tuple[SAE, Path]) -> None:
     (saved[1] / "sae_weights.safetensors").write_bytes(b"not tensors")
     with pytest.raises(InvalidInput, match="is damaged"):
         SAE.load(saved[1])
+
+
+def test_a_flag_without_its_scaling_factor_is_switched_off(saved: tuple[SAE, Path]) -> None:
+    sae, folder = saved
+    change(folder, finetuning_scaling_factor=True)
+    loaded = SAE.load(folder)
+    assert not loaded.cfg.finetuning_scaling_factor
+    assert torch.equal(loaded(batch()), sae(batch()))
+
+
+@pytest.mark.parametrize("k", [16, 32])
+def test_exactly_k_latents_are_active_where_enough_are_positive(k: int) -> None:
+    config = SAEConfig.from_dict({"architecture": "topk", "d_in": 512, "d_sae": 512, "activation_fn_kwargs": {"k": k}})
+    identity, zeros = torch.eye(512), torch.zeros(512)
+    sae = SAE.from_tensors(config, {"W_enc": identity, "W_dec": identity, "b_enc": zeros, "b_dec": zeros})
+    noise = torch.randn(10, 4, 512, generator=torch.Generator().manual_seed(0))
+    features = sae.encode(noise)
+    assert features.shape == noise.shape
+    assert int((features != 0).sum()) == k * 40
+    assert int((sae.encode(-noise.abs()) != 0).sum()) == 0, "negative ones among the largest are not active"
 
 
 @pytest.mark.parametrize("architecture", [TOPK, STANDARD], ids=["topk", "standard"])
