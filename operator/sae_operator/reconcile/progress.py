@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 from sae_operator.api.status import CheckpointStatus, ProgressStatus, SaeStatus, SummaryStatus
-from sae_operator.api.steps import Progress, SaeProgress
+from sae_operator.api.steps import ExitCode, Progress, SaeProgress
 from sae_operator.reconcile.conditions import rfc3339
 from sae_operator.reconcile.observed import PodFacts
 from sae_operator.reconcile.projection import parse_time
+
+
+def reports(pods: Sequence[PodFacts], progress: Mapping[str, Progress]) -> list[tuple[PodFacts, Progress]]:
+    """What was last heard of each pod: its progress, and of one that has ended what its termination message adds."""
+    heard = ((pod, _heard(pod, progress.get(pod.name))) for pod in pods)
+    return [(pod, said) for pod, said in heard if said is not None]
+
+
+def _heard(pod: PodFacts, said: Progress | None) -> Progress | None:
+    result, ended = pod.result, pod.finish_time
+    if result is None or ended is None:
+        return said
+    told: dict[str, object] = {}
+    if result.exit_code == ExitCode.DONE and result.tokens is not None:
+        told |= {"tokens": result.tokens, "total_tokens": result.tokens, "shards_complete": result.shards_complete}
+    if result.checkpoint_tokens is not None:
+        told |= {"checkpoint_tokens": result.checkpoint_tokens, "checkpoint_time": rfc3339(ended)}
+    if not told:
+        return said
+    base = said or Progress(step=pod.step, updated_at=rfc3339(ended))
+    return base.model_copy(update=told)
 
 
 def latest_by_index(pods: Sequence[PodFacts], progress: Mapping[str, Progress]) -> dict[int, Progress]:
@@ -18,10 +39,7 @@ def latest_by_index(pods: Sequence[PodFacts], progress: Mapping[str, Progress]) 
     A retried index has several pods; the one that said something last counts.
     """
     latest: dict[int, Progress] = {}
-    for pod in pods:
-        said = progress.get(pod.name)
-        if said is None:
-            continue
+    for pod, said in reports(pods, progress):
         index = pod.index or 0
         if index not in latest or latest[index].updated_at <= said.updated_at:
             latest[index] = said
@@ -108,7 +126,7 @@ def summarize(saes: Sequence[SaeStatus] | None) -> SummaryStatus | None:
 
 
 def merge_checkpoint(
-    reported: Sequence[Progress], previous: CheckpointStatus | None, output_uri: str
+    reported: Iterable[Progress], previous: CheckpointStatus | None, output_uri: str
 ) -> CheckpointStatus | None:
     """The furthest checkpoint. Its time is that of the first report of its tokens: restoring it is no progress."""
     newest = previous

@@ -11,7 +11,13 @@ from sae_operator.api.status import Condition
 from sae_operator.api.steps import ExitCode, StepResult
 from sae_operator.reconcile.attempts import MAX_RECREATIONS, merge_failed_pods, recreations, with_deleted_job
 from sae_operator.reconcile.children import StepWanted, step_objects
-from sae_operator.reconcile.conditions import IMAGE_PULL_FAILED, OOM_KILLED, PROGRESS_UNREACHABLE, Finding
+from sae_operator.reconcile.conditions import (
+    IMAGE_PULL_FAILED,
+    OOM_KILLED,
+    POD_NOT_STARTING,
+    PROGRESS_UNREACHABLE,
+    Finding,
+)
 from sae_operator.reconcile.diagnosis import (
     Failure,
     Surroundings,
@@ -89,14 +95,16 @@ def view_step(scene: Scene[Any], plan: StepPlan) -> StepView:
         return StepView("failed", job, pods, failure=failure)
     if job.active > 0 and any(pod.running for pod in pods):
         return StepView("running", job, pods)
-    return StepView("settling" if _will_end(pods) else "waiting", job, pods)
+    return StepView("settling" if _will_end(scene, pods) else "waiting", job, pods)
 
 
-def _will_end(pods: tuple[PodFacts, ...]) -> bool:
-    """Whether the pods say how the Job will end, before its controller does."""
-    if any(pod.exit_code == ExitCode.INVALID for pod in pods):
-        return True
-    return bool(pods) and all(pod.phase == "Succeeded" for pod in pods)
+def _will_end(scene: Scene[Any], pods: tuple[PodFacts, ...]) -> bool:
+    """Whether the pods have just said how the Job will end, before its controller does."""
+    times = [pod.finish_time for pod in pods if pod.finish_time is not None]
+    if not times or (scene.now - max(times)).total_seconds() >= scene.settings.result_grace_seconds:
+        return False
+    invalid = any(pod.exit_code == ExitCode.INVALID for pod in pods)
+    return invalid or all(pod.phase == "Succeeded" for pod in pods)
 
 
 def _grace_is_over(scene: Scene[Any], job: JobFacts) -> bool:
@@ -119,6 +127,7 @@ def drive_step(scene: Scene[Any], draft: Draft, plan: StepPlan) -> StepView:
         if view.state != "succeeded":
             found = find_ailments(view.pods, scene.children.unreachable, plan.surroundings, scene.settings, scene.now)
             draft.findings.extend(_steady(found, scene.previous.conditions or ()))
+            draft.findings.extend(_without_pods(scene, view))
     if view.state == "absent":
         _start(scene, draft, plan)
     elif view.state == "ending":
@@ -138,6 +147,20 @@ def drive_step(scene: Scene[Any], draft: Draft, plan: StepPlan) -> StepView:
         _tell_of_work(scene, draft, plan, view)
     _end_strays(scene, draft, view)
     return view
+
+
+def _without_pods(scene: Scene[Any], view: StepView) -> list[Finding]:
+    """A Job whose pods the API server refuses tells so in an event alone: say where to look."""
+    job = view.job
+    if view.state != "waiting" or view.pods or job is None or job.suspended or job.creation_time is None:
+        return []
+    if (scene.now - job.creation_time).total_seconds() < scene.settings.slow_start_seconds:
+        return []
+    message = (
+        f"Job {job.name} has no pod yet: a quota or an admission policy of namespace {scene.metadata.namespace} may"
+        f" refuse it (kubectl describe job {job.name} tells)"
+    )
+    return [Finding(POD_NOT_STARTING, "NoPod", message, "Unknown")]
 
 
 def _steady(found: Sequence[Finding], before: Sequence[Condition]) -> list[Finding]:

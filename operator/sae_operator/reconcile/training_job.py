@@ -11,7 +11,7 @@ from typing import Literal
 
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.resources import SAE_TRAINING_JOB
-from sae_operator.api.status import SAETrainingJobStatus
+from sae_operator.api.status import CheckpointStatus, SAETrainingJobStatus
 from sae_operator.api.steps import StepResult, TrainStep, TrainStepName
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
@@ -28,6 +28,7 @@ from sae_operator.reconcile.progress import (
     merge_checkpoint,
     merge_progress,
     merge_saes,
+    reports,
     summarize,
 )
 from sae_operator.reconcile.projection import parse_time
@@ -170,10 +171,14 @@ def _plan(
         secrets=lambda: secret_names(_given(scene, spec, source, step).to_manifest()) if source is not None else (),
     )
     waiting, running = PHASES[step]
-    reports = [scene.children.progress[pod.name] for pod in scene.children.pods if pod.name in scene.children.progress]
-    checkpoint = merge_checkpoint(reports, scene.previous.checkpoint, spec.output.uri)
+    checkpoint = _checkpoint(scene, spec)
     safe = parse_time(checkpoint.time) if checkpoint is not None and step == "train" else None
     return StepPlan(step, waiting, running, build, surroundings, checkpoint_time=safe)
+
+
+def _checkpoint(scene: TrainingScene, spec: SAETrainingJobSpec) -> CheckpointStatus | None:
+    said = [told for _, told in reports(scene.children.pods, scene.children.progress)]
+    return merge_checkpoint(said, scene.previous.checkpoint, spec.output.uri)
 
 
 def _given(scene: TrainingScene, spec: SAETrainingJobSpec, source: Source, step: TrainStepName) -> TrainStep:
@@ -204,8 +209,7 @@ def _take_figures(scene: TrainingScene, draft: Draft, spec: SAETrainingJobSpec, 
     saes = merge_saes(said.saes if said is not None else (), scene.previous.saes)
     draft.updates["saes"] = saes
     draft.updates["summary"] = summarize(saes)
-    reports = [scene.children.progress[pod.name] for pod in view.pods if pod.name in scene.children.progress]
-    draft.updates["checkpoint"] = merge_checkpoint(reports, scene.previous.checkpoint, spec.output.uri)
+    draft.updates["checkpoint"] = _checkpoint(scene, spec)
 
 
 def _succeed(

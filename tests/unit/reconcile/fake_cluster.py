@@ -80,6 +80,7 @@ class FakeCluster:
     """Attributes:
     resources: raw resources by kind and name.
     stored_rows: rows of each finished cache by location: the object store.
+    job_controller_away: no pods are made, and no Job ends.
     quota_used_up: the API server refuses Jobs.
     die_after: number of the operator's call after which it ends.
     die_after_changes: it ends after every call that changes something.
@@ -100,6 +101,7 @@ class FakeCluster:
     events: list[tuple[str, str, str]] = field(default_factory=list)
     unreachable: dict[str, str] = field(default_factory=dict)
     calls: int = 0
+    job_controller_away: bool = False
     quota_used_up: bool = False
     die_after: int | None = None
     die_after_changes: bool = False
@@ -184,7 +186,8 @@ class FakeCluster:
     def tick(self) -> None:
         """One second: the operator looks at everything, then Job controller and kubelet act."""
         self.reconcile_all()
-        self._play_job_controller()
+        if not self.job_controller_away:
+            self._play_job_controller()
         self._play_kubelet()
         self.now += timedelta(seconds=1)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 import pytest
 
 from sae_operator.api.status import ActivationCacheStatus, ProgressStatus, SaeStatus, SAETrainingJobStatus
-from sae_operator.api.steps import Progress, SaeProgress
+from sae_operator.api.steps import Progress, SaeProgress, StepResult
 from sae_operator.reconcile.attempts import JOB_DELETED, kept, recreations, with_deleted_job
 from sae_operator.reconcile.cache import reconcile_cache
 from sae_operator.reconcile.conditions import Finding, Standing, build_conditions
@@ -21,7 +22,7 @@ from sae_operator.reconcile.observed import (
     PodFacts,
     SpecProblem,
 )
-from sae_operator.reconcile.progress import merge_checkpoint, merge_progress, merge_saes, summarize
+from sae_operator.reconcile.progress import merge_checkpoint, merge_progress, merge_saes, reports, summarize
 from sae_operator.reconcile.rounds import current_round
 from sae_operator.reconcile.training_job import reconcile_training_job
 from tests.unit.reconcile.fake_cluster import CACHE, SETTINGS, FakeCluster, kstatus
@@ -128,6 +129,23 @@ def test_a_checkpoint_is_new_only_when_it_holds_more() -> None:
     assert (first.tokens, first.uri, first.time) == (100, "s3://b/out/checkpoints/100/", "t1")
     restored = said(0).model_copy(update={"checkpoint_tokens": 100, "checkpoint_time": "t2"})
     assert merge_checkpoint([restored], first, "s3://b/out") is first
+
+
+def test_a_pods_message_completes_what_it_said_before() -> None:
+    done = StepResult(step="cache", exit_code=0, reason="Completed", tokens=100, shards_complete=4)
+    stopped = StepResult(step="cache", exit_code=143, reason="Stopped", checkpoint_tokens=70)
+    pods = [
+        replace(pod("a", 0, running=False), result=done, finish_time=NOW),
+        replace(pod("b", 1, running=False), result=stopped, finish_time=LATER),
+        pod("c", 2),
+    ]
+    heard = {found.name: said for found, said in reports(pods, {"a": said(90), "b": said(75)})}
+    assert (heard["a"].tokens, heard["a"].shards_complete) == (100, 4)
+    assert (heard["b"].tokens, heard["b"].checkpoint_tokens) == (75, 70)
+    assert heard["b"].checkpoint_time == "2026-01-01T00:01:00Z"
+    assert "c" not in heard
+    # Nothing was polled: the messages suffice.
+    assert {found.name: said.tokens for found, said in reports(pods, {})} == {"a": 100, "b": 0}
 
 
 def test_deletions_are_told_once_and_counted_however_many_failures_follow() -> None:

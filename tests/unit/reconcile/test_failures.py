@@ -222,6 +222,33 @@ def test_a_container_that_is_long_in_creation_hints_at_its_secrets() -> None:
     assert "(s3;" in condition["message"]
 
 
+def test_a_job_without_any_pod_says_where_to_look() -> None:
+    cluster = FakeCluster()
+    cluster.create(CACHE, "acts", cache_spec())
+    cluster.job_controller_away = True
+    cluster.wait(40)
+    condition = cluster.condition(CACHE, "acts", "PodNotStarting")
+    assert condition is not None
+    assert "kubectl describe job acts-00000001-prepare-1" in condition["message"]
+    cluster.job_controller_away = False
+    cluster.run()
+    assert cluster.phase(CACHE, "acts") == "Ready"
+
+
+def test_running_is_not_told_for_ever_when_a_jobs_end_is_not() -> None:
+    cluster = FakeCluster()
+    cluster.create(CACHE, "acts", cache_spec())
+    cluster.run_until(lambda: cluster.phase(CACHE, "acts") == "Caching")
+    cluster.job_controller_away = True
+    cluster.wait(20)
+    assert cluster.phase(CACHE, "acts") == "Caching"
+    cluster.wait(30)
+    assert cluster.phase(CACHE, "acts") == "Queued"
+    cluster.job_controller_away = False
+    cluster.run()
+    assert cluster.phase(CACHE, "acts") == "Ready"
+
+
 def test_a_lost_message_ends_ready_with_metrics_unavailable_after_a_grace_period() -> None:
     cluster = FakeCluster(lose_messages=frozenset({"finalize"}))
     cluster.create(CACHE, "acts", cache_spec())
