@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from sae_operator.api.store import StoreLocation
 
 DEFAULT_REGION = "us-east-1"
-# Objects above this go up in parts, several at a time. 10,000 parts of this size are 320 GB, above the largest shard.
-MULTIPART_BYTES = 2**26
-PART_BYTES = 2**25
+# Objects above this go up in parts, several at a time. 10,000 parts of this size are 160 GB, above the largest shard;
+# larger parts would be given back to the system after each use, and fresh memory costs more than the copy.
+MULTIPART_BYTES = 2**25
+PART_BYTES = 2**24
 UPLOAD_THREADS = 4
 # Tries of one request, the first included, with exponential back-off between them: about a quarter of a minute in all.
 ATTEMPTS = 10
