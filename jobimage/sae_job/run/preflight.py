@@ -178,7 +178,7 @@ def _check_memory(spec: SAETrainingJobSpec, plan: TrainingPlan) -> None:
 def quantity_bytes(quantity: int | str) -> int:
     """A Kubernetes quantity of memory in bytes: `1536Mi`, `2G`, `1e9`, `4096`."""
     text = str(quantity)
-    number = text.rstrip("numkMGTPEi")
+    number = text.rstrip("numkKMGTPEi")
     suffix = text[len(number) :]
     if suffix in _BINARY_SUFFIXES:
         return int(float(number) * 2 ** (10 * (_BINARY_SUFFIXES.index(suffix) + 1)))

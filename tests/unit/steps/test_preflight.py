@@ -1,0 +1,240 @@
+"""The step `preflight`: what cannot work is told at once, and nothing of another's is touched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae_job.errors import InvalidInput
+from sae_job.reporting.progress import ProgressReporter
+from sae_job.run.context import StepContext
+from sae_job.run.output_marker import claim_output
+from sae_job.run.preflight import quantity_bytes, run_preflight
+from sae_job.storage.file_store import FileStore, path_of_file_uri
+from sae_operator.api.identity import cache_location
+from sae_operator.api.steps import StepResult, TrainStep
+from sae_operator.api.store import StoreLocation
+from sae_operator.api.training_job import SAETrainingJobSpec
+from tests.small_cache import write_small_cache
+from tests.tiny_model import CONTEXT_LIMIT, write_tiny_model
+
+HOOK = "model.layers.1"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+class Bench:
+    """A folder for caches and outputs, and preflight on jobs there."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root, self.model = root, model
+
+    def cache(self, **fields: Any) -> dict[str, Any]:
+        return {
+            "model": {"name": str(self.model)},
+            "dataset": {"path": "/not/read/yet"},
+            "hooks": [{"name": HOOK}],
+            "contextSize": 16,
+            "tokens": 10_000,
+            "storage": {"uri": f"file://{self.root}/caches"},
+            **fields,
+        }
+
+    def sae(self, **fields: Any) -> dict[str, Any]:
+        return {"name": "k4", "architecture": {"type": "topk", "k": 4}, **fields}
+
+    def job(self, *, name: str = "job", **fields: Any) -> TrainStep:
+        spec = SAETrainingJobSpec.model_validate(
+            {
+                "activations": {"cache": self.cache()},
+                "saes": [self.sae()],
+                "output": {"uri": f"file://{self.root}/out"},
+                **fields,
+            }
+        )
+        activations = spec.activations
+        if activations.cache is not None:
+            location = cache_location(activations.cache, "team")
+        else:
+            location = StoreLocation(uri=activations.uri or f"file://{self.root}/nothing")
+        return TrainStep(
+            step="preflight",
+            namespace="team",
+            name=name,
+            uid=f"uid-of-{name}",
+            spec=spec,
+            activations=location,
+            cache=activations.cache,
+        )
+
+    def run(self, step: TrainStep) -> StepResult:
+        context = StepContext(
+            reporter=ProgressReporter("preflight", clock=lambda: 0.0),
+            should_stop=lambda: False,
+            open_store=lambda location: FileStore(path_of_file_uri(location.uri)),
+            work_directory=self.root,
+            now=lambda: 0.0,
+        )
+        return run_preflight(step, context)
+
+    def refusal(self, step: TrainStep) -> tuple[str, str, str]:
+        with pytest.raises(InvalidInput) as caught:
+            self.run(step)
+        return caught.value.reason, caught.value.field, caught.value.message
+
+    @property
+    def output(self) -> FileStore:
+        return FileStore(self.root / "out")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, model: Path) -> Bench:
+    return Bench(tmp_path, model)
+
+
+def test_a_job_that_can_work_is_planned_and_claims_its_output(bench: Bench) -> None:
+    result = bench.run(bench.job())
+    assert (result.exit_code, result.adopted) == (0, False)
+    assert result.plan is not None
+    assert result.plan["bytes"] == 10_000 * (32 * 2 + 12)
+    assert result.plan["memoryBytes"] > 2 * 32 * 256 * 16
+    marker = json.loads(bench.output.get("sae-operator.json"))
+    assert (marker["kind"], marker["uid"]) == ("SAETrainingJob", "uid-of-job")
+
+
+def test_the_same_spec_again_resumes_whatever_the_resource_is_called(bench: Bench) -> None:
+    bench.run(bench.job())
+    assert bench.run(bench.job(name="again")).adopted is False
+    assert claim_output(bench.output, bench.job(name="again")) == "resumed"
+
+
+def test_another_spec_with_the_same_output_is_refused_and_changes_nothing(bench: Bench) -> None:
+    bench.run(bench.job())
+    before = bench.output.get("sae-operator.json")
+    reason, field, message = bench.refusal(bench.job(name="second", saes=[bench.sae(seed=1)]))
+    assert (reason, field) == ("OutputTaken", "spec.output.uri")
+    assert "team/job" in message
+    assert bench.output.get("sae-operator.json") == before
+
+
+@pytest.mark.parametrize("content", [b'{"kind": "ActivationCache"}', b"not ours", b"[]"])
+def test_an_output_that_is_something_else_is_refused(bench: Bench, content: bytes) -> None:
+    bench.output.put("sae-operator.json", content)
+    assert bench.refusal(bench.job())[:2] == ("OutputTaken", "spec.output.uri")
+
+
+def test_results_without_a_marker_are_not_overwritten(bench: Bench) -> None:
+    bench.output.put("results.json", b"{}")
+    assert bench.refusal(bench.job())[:2] == ("OutputTaken", "spec.output.uri")
+
+
+def test_a_spec_that_cannot_work_leaves_the_output_to_its_successor(bench: Bench) -> None:
+    assert bench.refusal(bench.job(saes=[bench.sae(architecture={"type": "topk", "k": 300})]))[0] == "KTooLarge"
+    assert bench.run(bench.job()).exit_code == 0
+
+
+def test_finished_results_are_adopted_with_their_figures(bench: Bench) -> None:
+    step = bench.job()
+    bench.run(step)
+    saes = [{"name": "k4", "phase": "Succeeded", "explained_variance": 0.9, "l0": 4.0, "d_in": 32}]
+    bench.output.put("results.json", json.dumps({"tokens": 9000, "tokens_per_second": 1.0, "saes": saes}).encode())
+    result = bench.run(step)
+    assert (result.adopted, result.tokens) == (True, 9000)
+    assert result.saes is not None
+    assert (result.saes[0].explained_variance, result.saes[0].phase) == (0.9, "Succeeded")
+    more = bench.job(training={"tokens": 9001})
+    assert bench.run(more).adopted is False, "fewer tokens than are asked for now"
+
+
+@pytest.mark.parametrize(
+    ("cache", "reason", "field"),
+    [
+        ({"hooks": [{"name": "model.layer.1"}]}, "HookNotFound", "hooks[0].name"),
+        ({"contextSize": CONTEXT_LIMIT + 1}, "ContextTooLong", "contextSize"),
+        ({"model": {"name": "/nowhere"}}, "ModelNotFound", "model.name"),
+    ],
+)
+def test_what_is_wrong_with_an_inline_cache_is_told_with_its_path_in_the_job(
+    bench: Bench, cache: dict[str, Any], reason: str, field: str
+) -> None:
+    told = bench.refusal(bench.job(activations={"cache": bench.cache(**cache)}))
+    assert told[:2] == (reason, f"spec.activations.cache.{field}")
+
+
+def test_what_is_wrong_with_another_resources_cache_names_it(bench: Bench) -> None:
+    step = bench.job(activations={"cacheRef": {"name": "shared"}})
+    wrong = bench.job(activations={"cache": bench.cache(contextSize=CONTEXT_LIMIT + 1)})
+    step = step.model_copy(update={"cache": wrong.cache, "activations": wrong.activations})
+    reason, field, message = bench.refusal(step)
+    assert (reason, field) == ("ContextTooLong", "spec.activations.cacheRef")
+    assert message.startswith("spec.contextSize of ActivationCache 'shared'")
+
+
+def test_held_out_rows_must_leave_some_to_train_on(bench: Bench) -> None:
+    write_small_cache(FileStore(bench.root / "cache"))
+    told = bench.refusal(
+        bench.job(activations={"uri": f"file://{bench.root}/cache"}, evaluation={"heldOutTokens": 100_000})
+    )
+    assert told[:2] == ("TooFewRows", "spec.evaluation.heldOutTokens")
+
+
+def test_a_finished_cache_is_checked_by_its_manifest(bench: Bench) -> None:
+    write_small_cache(FileStore(bench.root / "cache"), hooks=["layer"], d_in=6)
+    uri = {"uri": f"file://{bench.root}/cache"}
+    assert bench.run(bench.job(activations=uri)).exit_code == 0
+    told = bench.refusal(bench.job(activations=uri, saes=[bench.sae(hook="other")], output={"uri": "file:///tmp/x"}))
+    assert told[:2] == ("HookNotFound", "spec.saes[0].hook")
+
+
+def test_a_cache_that_is_not_there_is_told(bench: Bench) -> None:
+    told = bench.refusal(bench.job(activations={"uri": f"file://{bench.root}/nothing"}))
+    assert told[:2] == ("CacheNotFound", "spec.activations.uri")
+
+
+def test_a_cpu_pod_too_small_for_the_weights_is_told_and_a_gpu_pod_is_not_judged(bench: Bench) -> None:
+    limits = {"memory": "64Mi"}
+    saes = [bench.sae(dSae=2**17)]
+    told = bench.refusal(bench.job(saes=saes, run={"resources": {"limits": limits}}))
+    assert told[:2] == ("NotEnoughMemory", "spec.run.resources.limits.memory")
+    assert (
+        bench.run(bench.job(saes=saes, run={"resources": {"limits": {**limits, "nvidia.com/gpu": 1}}})).exit_code == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("quantity", "expected"),
+    [
+        (4096, 4096),
+        ("4096", 4096),
+        ("1Ki", 1024),
+        ("1536Mi", 1536 * 2**20),
+        ("1.5G", 1.5e9),
+        ("1e9", 1e9),
+        ("2E", 2e18),
+    ],
+)
+def test_quantities_of_memory(quantity: int | str, expected: float) -> None:
+    assert quantity_bytes(quantity) == expected
+
+
+def test_nothing_is_written_below_the_cache(bench: Bench) -> None:
+    bench.run(bench.job())
+    assert not (bench.root / "caches").exists()
+
+
+def test_ce_loss_needs_a_model_that_predicts_tokens(bench: Bench, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    cache = bench.cache(model={"name": str(tmp_path / "bert")}, hooks=[{"name": "encoder.layer.0"}])
+    told = bench.refusal(bench.job(activations={"cache": cache}, evaluation={"metrics": ["ce_loss_score"]}))
+    assert told[:2] == ("NoLanguageModelHead", "spec.evaluation.metrics")
