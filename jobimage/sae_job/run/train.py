@@ -60,7 +60,8 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
         Stopped: asked to stop; a checkpoint is stored.
         StoreError: the store failed.
     """
-    assert isinstance(step, TrainStep)
+    if not isinstance(step, TrainStep):
+        raise TypeError(f"the train step is given a {type(step).__name__}")
     spec = step.spec
     output = context.open_store(spec.output)
     claim_output(output, step)
