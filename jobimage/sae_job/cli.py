@@ -10,12 +10,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 
 from sae_job.errors import InvalidInput, Stopped
+from sae_job.storage.base import StoreError
 from sae_operator import __version__
 from sae_operator.api.manifest import ManifestError, load_manifests
 from sae_operator.api.resources import Resource
@@ -158,7 +158,9 @@ def _place(uri: str, store: Path | None) -> str:
 def run_command_line(arguments: list[str]) -> int:
     """Run the command line; a user's mistake is one line per problem and exit code 2, never a traceback."""
     try:
-        result: Any = app(arguments, standalone_mode=False)
+        app(arguments)
+    except SystemExit as end:  # how typer ends, after it has shown what is wrong with the arguments
+        return end.code if isinstance(end.code, int) else ExitCode.DONE
     except ManifestError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
@@ -166,13 +168,10 @@ def run_command_line(arguments: list[str]) -> int:
     except InvalidInput as error:
         print(f"sae-job: {error}", file=sys.stderr)
         return ExitCode.INVALID
+    except StoreError as error:
+        print(f"sae-job: {error}; the same command continues", file=sys.stderr)
+        return ExitCode.FAILED
     except Stopped as error:
         print(f"sae-job: {error}; the same command continues", file=sys.stderr)
         return ExitCode.STOPPED
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        print("sae-job: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
-    return result if isinstance(result, int) else ExitCode.DONE
+    return ExitCode.DONE

@@ -149,7 +149,10 @@ class LocalRun:
                 )
             )
 
-        run("preflight")
+        first = run("preflight")
+        if first.adopted:
+            logger.info("finished results are there already: %s", spec.output.uri)
+            return JobOutcome(name=name, output=spec.output, result=first)
         if activations.cache is not None:
             self.cache(name, namespace, activations.cache)
         return JobOutcome(name=name, output=spec.output, result=run("train"))
