@@ -10,6 +10,7 @@ import numpy as np
 
 from sae_job.activations.format import MANIFEST_KEY, SHARDS_PREFIX, shard_key, sidecar_key
 from sae_job.activations.manifest import CacheManifest, parse_manifest
+from sae_job.activations.writer import IN_FLIGHT
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.models.facts import ModelFacts, check_context_size
 from sae_job.models.load import inspect_model
@@ -42,8 +43,8 @@ MARKER_KEY = "sae-operator.json"
 _PROCESS_BYTES = 2**30
 # Tensors of a layer's width that a forward pass holds at a time, beside what the hooks keep.
 _FORWARD_WIDTHS = 16
-# Shards in memory: one being filled, one being stored.
-_SHARDS_IN_MEMORY = 2
+# Shards in memory: one being filled, the others being stored.
+_SHARDS_IN_MEMORY = IN_FLIGHT + 1
 
 
 def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult:
