@@ -103,6 +103,10 @@ def _make_target(root: Path, target: str, *, is_folder: bool) -> Path:
     path = root
     for part in Path(target.lstrip("/")).parts[:-1]:
         path = path / part
+        if path.is_symlink():
+            # As seen from inside: `/var/run` leads to the container's `/run`, not to this machine's.
+            link = os.readlink(path)
+            path = root / link.lstrip("/") if link.startswith("/") else path.parent / link
         path.mkdir(exist_ok=True)
         mode = path.stat().st_mode
         if mode & 0o011 != 0o011:
