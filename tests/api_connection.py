@@ -20,6 +20,11 @@ class ApiConnection:
         self._host = control_plane.server.removeprefix("https://")
         self._tls: ssl.SSLContext = connection_info(load_credentials(str(control_plane.kubeconfig))).as_ssl_context()
         self._local = threading.local()
+        self._opened: list[http.client.HTTPSConnection] = []
+
+    def __del__(self) -> None:
+        for connection in self._opened:
+            connection.close()
 
     def request(
         self, method: str, path: str, body: Any = None, content_type: str = "application/json"
@@ -49,4 +54,6 @@ class ApiConnection:
         return self._local.connection
 
     def _open(self) -> http.client.HTTPSConnection:
-        return http.client.HTTPSConnection(self._host, context=self._tls, timeout=60)
+        connection = http.client.HTTPSConnection(self._host, context=self._tls, timeout=60)
+        self._opened.append(connection)
+        return connection

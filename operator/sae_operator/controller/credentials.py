@@ -50,11 +50,12 @@ def load_credentials(kubeconfig: str | None = None) -> Credentials:
     """
     explicit = kubeconfig or os.environ.get("KUBECONFIG")
     if explicit:
-        return _from_kubeconfig([Path(part).expanduser() for part in explicit.split(os.pathsep) if part])
+        return _from_kubeconfig([Path(os.path.expanduser(part)) for part in explicit.split(os.pathsep) if part])
     host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     if host and (SERVICE_ACCOUNT / "token").exists():
         return _from_service_account(host, port)
-    usual = Path("~/.kube/config").expanduser()
+    # Not Path.expanduser, which fails for a user without a home.
+    usual = Path(os.path.expanduser("~/.kube/config"))
     if usual.exists():
         return _from_kubeconfig([usual])
     raise CredentialsError(
