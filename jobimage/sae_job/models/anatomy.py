@@ -100,7 +100,7 @@ def examine(cls: type[PreTrainedModel], config: PreTrainedConfig, hooks: Sequenc
     Raises:
         InvalidInput: a hook is no module of the model, never runs, or gives no [batch, position, width] tensor.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
     # Tensors that know they are pretended: Transformers looks into the values of all others. Number formats do not
     # change shapes, and some operators have no other pretended form.
@@ -112,7 +112,14 @@ def examine(cls: type[PreTrainedModel], config: PreTrainedConfig, hooks: Sequenc
             path for path, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) == count
         )
         _check_names(hooks, modules, lists)
-        shapes, layers = _pretend(model, modules, hooks, lists)
+        try:
+            shapes, layers = _pretend(model, modules, hooks, lists)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise InvalidInput(
+                "ModelUnsupported",
+                f"{cls.__name__} decides by the values of its tensors what it runs, so its hooks cannot be checked",
+                field="spec.model.name",
+            ) from error
     d_in = {hook: _width(index, hook, shapes) for index, hook in enumerate(hooks)}
     return Anatomy(d_in=d_in, layers=layers if lists else None, layer_lists=lists, unused_head=_head(model, hooks))
 

@@ -47,6 +47,13 @@ CASES = {
         "Gemma2ForCausalLM",
         {**COMMON, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
     ),
+    "mixtral, a mixture of experts": Case(
+        "model.layers",
+        True,
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**COMMON, "intermediate_size": 32, "num_key_value_heads": 1, "num_local_experts": 4},
+    ),
     "bert, an encoder without a head": Case(
         "encoder.layer", False, "BertConfig", "BertModel", {**COMMON, "intermediate_size": 32}
     ),
