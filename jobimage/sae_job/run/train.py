@@ -110,6 +110,9 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
             stored_tokens=None if snapshot is None else snapshot.tokens,
         )
         loop.run()
+        if "ce_loss_score" in spec.evaluation.metrics:
+            # The score takes minutes that must not cost the training when they are interrupted.
+            checkpoints.write(trainer.snapshot({"seconds": loop.seconds}))
         scores = _cross_entropies(spec, trainer, data, device)
     finally:
         data.reader.close()

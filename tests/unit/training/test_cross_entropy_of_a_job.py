@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.run.cache import run_cache
@@ -14,15 +17,45 @@ from sae_job.run.context import StepContext
 from sae_job.run.finalize import run_finalize
 from sae_job.run.prepare import run_prepare
 from sae_job.run.train import run_train
+from sae_job.saes.base import SAE
+from sae_job.storage.base import StoreError
 from sae_job.storage.open import open_store
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.identity import cache_location
 from sae_operator.api.steps import CacheStep, CacheStepName, TrainStep
 from sae_operator.api.training_job import SAETrainingJobSpec
-from tests.tiny_model import write_tiny_model, write_tiny_text
+from tests.tiny_model import SPECIAL_TOKENS, write_tiny_model, write_tiny_text
 
 
-def test_a_better_reconstruction_keeps_more_of_the_models_loss(tmp_path: Path) -> None:
+def held_out_contexts(folder: Path, uri: str) -> torch.Tensor:
+    """The first contexts of the cache that hold 600 rows."""
+    contexts = load_file(f"{uri.removeprefix('file://')}/tokens/000000.safetensors")["contexts"]
+    rows = (contexts >= len(SPECIAL_TOKENS)).sum(dim=1).cumsum(dim=0)
+    return contexts[: int((rows < 600).sum()) + 1].long()
+
+
+def loss_with_sae(folder: Path, contexts: torch.Tensor, name: str) -> float:
+    """Cross-entropy with the SAE spliced in at the first 600 rows, by the model's own library alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    sae = SAE.load(str(folder / "out" / name))
+    usable = contexts >= len(SPECIAL_TOKENS)
+    replaced = usable & (usable.flatten().cumsum(dim=0).reshape(usable.shape) <= 600)
+
+    def splice(module: torch.nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> object:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        changed = torch.where(replaced.unsqueeze(-1), sae(hidden), hidden)
+        return changed if isinstance(output, torch.Tensor) else (changed, *output[1:])
+
+    model.get_submodule("model.layers.1").register_forward_hook(splice)
+    with torch.no_grad():
+        logits = model(contexts).logits[:, :-1].double()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), contexts[:, 1:], reduction="none")
+    return float(losses[usable[:, 1:]].mean())
+
+
+def test_the_score_is_of_the_loss_with_the_sae_spliced_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_tiny_model(tmp_path / "model")
     text = write_tiny_text(tmp_path / "text", documents=40)
     cache = {
@@ -63,14 +96,28 @@ def test_a_better_reconstruction_keeps_more_of_the_models_loss(tmp_path: Path) -
     run_cache(cache_step("cache"), context)
     run_finalize(cache_step("finalize"), context)
     step = TrainStep(step="train", namespace="ns", name="job", uid="u", spec=spec, activations=location, cache=cached)
-    result = run_train(step, context)
+    with monkeypatch.context() as without_model:
+
+        def interrupted(*arguments: object, **options: object) -> None:
+            raise StoreError("interrupted")
+
+        without_model.setattr("sae_job.models.load.load_full_model", interrupted)
+        with pytest.raises(StoreError, match="interrupted"):
+            run_train(step, context)
+    # The training is done and safe: what is left is the score.
+    assert [folder.name for folder in (tmp_path / "out/checkpoints").iterdir()] == ["6400"]
+    seen: list[int] = []
+    again = replace(context, reporter=ProgressReporter("test", listeners=(lambda state: seen.append(state.tokens),)))
+    result = run_train(step, again)
+    assert set(seen) == {6400}
 
     results = json.loads((tmp_path / "out/results.json").read_text())
     wide, narrow = results["saes"]
     clean, ablated = wide["ce_loss_clean"], wide["ce_loss_with_ablation"]
     assert (clean, ablated) == (narrow["ce_loss_clean"], narrow["ce_loss_with_ablation"])
-    # A random model predicts nothing, so even ablation costs it little; what counts is how far the loss moves.
-    assert 0 < abs(wide["ce_loss_with_sae"] - clean) < abs(narrow["ce_loss_with_sae"] - clean)
+    contexts = held_out_contexts(tmp_path, location.uri)
+    for sae in results["saes"]:
+        assert sae["ce_loss_with_sae"] == pytest.approx(loss_with_sae(tmp_path, contexts, sae["name"]), rel=1e-5)
     for sae in results["saes"]:
         assert sae["ce_loss_score"] == pytest.approx((ablated - sae["ce_loss_with_sae"]) / (ablated - clean))
     assert [sae.ce_loss_score for sae in result.saes or []] == [wide["ce_loss_score"], narrow["ce_loss_score"]]

@@ -170,6 +170,13 @@ def test_scales() -> None:
     assert activation_scale(Statistics(), "none") == 1.0
 
 
+def test_a_plan_takes_over_the_scales_that_a_training_began_with() -> None:
+    began = plan().record()
+    began["saes"]["a"]["scale"] = 0.25
+    assert plan().with_scales_of(began).saes[0].scale == 0.25
+    assert plan().with_scales_of(began).record() == began
+
+
 @pytest.mark.parametrize("squared", [9.0, math.nan, math.inf])
 def test_activations_that_do_not_vary_are_refused(squared: float) -> None:
     with pytest.raises(InvalidInput) as caught:
