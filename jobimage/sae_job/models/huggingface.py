@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,8 @@ def _load(cls: type[PreTrainedModel], source: ModelSource, commit: str | None, c
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    # Otherwise a repository without safetensors makes Transformers ask a public bot to convert it, in the background.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
         # With loading info the answer is a pair, which the annotations do not tell.
         answer: Any = cls.from_pretrained(
