@@ -206,7 +206,10 @@ class Operator:
             self.sweeper.relisted()
 
     async def _watch(self) -> None:
+        # kopf would ask for the name of the user, whom a container need not know.
+        identity: Any = self.heartbeat.identity
         await kopf.operator(
+            identity=identity,
             registry=register(kopf.OperatorRegistry(), self),
             settings=configure(kopf.OperatorSettings()),
             clusterwide=self._options.namespace is None,

@@ -44,7 +44,7 @@ class Heartbeat:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._client, self._namespace, self._clock, self._now = client, namespace, clock, now
-        self._identity = identity or os.environ.get("HOSTNAME") or f"pid-{os.getpid()}"
+        self.identity = identity or os.environ.get("HOSTNAME") or f"pid-{os.getpid()}"
         self._sent: str | None = None
         self._seen_at = clock()
 
@@ -66,7 +66,7 @@ class Heartbeat:
             "kind": "Lease",
             "metadata": {"name": LEASE, "namespace": self._namespace, "labels": LABELS},
             "spec": {
-                "holderIdentity": self._identity,
+                "holderIdentity": self.identity,
                 "renewTime": self._sent,
                 "leaseDurationSeconds": int(LONGEST_SILENCE_SECONDS),
             },
