@@ -15,7 +15,6 @@ CREDENTIALS_REFUSED = frozenset(
         "InvalidToken",
         "ExpiredToken",
         "TokenRefreshRequired",
-        "AuthorizationHeaderMalformed",
         "InvalidSecurity",
         "NotSignedUp",
         # versitygw
@@ -23,6 +22,8 @@ CREDENTIALS_REFUSED = frozenset(
     }
 )
 ACCESS_DENIED = frozenset({"AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden"})
+# A signature for another region than the bucket's, and the redirection to it.
+WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "301"})
 NOT_FOUND = frozenset({"NoSuchKey", "404", "NotFound"})
 
 
@@ -69,6 +70,8 @@ def _translate_answer(response: Any, place: Place, uri: str) -> Exception:
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if code == "NoSuchBucket":
         return InvalidInput("BucketNotFound", f"{place} does not exist: create it, or mend the uri {uri}")
+    if code in WRONG_REGION:
+        return InvalidInput("WrongRegion", f"{place} is in another region ({code}): set region to the bucket's")
     if code in CREDENTIALS_REFUSED:
         return InvalidInput(
             "CredentialsRefused", f"{place} refuses the credentials of {place.credentials} ({code}): mend them"

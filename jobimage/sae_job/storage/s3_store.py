@@ -146,7 +146,7 @@ class S3Store:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if status == 404 and self._bucket_seen:
                 return None
-            if status in (400, 403, 404):
+            if status in (301, 400, 403, 404):
                 return self._head_by_get(key)
             raise translate(error, self._place, self._object_uri(key)) from error
         except BotoCoreError as error:
@@ -211,24 +211,32 @@ class S3Store:
             aws_secret_access_key=credentials.secret_access_key,
             aws_session_token=credentials.session_token,
         )
-        return session.client(
-            "s3",
-            endpoint_url=self._endpoint,
-            region_name=self._region or session.region_name or DEFAULT_REGION,
-            config=Config(
-                signature_version="s3v4",
-                # Servers other than AWS seldom have a DNS name per bucket.
-                s3={"addressing_style": "path" if self._place.endpoint else "auto"},
-                retries={"mode": "standard", "total_max_attempts": self._attempts},
-                connect_timeout=CONNECT_TIMEOUT_SECONDS,
-                read_timeout=READ_TIMEOUT_SECONDS,
-                max_pool_connections=CONNECTIONS,
-                tcp_keepalive=True,
-                # Trailing checksums are unknown to older S3-compatible servers; shards carry a SHA-256 of their own.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
+        configuration = Config(
+            signature_version="s3v4",
+            # Servers other than AWS seldom have a DNS name per bucket.
+            s3={"addressing_style": "path" if self._place.endpoint else "auto"},
+            retries={"mode": "standard", "total_max_attempts": self._attempts},
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            read_timeout=READ_TIMEOUT_SECONDS,
+            max_pool_connections=CONNECTIONS,
+            tcp_keepalive=True,
+            # Trailing checksums are unknown to older S3-compatible servers; shards carry a SHA-256 of their own.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
         )
+        try:
+            return session.client(
+                "s3",
+                endpoint_url=self._endpoint,
+                region_name=self._region or session.region_name or DEFAULT_REGION,
+                config=configuration,
+            )
+        except ValueError as error:
+            raise InvalidInput(
+                "EndpointInvalid",
+                f"{self._endpoint!r}, of endpointUrl or of AWS_ENDPOINT_URL in {self._credentials.source}, is no "
+                "address of a server: it reads http://HOST:PORT or https://HOST",
+            ) from error
 
     def _object_uri(self, key: str) -> str:
         return f"s3://{self._bucket}/{self._prefix}{key}"
