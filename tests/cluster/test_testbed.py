@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.testbed.control_plane import ControlPlane, KubectlError
 from tests.testbed.manifests import job, pod, restricted_pod
 from tests.testbed.node import Node
 from tests.testbed.object_server import ObjectServer
+from tests.testbed.paths import CHECKOUT
 from tests.testbed.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(120)
@@ -106,6 +108,29 @@ def pods(control_plane: ControlPlane, namespace: str, node: Node) -> Pods:
 
 def python(code: str, **container: Any) -> dict[str, Any]:
     return restricted_pod("python", "-c", code, **container)
+
+
+POD_IP = {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
+
+
+def answers(address: str) -> bool:
+    """Whether an HTTP server answers on port 8080 of an address."""
+    connection = http.client.HTTPConnection(address, 8080, timeout=5)
+    try:
+        connection.request("GET", "/")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def command_line(process: int) -> str:
+    """Command line of a process; empty when it has ended, also when nobody has taken note of its end yet."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except FileNotFoundError:
+        return ""
 
 
 # Control plane
@@ -218,6 +243,26 @@ def test_gpus_are_an_extended_resource(pods: Pods) -> None:
     assert [one["reason"] for one in status["conditions"] if one["type"] == "PodScheduled"] == ["Unschedulable"]
 
 
+def test_a_token_of_the_service_account_is_accepted_by_the_api_server(pods: Pods) -> None:
+    code = """
+import os, ssl, urllib.request
+folder = "/var/run/secrets/kubernetes.io/serviceaccount"
+tls = ssl.create_default_context(cafile=f"{folder}/ca.crt")
+address = f"https://{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
+review = f"{address}/apis/authentication.k8s.io/v1/selfsubjectreviews"
+body = b'{"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}'
+headers = {"Authorization": "Bearer " + open(f"{folder}/token").read(), "Content-Type": "application/json"}
+answer = urllib.request.urlopen(urllib.request.Request(review, data=body, headers=headers), context=tls).read()
+open("/dev/termination-log", "wb").write(answer)
+"""
+    spec = {**python(code), "automountServiceAccountToken": True}
+    name = pods.start("account", spec)
+    result = pods.result(name)
+    assert result["exitCode"] == 0, pods.control_plane.kubectl("logs", name, "--namespace", pods.namespace)
+    user = json.loads(result["message"])["status"]["userInfo"]["username"]
+    assert user == f"system:serviceaccount:{pods.namespace}:default"
+
+
 # How a container ends
 
 
@@ -285,6 +330,34 @@ def test_an_evicted_pod_of_a_job_keeps_its_disruption_condition(pods: Pods) -> N
     assert status["containerStatuses"][0]["state"]["terminated"]["exitCode"] == 143
 
 
+def test_containers_end_with_their_node(pods: Pods, tmp_path: Path) -> None:
+    with Node(pods.control_plane, tmp_path, name="node-doomed", labels={"pool": "doomed"}) as doomed:
+        spec = {**python(SERVER, env=[POD_IP]), "nodeSelector": {"pool": "doomed"}}
+        address = pods.wait(pods.start("bereft", spec), lambda status: status.get("podIP"))["podIP"]
+        wait_for(lambda: answers(address), 30, what=f"{address} answers")
+        doomed.kill()
+        wait_for(lambda: not answers(address), 10, what=f"nothing answers on {address} any more")
+
+
+def test_programs_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    code = """
+import pathlib, signal, sys
+from tests.testbed.processes import ChildProcess
+child = ChildProcess("sleep", ["sleep", "600"], log=pathlib.Path(sys.argv[1]))
+print(child.pid, flush=True)
+signal.pause()
+"""
+    command = [sys.executable, "-c", code, tmp_path / "log"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        try:
+            wait_for(lambda: command_line(child).startswith("sleep"), what=lambda: command_line(child))
+        finally:
+            parent.kill()
+    wait_for(lambda: not command_line(child), 10, what=f"process {child} has ended")
+
+
 # What keeps a container from starting
 
 
@@ -320,23 +393,11 @@ def test_a_command_that_does_not_exist_is_told(pods: Pods) -> None:
 
 
 def test_each_pod_serves_on_an_address_of_its_own(pods: Pods) -> None:
-    variable = {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
-    names = [pods.start(name, python(SERVER, env=[variable])) for name in ("one", "two")]
+    names = [pods.start(name, python(SERVER, env=[POD_IP])) for name in ("one", "two")]
     addresses = [pods.wait(name, lambda status: status.get("podIP"))["podIP"] for name in names]
     assert len(set(addresses)) == 2
     for address in addresses:
-
-        def answers(address: str = address) -> bool:
-            connection = http.client.HTTPConnection(address, 8080, timeout=5)
-            try:
-                connection.request("GET", "/")
-                return connection.getresponse().status == 200
-            except ConnectionRefusedError:  # it starts
-                return False
-            finally:
-                connection.close()
-
-        wait_for(answers, 30, what=f"{address} answers")
+        wait_for(lambda address=address: answers(address), 30, what=f"{address} answers")
 
 
 # S3 and helm

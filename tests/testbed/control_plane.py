@@ -237,7 +237,7 @@ class ControlPlane:
             f"--root-ca-file={self.authority.certificate}",
             "--use-service-account-credentials=true",
             "--node-monitor-period=2s",
-            "--node-monitor-grace-period=20s",
+            "--node-monitor-grace-period=40s",
             "--allocate-node-cidrs=false",
             "--min-resync-period=1h",
             environment=JOB_CONTROLLER_TIMES,

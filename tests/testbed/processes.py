@@ -22,6 +22,10 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
+# Asks for the signal, then looks whether the parent (pid in $0) had ended before it was asked for.
+_DIES_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", 'test "$PPID" = "$0" && exec "$@"')
+
+
 class ChildProcess:
     """A running command. The kernel sends it SIGKILL when the thread that started it ends, however that ends."""
 
@@ -38,7 +42,7 @@ class ChildProcess:
         self.log = log
         with open(log, "ab") as output:
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "--", *[os.fspath(word) for word in command]],
+                [*_DIES_WITH_PARENT, str(os.getpid()), *[os.fspath(word) for word in command]],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
