@@ -1,0 +1,150 @@
+"""What is wanted is applied in order; what is there already is tolerated when it is ours; every answer is fed back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from sae_operator.controller.client import ApiError
+from sae_operator.controller.executor import Executor
+from sae_operator.controller.queue import Key, RetryAfter
+from sae_operator.controller.store import Store
+from sae_operator.reconcile.wanted import EventWanted, Wanted
+
+KEY = Key("SAETrainingJob", "ns", "a")
+JOBS, MAPS = "/apis/batch/v1/namespaces/ns/jobs", "/api/v1/namespaces/ns/configmaps"
+STATUS = "/apis/sae-operator.dev/v1alpha1/namespaces/ns/saetrainingjobs/a/status"
+
+
+class Server:
+    """Notes calls; answers as told, by `METHOD path`."""
+
+    def __init__(self, answers: Mapping[str, Any] | None = None) -> None:
+        self.calls: list[str] = []
+        self.bodies: list[Any] = []
+        self._answers = dict(answers or {})
+
+    async def create(self, path: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        return self._answer(f"POST {path}", manifest, manifest)
+
+    async def get(self, path: str) -> dict[str, Any]:
+        return self._answer(f"GET {path}", None, {})
+
+    async def merge_patch(self, path: str, patch: Mapping[str, Any]) -> dict[str, Any]:
+        return self._answer(f"PATCH {path}", patch, {"metadata": meta(9), "status": patch.get("status")})
+
+    async def delete(self, path: str, uid: str, *, propagation: str) -> dict[str, Any]:
+        return self._answer(f"DELETE {path}", (uid, propagation), {})
+
+    def _answer(self, call: str, body: Any, usual: Any) -> dict[str, Any]:
+        self.calls.append(call)
+        self.bodies.append(body)
+        answer = self._answers.get(call, usual)
+        if isinstance(answer, Exception):
+            raise answer
+        return dict(answer)
+
+
+class Events:
+    def __init__(self) -> None:
+        self.posted: list[EventWanted] = []
+
+    async def post(self, key: Key, uid: str, event: EventWanted) -> None:
+        self.posted.append(event)
+
+
+def meta(version: int, name: str = "a", uid: str = "uid-a", **fields: Any) -> dict[str, Any]:
+    return {"name": name, "namespace": "ns", "uid": uid, "resourceVersion": str(version), "generation": 1, **fields}
+
+
+def child(kind: str, name: str, *, parent: str = "uid-a", data: Any = None) -> dict[str, Any]:
+    reference = {"kind": "SAETrainingJob", "name": "a", "uid": parent, "controller": True}
+    return {"kind": kind, "metadata": meta(3, name, f"uid-{name}", ownerReferences=[reference]), "data": data}
+
+
+async def execute(server: Server, wanted: Wanted, status: dict[str, Any] | None = None) -> tuple[Store, Events]:
+    store, events = Store(), Events()
+    store.put_resource(KEY.kind, {"metadata": meta(1), "spec": {}, "status": status or {}})
+    stored = store.get(KEY)
+    assert stored is not None
+    executor = Executor(server, store, events, lambda keys: None)  # type: ignore[arg-type]
+    await executor.execute(stored, wanted)
+    return store, events
+
+
+EXISTS = ApiError(409, "AlreadyExists", "exists")
+
+
+async def test_children_come_before_the_status_that_tells_of_them_and_deletions_last() -> None:
+    wanted = Wanted(
+        create=(child("ConfigMap", "c"), child("Job", "j")),
+        status={"phase": "Queued"},
+        events=(EventWanted("Normal", "Queued", "waits"),),
+        delete_jobs=("j",),
+    )
+    server = Server()
+    store, events = await execute(server, wanted)
+    assert server.calls == [f"POST {MAPS}", f"POST {JOBS}", f"PATCH {STATUS}", f"DELETE {JOBS}/j"]
+    assert server.bodies[2] == {"metadata": {"uid": "uid-a"}, "status": {"phase": "Queued"}}
+    assert server.bodies[3] == ("uid-j", "Foreground")
+    assert "j" in store.children("uid-a").jobs
+    assert [event.reason for event in events.posted] == ["Queued"]
+
+
+async def test_nothing_is_written_when_all_is_as_it_should_be() -> None:
+    server = Server()
+    await execute(server, Wanted(status={"phase": "Queued"}), status={"phase": "Queued"})
+    assert server.calls == []
+
+
+async def test_a_job_of_ours_that_exists_is_taken_over() -> None:
+    server = Server({f"POST {JOBS}": EXISTS, f"GET {JOBS}/j": child("Job", "j")})
+    store, _ = await execute(server, Wanted(create=(child("Job", "j"),)))
+    assert "j" in store.children("uid-a").jobs
+
+
+async def test_the_data_of_a_config_map_that_exists_is_renewed() -> None:
+    there = child("ConfigMap", "c", data={"step.json": "old"})
+    server = Server({f"POST {MAPS}": EXISTS, f"GET {MAPS}/c": there})
+    await execute(server, Wanted(create=(child("ConfigMap", "c", data={"step.json": "new"}),)))
+    assert server.calls[-1] == f"PATCH {MAPS}/c"
+    assert server.bodies[-1] == {"data": {"step.json": "new"}}
+
+
+REFUSALS = {
+    "somebody else's": (
+        {f"POST {JOBS}": EXISTS, f"GET {JOBS}/j": child("Job", "j", parent="uid-other")},
+        "belongs to something else",
+    ),
+    "a quota": ({f"POST {JOBS}": ApiError(403, "Forbidden", "exceeded quota")}, "exceeded quota"),
+    "an invalid field": ({f"POST {JOBS}": ApiError(422, "Invalid", "spec.x is wrong")}, "spec.x is wrong"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+async def test_a_refusal_is_told_in_status_and_event_and_tried_again_later(case: str) -> None:
+    answers, words = REFUSALS[case]
+    ready = {"type": "Ready", "status": "False", "reason": "Queued", "message": ""}
+    wanted = Wanted(create=(child("Job", "j"),), status={"phase": "Pending", "conditions": [ready]})
+    server = Server(answers)
+    with pytest.raises(RetryAfter):
+        await execute(server, wanted)
+    (told,) = server.bodies[-1]["status"]["conditions"]
+    assert told["reason"] == "CreateRefused"
+    assert words in told["message"]
+
+
+async def test_a_namespace_that_is_being_deleted_is_left_alone() -> None:
+    error = ApiError(403, "Forbidden", "terminating", {"causes": [{"reason": "NamespaceTerminating"}]})
+    server = Server({f"POST {JOBS}": error})
+    with pytest.raises(RetryAfter):
+        await execute(server, Wanted(create=(child("Job", "j"),), status={"phase": "Pending"}))
+    assert server.calls == [f"POST {JOBS}"]
+
+
+async def test_the_status_of_a_resource_that_is_gone_is_no_failure() -> None:
+    server = Server({f"PATCH {STATUS}": ApiError(404, "NotFound", "gone")})
+    await execute(server, Wanted(status={"phase": "Pending"}))
+    assert server.calls == [f"PATCH {STATUS}"]

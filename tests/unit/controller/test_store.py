@@ -1,0 +1,127 @@
+"""The store holds what is newest, forgets what is gone, and knows whom a change concerns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sae_operator.controller.queue import Key
+from sae_operator.controller.store import Store
+from sae_operator.reconcile.observed import InvalidSpec, PodFacts
+
+CACHE, JOB = "ActivationCache", "SAETrainingJob"
+
+
+def resource(
+    name: str, *, uid: str | None = None, version: int = 1, generation: int = 1, spec: Any = None, **fields: Any
+) -> dict[str, Any]:
+    meta = {
+        "name": name,
+        "namespace": "ns",
+        "uid": uid or f"uid-{name}",
+        "resourceVersion": str(version),
+        "generation": generation,
+        "ownerReferences": fields.pop("owners", []),
+    }
+    return {"metadata": meta, "spec": spec or {}, "status": fields.pop("status", {})}
+
+
+def owner(name: str) -> dict[str, str]:
+    return {"kind": JOB, "name": name, "uid": f"uid-{name}"}
+
+
+def child(name: str, *, parent: str, version: int = 1, uid: str | None = None, **status: Any) -> dict[str, Any]:
+    reference = {"kind": JOB, "name": parent, "uid": f"uid-{parent}", "controller": True}
+    meta = {"name": name, "uid": uid or f"uid-{name}", "resourceVersion": str(version), "ownerReferences": [reference]}
+    return {"metadata": meta, "spec": {}, "status": status}
+
+
+def key(kind: str, name: str) -> Key:
+    return Key(kind, "ns", name)
+
+
+def test_what_is_older_or_the_same_changes_nothing() -> None:
+    store = Store()
+    assert store.put_resource(JOB, resource("a", version=5, status={"phase": "Running"})) == {key(JOB, "a")}
+    assert store.put_resource(JOB, resource("a", version=5)) == set()
+    assert store.put_resource(JOB, resource("a", version=4)) == set()
+    found = store.get(key(JOB, "a"))
+    assert found is not None
+    assert found.phase == "Running"
+
+
+def test_a_late_answer_does_not_bring_a_deleted_resource_back() -> None:
+    store = Store()
+    store.put_resource(JOB, resource("a", version=5))
+    store.drop_resource("uid-a")
+    assert store.put_resource(JOB, resource("a", version=6)) == set()
+    assert store.get(key(JOB, "a")) is None
+    store.put_resource(JOB, resource("a", uid="another", version=7))
+    assert store.get(key(JOB, "a")) is not None
+
+
+def test_a_recreated_resource_has_none_of_the_old_ones_children() -> None:
+    store = Store()
+    store.put_resource(JOB, resource("a"))
+    store.put_job(child("a-train-1", parent="a"))
+    store.put_resource(JOB, resource("a", uid="another", version=9))
+    assert not store.children("another").jobs
+    assert store.key_of("uid-a") is None
+
+
+def test_the_readers_of_a_cache_hear_of_it() -> None:
+    store = Store()
+    store.put_resource(JOB, resource("by-reference", spec={"activations": {"cacheRef": {"name": "c"}}}))
+    store.put_resource(JOB, resource("by-owning"))
+    store.put_resource(JOB, resource("neither"))
+    heard = store.put_resource(CACHE, resource("c", owners=[owner("by-owning"), owner("unknown")]))
+    assert heard == {key(CACHE, "c"), key(JOB, "by-reference"), key(JOB, "by-owning")}
+    assert store.drop_resource("uid-c") == {key(JOB, "by-reference"), key(JOB, "by-owning")}
+
+
+def test_a_cache_hears_when_an_owner_is_suspended_or_ends_or_goes() -> None:
+    store = Store()
+    store.put_resource(JOB, resource("a"))
+    store.put_resource(CACHE, resource("c", owners=[owner("a")]))
+    quiet = store.put_resource(JOB, resource("a", version=2, status={"phase": "Running"}))
+    assert quiet == {key(JOB, "a")}
+    suspended = resource("a", version=3, generation=2, spec={"suspend": True})
+    assert key(CACHE, "c") in store.put_resource(JOB, suspended)
+    assert key(CACHE, "c") in store.put_resource(JOB, resource("a", version=4, status={"phase": "Failed"}))
+    assert store.drop_resource("uid-a") == {key(CACHE, "c")}
+
+
+def test_pods_are_due_when_a_pod_of_a_job_has_ended() -> None:
+    store = Store()
+    store.put_resource(JOB, resource("a"))
+    assert store.put_job(child("j", parent="a", version=1)) == (key(JOB, "a"), True)
+    assert store.put_job(child("j", parent="a", version=1, failed=1)) == (key(JOB, "a"), False)
+    assert not store.children("uid-a").pods_due
+    store.put_job(child("j", parent="a", version=2, failed=1))
+    assert store.children("uid-a").pods_due
+    assert store.put_pods("uid-a", [PodFacts(name="p", job_name="j", step="train")])
+    assert not store.children("uid-a").pods_due
+    assert not store.put_pods("uid-a", [PodFacts(name="p", job_name="j", step="train")])
+
+
+def test_a_job_that_was_replaced_is_not_dropped_with_the_old_one() -> None:
+    store = Store()
+    store.put_resource(JOB, resource("a"))
+    store.put_job(child("j", parent="a", version=5, uid="new"))
+    assert store.drop_job(child("j", parent="a", uid="old")["metadata"]) is None
+    assert "j" in store.children("uid-a").jobs
+    assert store.drop_job(child("j", parent="a", uid="new")["metadata"]) == key(JOB, "a")
+
+
+def test_a_spec_that_the_models_refuse_is_told_with_its_path() -> None:
+    store = Store()
+    spec = {
+        "activations": {"uri": "s3://bucket/cache"},
+        "saes": [{"name": "x", "architecture": {"type": "topk"}, "dSae": 4}],
+        "output": {"uri": "s3://bucket/out", "colour": "red"},
+    }
+    store.put_resource(JOB, resource("a", spec=spec))
+    stored = store.get(key(JOB, "a"))
+    assert stored is not None
+    parsed = store.spec_of(stored)
+    assert isinstance(parsed, InvalidSpec)
+    assert {problem.field for problem in parsed.problems} == {"spec.saes[0].architecture.k", "spec.output.colour"}
