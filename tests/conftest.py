@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from _pytest.capture import CaptureManager
+from hypothesis import settings
 
 from tests.testbed.binaries import HELM, KUBE, VERSITYGW, ensure_built
 from tests.testbed.control_plane import ControlPlane
@@ -22,6 +23,10 @@ from tests.testbed.node import Node
 from tests.testbed.object_server import ObjectServer
 from tests.testbed.paths import CHECKOUT
 from tests.testbed.waiting import wait_for
+
+# How long an example takes says how busy the machine is, and nothing about the code.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 # What a fixture needs built. A cold build takes minutes: more than a test may take.
 BUILDS: dict[str, Callable[[], Path]] = {
