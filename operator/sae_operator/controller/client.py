@@ -87,13 +87,16 @@ class ApiClient:
         self._load, self._faults, self._clock = load, faults, clock
         self._credentials: Credentials | None = None
         self._session: aiohttp.ClientSession | None = None
+        # Replaced sessions, on which requests may still be in flight; by the time of the next one they have ended.
+        self._retired: list[aiohttp.ClientSession] = []
         self._loaded_at = 0.0
         self._loading = asyncio.Lock()
         self.breaker = CircuitBreaker(self._is_back)
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for session in (self._session, *self._retired):
+            if session is not None:
+                await session.close()
 
     async def get(self, path: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
         return await self.request("GET", path, query=query)
@@ -210,9 +213,9 @@ class ApiClient:
             self._loaded_at = self._clock()
             if self._session is None or fresh != self._credentials:
                 old, self._session, self._credentials = self._session, _open_session(fresh), fresh
-                if old is not None:
-                    # Requests in flight end on the old session; it closes after the longest of them.
-                    asyncio.get_running_loop().call_later(2 * REQUEST_TIMEOUT_SECONDS, _close_later, old)
+                for retired in self._retired:
+                    await retired.close()
+                self._retired = [old] if old is not None else []
             assert self._session is not None
             return self._session, fresh
 
@@ -235,12 +238,3 @@ def _open_session(credentials: Credentials) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS, sock_connect=5),
         proxy=credentials.proxy_url,
     )
-
-
-_closing: set[asyncio.Task[None]] = set()
-
-
-def _close_later(session: aiohttp.ClientSession) -> None:
-    task = asyncio.ensure_future(session.close())
-    _closing.add(task)
-    task.add_done_callback(_closing.discard)

@@ -1,0 +1,116 @@
+"""Calls over real sockets: credentials that rotate, answers that refuse, and a server that is away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable
+from sae_operator.controller.credentials import Credentials
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@asynccontextmanager
+async def served(handler: Handler, tokens: list[str]) -> AsyncIterator[ApiClient]:
+    """A client of a server on loopback; each load of credentials takes the next token, the last one for ever."""
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+
+    def load() -> Credentials:
+        return Credentials(server=f"http://{host}:{port}", token=tokens.pop(0) if len(tokens) > 1 else tokens[0])
+
+    client = ApiClient(load)
+    try:
+        yield client
+    finally:
+        await client.close()
+        await runner.cleanup()
+
+
+async def test_a_rotated_token_is_loaded_after_a_401() -> None:
+    seen: list[str] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append(request.headers["Authorization"])
+        return web.json_response({}, status=200 if seen[-1] == "Bearer new" else 401)
+
+    async with served(handler, ["old", "new"]) as client:
+        assert await client.get("/x") == {}
+        assert await client.get("/x") == {}
+    assert seen == ["Bearer old", "Bearer new", "Bearer new"]
+
+
+async def test_a_token_that_stays_wrong_is_an_error() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"reason": "Unauthorized", "message": "no"}, status=401)
+
+    async with served(handler, ["wrong"]) as client:
+        with pytest.raises(ApiError) as caught:
+            await client.get("/x")
+    assert caught.value.status == 401
+
+
+async def test_a_refusal_carries_what_the_server_says() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        details = {"causes": [{"reason": "NamespaceTerminating"}]}
+        return web.json_response({"reason": "Forbidden", "message": "words", "details": details}, status=403)
+
+    async with served(handler, ["t"]) as client:
+        with pytest.raises(ApiError, match="words") as caught:
+            await client.create("/x", {})
+        assert caught.value.has_cause("NamespaceTerminating")
+        assert not client.breaker.open
+
+
+async def test_being_asked_to_wait_is_not_being_away() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({}, status=429, headers={"Retry-After": "7"})
+
+    async with served(handler, ["t"]) as client:
+        for _ in range(5):
+            with pytest.raises(ServerUnavailable) as caught:
+                await client.get("/x")
+            assert caught.value.retry_after == 7
+        assert not client.breaker.open
+
+
+async def test_the_breaker_opens_while_the_server_is_away_and_closes_when_it_is_back() -> None:
+    away = True
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({}, status=503 if away else 200)
+
+    async with served(handler, ["t"]) as client:
+        for _ in range(3):
+            with pytest.raises(ServerUnavailable):
+                await client.get("/x")
+        assert client.breaker.open
+        away = False
+        await asyncio.wait_for(client.breaker.wait_closed(), 10)
+        assert await client.get("/x") == {}
+
+
+async def test_a_list_is_read_page_by_page() -> None:
+    asked: list[tuple[str | None, str | None]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        token = request.query.get("continue")
+        asked.append((request.query.get("limit"), token))
+        following = {None: "two", "two": "three"}.get(token)
+        meta = {"continue": following} if following else {}
+        return web.json_response({"items": [{"page": token or "one"}], "metadata": meta})
+
+    async with served(handler, ["t"]) as client:
+        pages = [page async for page in client.pages("/x", {"labelSelector": "a=b"}, limit=2)]
+    assert [item["page"] for page in pages for item in page] == ["one", "two", "three"]
+    assert asked == [("2", None), ("2", "two"), ("2", "three")]
