@@ -1,6 +1,7 @@
 """Progress is told as counts, a rate over a recent window, and the time left at that rate."""
 
 import json
+import urllib.error
 import urllib.request
 
 import pytest
