@@ -104,7 +104,7 @@ def first_light(
             ),
             SECONDS,
         )
-        table = kubectl("get", "saejob", name)
+        table = kubectl("get", "saejobs", name)
         done = job.wait_for_phase("Succeeded", "Failed", seconds=SECONDS)
         waited = kubectl("wait", "--for=condition=Ready", f"saejob/{name}", "--timeout=10s")
         bucket_prefix = f"caches/{namespace}/"
@@ -152,7 +152,7 @@ def test_two_pods_wrote_the_cache(first_light: FirstLight) -> None:
 
 def test_the_table_tells_phase_percent_rate_variance_and_l0(first_light: FirstLight) -> None:
     heading, row = first_light.table_while_running.splitlines()
-    for column in ("PHASE", "PROGRESS", "TOKENS/S", "EV", "L0"):
+    for column in ("PHASE", "PROGRESS%", "TOKENS/S", "EV", "L0"):
         assert column in heading
     assert "Running" in row or "Succeeded" in row
     assert "0." in row

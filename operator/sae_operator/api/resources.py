@@ -22,10 +22,20 @@ class Kind:
 
 
 ACTIVATION_CACHE = Kind(
-    "ActivationCache", "activationcaches", "activationcache", ("actcache", "actcaches"), ActivationCacheSpec, ActivationCacheStatus
+    "ActivationCache",
+    "activationcaches",
+    "activationcache",
+    ("actcache", "actcaches"),
+    ActivationCacheSpec,
+    ActivationCacheStatus,
 )
 SAE_TRAINING_JOB = Kind(
-    "SAETrainingJob", "saetrainingjobs", "saetrainingjob", ("saejob", "saejobs"), SAETrainingJobSpec, SAETrainingJobStatus
+    "SAETrainingJob",
+    "saetrainingjobs",
+    "saetrainingjob",
+    ("saejob", "saejobs"),
+    SAETrainingJobSpec,
+    SAETrainingJobStatus,
 )
 # Adding a kind is one row here.
 KINDS: dict[str, Kind] = {kind.kind: kind for kind in (ACTIVATION_CACHE, SAE_TRAINING_JOB)}
