@@ -326,7 +326,7 @@ def test_what_the_api_server_refuses_is_told(world: World, operator: OperatorPro
 
     job = world.wait_resource("SAETrainingJob", "first", refused)
     assert "exceeded quota" in conditions(job)["Ready"]["message"]
-    assert any(event["reason"] == "CreateRefused" for event in world.list("Event"))
+    wait_for(lambda: any(event["reason"] == "CreateRefused" for event in world.list("Event")), what="an event")
     world.delete("ResourceQuota", "none")
     world.wait_phase("SAETrainingJob", "first", "Succeeded", timeout=60)
 

@@ -199,9 +199,11 @@ class Store:
         return None
 
     def put_pods(self, uid: str, pods: Iterable[PodFacts]) -> bool:
-        """All pods of a UID, as listed now; returns whether anything changed."""
+        """All pods of a UID, as listed now; returns whether anything changed that is worth a look."""
         family, fresh = self.children(uid), tuple(sorted(pods, key=lambda pod: pod.name))
-        changed = fresh != family.pods
+        changed = [pod for pod in fresh if not _merely_waits(pod)] != [
+            pod for pod in family.pods if not _merely_waits(pod)
+        ]
         family.pods, family.pods_due = fresh, False
         names = {pod.name for pod in fresh}
         family.progress = {name: value for name, value in family.progress.items() if name in names}
@@ -264,6 +266,12 @@ def _discard(index: dict[Any, set[Key]], at: Any, key: Key) -> None:
         members.discard(key)
         if not members:
             del index[at]
+
+
+def _merely_waits(pod: PodFacts) -> bool:
+    """Nothing can be said of the pod but that it has not started, which is what is taken for granted without one."""
+    quiet = pod.waiting_reason in (None, "ContainerCreating", "PodInitializing")
+    return pod.phase == "Pending" and quiet and pod.unschedulable is None and not pod.deleting
 
 
 def _seen_by_caches(stored: StoredResource) -> tuple[bool, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sae_operator.controller.queue import Key
@@ -98,9 +99,22 @@ def test_pods_are_due_when_a_pod_of_a_job_has_ended() -> None:
     assert not store.children("uid-a").pods_due
     store.put_job(child("j", parent="a", version=2, failed=1))
     assert store.children("uid-a").pods_due
-    assert store.put_pods("uid-a", [PodFacts(name="p", job_name="j", step="train")])
+    ended = PodFacts(name="p", job_name="j", step="train", phase="Failed", exit_code=1)
+    assert store.put_pods("uid-a", [ended])
     assert not store.children("uid-a").pods_due
-    assert not store.put_pods("uid-a", [PodFacts(name="p", job_name="j", step="train")])
+    assert not store.put_pods("uid-a", [ended])
+
+
+def test_a_pod_that_has_merely_not_started_is_not_worth_a_look() -> None:
+    store = Store()
+    store.put_resource(JOB, resource("a"))
+    waits = PodFacts(name="p", job_name="j", step="train")
+    assert not store.put_pods("uid-a", [waits])
+    assert store.children("uid-a").pods == (waits,)
+    assert store.put_pods("uid-a", [replace(waits, unschedulable="no node fits")])
+    assert store.put_pods("uid-a", [replace(waits, waiting_reason="ImagePullBackOff")])
+    assert store.put_pods("uid-a", [replace(waits, phase="Running", running=True)])
+    assert store.put_pods("uid-a", [])
 
 
 def test_a_job_that_was_replaced_is_not_dropped_with_the_old_one() -> None:
