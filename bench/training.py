@@ -96,13 +96,19 @@ def write_start(path: Path, d_in: int, d_sae: int) -> None:
     )
 
 
-def check_numerics(workers: list[Worker], folder: Path) -> None:
-    """Raises `RuntimeError` where a side's loss or gradients are not ours."""
+def check_numerics(workers: list[Worker], folder: Path, W_dec: torch.Tensor) -> None:
+    """Raises `RuntimeError` where a side's loss or gradients are not ours.
+
+    Of the decoder's gradient without its part along the rows `W_dec`, which have unit norm: some sides penalize
+    activations times that norm, some keep rows there, and neither moves a row otherwise.
+    """
     found: dict[str, dict[str, torch.Tensor]] = {}
     for worker in workers:
         path = folder / f"{worker.side}.safetensors"
         worker.ask(f"gradients {path}")
-        found[worker.side] = load_file(path)
+        gradients = load_file(path)
+        gradients["W_dec"] -= torch.linalg.vecdot(gradients["W_dec"], W_dec).unsqueeze(1) * W_dec
+        found[worker.side] = gradients
     ours = found.pop("ours")
     for side, theirs in found.items():
         for name, tensor in ours.items():
@@ -127,7 +133,8 @@ def compare(architecture: str, d_in: int, d_sae: int, *, rounds: int, steps: int
         for worker in workers:
             worker.answer()
         print(f"{architecture}, {d_in} x {d_sae}, batch {BATCH}, k {K}, float32, one thread")
-        check_numerics([worker for worker in workers if worker.side != "bound"], Path(folder))
+        compared = [worker for worker in workers if worker.side != "bound"]
+        check_numerics(compared, Path(folder), load_file(start)["W_dec"])
         for worker in workers:
             worker.ask("steps 2")  # Adam's state and buffers are made in the first
         for _ in range(rounds):
