@@ -185,7 +185,8 @@ def test_a_text_without_tokens_is_told(user: User) -> None:
     manifest = job("empty")
     cache_of(manifest)["dataset"] = {"path": f"{POD_DATA}/empty-text"}
     text = told(failed(user, manifest))
-    assert "NoTokens" in text
+    assert "dataset.path" in text
+    assert "has 0 tokens" in text
 
 
 def test_a_corrupted_shard_stops_training_and_names_the_shard(
