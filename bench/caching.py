@@ -22,7 +22,7 @@ import time
 import torch
 
 from bench.object_store import s3_server
-from sae_job.run.cache import write_shards
+from sae_job.steps.cache import write_shards
 from tests.caches import cache_spec, cache_step, prepare_tokens, step_context
 
 WIDTH = 576

@@ -27,8 +27,8 @@ import torch
 
 from bench.object_store import s3_server
 from sae_job.activations.reader import CachedActivations
-from sae_job.run.cache import write_shards
-from sae_job.run.finalize import run_finalize
+from sae_job.steps.cache import write_shards
+from sae_job.steps.finalize import run_finalize
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.file_store import FileStore
 from tests.caches import cache_spec, cache_step, prepare_tokens, step_context

@@ -12,9 +12,9 @@ import torch
 from sae_job.activations.format import STORAGE_DTYPES, layout_of
 from sae_job.activations.manifest import CacheManifest
 from sae_job.reporting.progress import ProgressReporter
-from sae_job.run.cache import write_shards
-from sae_job.run.context import StepContext
-from sae_job.run.finalize import run_finalize
+from sae_job.steps.cache import write_shards
+from sae_job.steps.context import StepContext
+from sae_job.steps.finalize import run_finalize
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_job.text.plan import (

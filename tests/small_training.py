@@ -14,9 +14,9 @@ from sae_job.activations.manifest import read_manifest
 from sae_job.activations.reader import CachedActivations, held_out_contexts_for
 from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.reporting.progress import ProgressReporter
-from sae_job.run.context import StepContext
-from sae_job.run.train import run_train
 from sae_job.saes.config import Provenance
+from sae_job.steps.context import StepContext
+from sae_job.steps.train import run_train
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.file_store import FileStore
 from sae_job.training.plan import TrainingPlan, resolve_plan

@@ -14,12 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae_job.run.api import run as run
     from sae_job.saes.base import SAE as SAE
+    from sae_job.steps.api import run as run
 
 __all__ = ["SAE", "run"]
 
-_HOMES = {"SAE": "sae_job.saes.base", "run": "sae_job.run.api"}
+_HOMES = {"SAE": "sae_job.saes.base", "run": "sae_job.steps.api"}
 
 
 def __getattr__(name: str) -> Any:

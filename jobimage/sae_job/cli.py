@@ -24,7 +24,7 @@ from sae_operator.api.steps import ExitCode
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sae_job.run.local import JobOutcome
+    from sae_job.steps.local import JobOutcome
 
 app = typer.Typer(
     name="sae-job",
@@ -92,7 +92,7 @@ def run(
     from rich.console import Console
 
     from sae_job.reporting.bars import step_bar
-    from sae_job.run.local import run_resources
+    from sae_job.steps.local import run_resources
 
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
@@ -114,7 +114,7 @@ def step(
     spec: Annotated[Path, typer.Argument(help="JSON file with the step's spec.")],
 ) -> None:
     """Run one step as a pod does; the operator writes its spec."""
-    from sae_job.run.step import run_step_process
+    from sae_job.steps.step import run_step_process
 
     raise typer.Exit(run_step_process(name, spec))
 

@@ -12,8 +12,8 @@ import torch
 
 from sae_job.activations.reader import CachedActivations
 from sae_job.errors import InvalidInput
-from sae_job.run.cache import write_shards
-from sae_job.run.finalize import run_finalize
+from sae_job.steps.cache import write_shards
+from sae_job.steps.finalize import run_finalize
 from sae_job.storage import s3_store
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed, StoreError
 from sae_job.storage.open import open_store

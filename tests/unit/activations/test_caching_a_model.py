@@ -15,9 +15,9 @@ from sae_job.activations.contexts import ContextReader
 from sae_job.activations.manifest import read_manifest
 from sae_job.activations.reader import CachedActivations, held_out_contexts_for
 from sae_job.models.load import load_hooked_model
-from sae_job.run.cache import run_cache
-from sae_job.run.finalize import run_finalize
-from sae_job.run.prepare import run_prepare
+from sae_job.steps.cache import run_cache
+from sae_job.steps.finalize import run_finalize
+from sae_job.steps.prepare import run_prepare
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_job.text.plan import CacheIndex

@@ -17,8 +17,8 @@ from sae_job.activations.manifest import Sidecar
 from sae_job.activations.sink_filter import SinkFilter
 from sae_job.activations.writer import ShardWriter, is_stored
 from sae_job.errors import InvalidInput
-from sae_job.run.cache import write_shards
-from sae_job.run.finalize import run_finalize
+from sae_job.steps.cache import write_shards
+from sae_job.steps.finalize import run_finalize
 from sae_job.storage.base import ObjectInfo, StoreError
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_job.text.plan import CacheIndex

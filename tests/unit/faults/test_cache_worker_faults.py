@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sae_job.errors import Stopped
-from sae_job.run.cache import write_shards
-from sae_job.run.finalize import run_finalize
-from sae_job.run.stopping import stop_on_signals
+from sae_job.steps.cache import write_shards
+from sae_job.steps.finalize import run_finalize
+from sae_job.steps.stopping import stop_on_signals
 from sae_job.storage.base import NoSpaceLeft, StoreError
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_operator.api.steps import CacheStep

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sae_job.errors import InvalidInput, Stopped
-from sae_job.run.stopping import stop_on_signals
+from sae_job.steps.stopping import stop_on_signals
 from sae_job.storage.base import StoreError
 from sae_job.storage.file_store import FileStore
 from sae_operator.api.steps import Progress
@@ -40,7 +40,7 @@ def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report takes ten times as long as such a training."""
-    monkeypatch.setattr("sae_job.run.train.render_report", lambda *arguments: "<html></html>")
+    monkeypatch.setattr("sae_job.steps.train.render_report", lambda *arguments: "<html></html>")
 
 
 @pytest.fixture

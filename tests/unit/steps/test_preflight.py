@@ -11,9 +11,9 @@ import torch
 
 from sae_job.errors import InvalidInput
 from sae_job.reporting.progress import ProgressReporter
-from sae_job.run.context import StepContext
-from sae_job.run.output_marker import claim_output
-from sae_job.run.preflight import quantity_bytes, run_preflight
+from sae_job.steps.context import StepContext
+from sae_job.steps.output_marker import claim_output
+from sae_job.steps.preflight import quantity_bytes, run_preflight
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_operator.api.identity import cache_location
 from sae_operator.api.steps import StepResult, TrainStep

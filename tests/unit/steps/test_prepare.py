@@ -12,8 +12,8 @@ import torch
 
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.reporting.progress import ProgressReporter
-from sae_job.run.context import StepContext
-from sae_job.run.prepare import run_prepare
+from sae_job.steps.context import StepContext
+from sae_job.steps.prepare import run_prepare
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_job.text import plan
 from sae_job.text.blocks import read_block, read_block_records

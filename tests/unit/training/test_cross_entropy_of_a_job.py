@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from sae_job.reporting.progress import ProgressReporter
-from sae_job.run.cache import run_cache
-from sae_job.run.context import StepContext
-from sae_job.run.finalize import run_finalize
-from sae_job.run.prepare import run_prepare
-from sae_job.run.train import run_train
 from sae_job.saes.base import SAE
+from sae_job.steps.cache import run_cache
+from sae_job.steps.context import StepContext
+from sae_job.steps.finalize import run_finalize
+from sae_job.steps.prepare import run_prepare
+from sae_job.steps.train import run_train
 from sae_job.storage.base import StoreError
 from sae_job.storage.open import open_store
 from sae_operator.api.activation_cache import ActivationCacheSpec

@@ -19,8 +19,8 @@ from sae_job.reporting.endpoint import serve_progress
 from sae_job.reporting.log import LogTail, set_up_logging
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.reporting.termination import write_result
-from sae_job.run.context import StepContext
-from sae_job.run.stopping import stop_on_signals
+from sae_job.steps.context import StepContext
+from sae_job.steps.stopping import stop_on_signals
 from sae_job.storage.base import StoreError
 from sae_job.storage.open import open_store
 from sae_operator.api.steps import (
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 
 # Each step's module is imported only when it runs: most need torch.
 STEPS: dict[str, tuple[str, str]] = {
-    "preflight": ("sae_job.run.preflight", "run_preflight"),
-    "prepare": ("sae_job.run.prepare", "run_prepare"),
-    "cache": ("sae_job.run.cache", "run_cache"),
-    "finalize": ("sae_job.run.finalize", "run_finalize"),
-    "train": ("sae_job.run.train", "run_train"),
+    "preflight": ("sae_job.steps.preflight", "run_preflight"),
+    "prepare": ("sae_job.steps.prepare", "run_prepare"),
+    "cache": ("sae_job.steps.cache", "run_cache"),
+    "finalize": ("sae_job.steps.finalize", "run_finalize"),
+    "train": ("sae_job.steps.train", "run_train"),
 }
 CACHE_STEPS = ("prepare", "cache", "finalize")
 

@@ -14,7 +14,7 @@ from sae_job.activations.writer import IN_FLIGHT
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.models.facts import ModelFacts, check_context_size
 from sae_job.models.load import inspect_model
-from sae_job.run.context import StepContext
+from sae_job.steps.context import StepContext
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
 from sae_job.text.blocks import BlockBuilder, BlockRecord, read_block_records
 from sae_job.text.documents import open_documents

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.reporting.progress import ProgressReporter
-from sae_job.run.context import StepContext
-from sae_job.run.step import step_function
-from sae_job.run.stopping import stop_on_signals
+from sae_job.steps.context import StepContext
+from sae_job.steps.step import step_function
+from sae_job.steps.stopping import stop_on_signals
 from sae_job.storage.open import open_store
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.identity import cache_location

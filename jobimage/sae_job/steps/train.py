@@ -18,9 +18,9 @@ from sae_job.errors import InvalidInput
 from sae_job.evaluation.cross_entropy import CrossEntropy, cross_entropies
 from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.reporting.report import render_report
-from sae_job.run.context import StepContext
-from sae_job.run.output_marker import RESULTS_KEY, claim_output, finished_results
 from sae_job.saes.config import Provenance
+from sae_job.steps.context import StepContext
+from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_results
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex
 from sae_job.training.checkpoints import Checkpoints, metrics_lines

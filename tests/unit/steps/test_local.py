@@ -15,7 +15,7 @@ import torch
 
 from sae_job import SAE, run
 from sae_job.errors import InvalidInput, Stopped
-from sae_job.run.local import in_dependency_order, run_resources
+from sae_job.steps.local import in_dependency_order, run_resources
 from sae_operator.api.manifest import parse_manifests
 from sae_operator.api.resources import Resource
 from sae_operator.api.steps import Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_job.run.local import read_results, run_resources
+from sae_job.steps.local import read_results, run_resources
 from sae_operator.api.manifest import load_manifests
 
 

@@ -14,7 +14,7 @@ from sae_job.activations.sink_filter import SinkFilter, usable_positions
 from sae_job.activations.writer import OpenShard, ShardWriter, is_stored
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.models.load import default_device, load_hooked_model
-from sae_job.run.context import StepContext
+from sae_job.steps.context import StepContext
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex
 from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from sae_job.errors import InvalidInput, Stopped
-from sae_job.run import step as step_module
-from sae_job.run.step import STEPS, outcome, read_step_spec, run_step_process, step_function
-from sae_job.run.stopping import stop_on_signals
+from sae_job.steps import step as step_module
+from sae_job.steps.step import STEPS, outcome, read_step_spec, run_step_process, step_function
+from sae_job.steps.stopping import stop_on_signals
 from sae_job.storage.base import StoreError
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.identity import cache_location

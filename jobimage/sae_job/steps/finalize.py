@@ -9,7 +9,7 @@ from sae_job.activations.format import MANIFEST_KEY, SHARDS_PREFIX, shard_key
 from sae_job.activations.manifest import CacheManifest, ShardEntry, Sidecar, parse_manifest, read_sidecar
 from sae_job.activations.statistics import merge_sums
 from sae_job.errors import InvalidInput
-from sae_job.run.context import StepContext
+from sae_job.steps.context import StepContext
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
 from sae_job.text.plan import CacheIndex
 from sae_operator.api.activation_cache import ActivationCacheSpec

@@ -11,9 +11,9 @@ from sae_job.activations.manifest import CacheManifest, HookStatistics, read_man
 from sae_job.errors import InvalidInput
 from sae_job.models.facts import ModelFacts, check_context_size
 from sae_job.models.load import inspect_model
-from sae_job.run.context import StepContext
-from sae_job.run.output_marker import check_output, claim_output, finished_results
-from sae_job.run.prepare import cache_bytes, check_size, finished_manifest
+from sae_job.steps.context import StepContext
+from sae_job.steps.output_marker import check_output, claim_output, finished_results
+from sae_job.steps.prepare import cache_bytes, check_size, finished_manifest
 from sae_job.storage.base import ObjectStore
 from sae_job.training.plan import TrainingPlan, resolve_plan
 from sae_operator.api.activation_cache import ActivationCacheSpec
