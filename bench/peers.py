@@ -1,8 +1,7 @@
 """Environments of the libraries that the product is compared with: each one its own, made once per machine.
 
 They lie below the test bed's cache folder and never touch the project's environment. PyTorch comes from the folder
-that `PIP_FIND_LINKS` or `UV_FIND_LINKS` names, where one is set. With `uv` on PATH making one takes seconds, with pip
-minutes.
+that `PIP_FIND_LINKS` or `UV_FIND_LINKS` names, where one is set.
 
     python -m bench.peers            # make them all
 """
@@ -19,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from uv import find_uv_bin
 
 from tests.testbed.paths import CHECKOUT, cache_directory
 
@@ -72,13 +73,9 @@ class Peer:
         directory, python = self._directory(), os.fspath(self._interpreter())
         print(f"peers: making the environment of {self.name}, once per machine, in {directory}", file=sys.stderr)
         shutil.rmtree(directory, ignore_errors=True)
-        uv = shutil.which("uv")
-        _run([sys.executable, "-m", "venv", *(["--without-pip"] if uv else []), os.fspath(directory)])
+        _run([sys.executable, "-m", "venv", "--without-pip", os.fspath(directory)])
         wanted = ["torch", f"{self.distribution}=={self.version}", *self.bounds, "--constraint", os.fspath(CONSTRAINTS)]
-        if uv:
-            _run([uv, "pip", "install", "--quiet", "--python", python, *wanted])
-        else:
-            _run([python, "-m", "pip", "install", "--quiet", *wanted])
+        _run([find_uv_bin(), "pip", "install", "--quiet", "--python", python, *wanted])
         _run([python, "-c", f"import {self.module}"])
 
 

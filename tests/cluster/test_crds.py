@@ -81,8 +81,8 @@ def test_both_kinds_are_served_under_all_their_names(control_plane: ControlPlane
     control_plane.apply({**manifest(CACHE), "metadata": {"name": "c", "namespace": namespace}})
     control_plane.apply({**manifest(JOB), "metadata": {"name": "j", "namespace": namespace}})
     cache, job = "activationcache.sae-operator.dev/c", "saetrainingjob.sae-operator.dev/j"
-    names = dict.fromkeys(("actcache", "actcaches", "activationcache"), [cache])
-    names |= dict.fromkeys(("saejob", "saejobs", "saetrainingjob"), [job])
+    names = {key: [cache] for key in ("actcache", "actcaches", "activationcache")}
+    names |= {key: [job] for key in ("saejob", "saejobs", "saetrainingjob")}
     for word, expected in (names | {"sae": [cache, job]}).items():
         assert control_plane.kubectl("get", word, "-n", namespace, "-o", "name").split() == expected
 
