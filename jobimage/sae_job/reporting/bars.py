@@ -78,6 +78,7 @@ def _plain_lines(title: str, console: Console, clock: Callable[[], float]) -> Ca
         nonlocal last
         if clock() - last >= _PLAIN_EVERY_SECONDS:
             last = clock()
-            console.print(f"{title}: {describe(state)}", highlight=False)
+            # One line whatever its length: logs have no width.
+            console.print(f"{title}: {describe(state)}", highlight=False, soft_wrap=True)
 
     return show

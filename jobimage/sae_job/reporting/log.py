@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Enough for what led to an end, small enough to hold in memory.
@@ -23,6 +25,21 @@ class LogTail(logging.Handler):
 
     def text(self) -> str:
         return "".join(f"{line}\n" for line in self._lines)
+
+
+@contextmanager
+def kept_log(logger: str = "sae_job") -> Iterator[LogTail]:
+    """Keep what a logger and those below it tell from INFO on while the block runs, whatever else is shown of it."""
+    tail = LogTail()
+    source = logging.getLogger(logger)
+    before = source.level
+    source.setLevel(logging.INFO)
+    source.addHandler(tail)
+    try:
+        yield tail
+    finally:
+        source.removeHandler(tail)
+        source.setLevel(before)
 
 
 def set_up_logging(level: int = logging.INFO) -> LogTail:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
@@ -45,6 +46,7 @@ def line_plot(title: str, series: Series, *, y_label: str, log_y: bool = False, 
         )
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(y_label)
     if log_y:
         axes.set_yscale("log")

@@ -102,13 +102,15 @@ def render_report(
     name = html.escape(str(results.get("name") or "training job"))
     rate = results.get("tokens_per_second")
     summary = f"{results['tokens']:,} tokens" + (f", {rate:,.0f} tokens/s" if rate else "")
+    number = len(results["saes"])
+    count = f"{number} sparse autoencoder{'' if number == 1 else 's'}"
     plots = "".join(f"<figure>{plot}</figure>" for plot in _plots(metrics, log_densities))
     configuration = html.escape(json.dumps(spec, indent=2, ensure_ascii=False))
     provenance = html.escape(json.dumps(results.get("provenance", {}), indent=2, ensure_ascii=False))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f"<style>{_STYLE}</style></head><body>"
-        f'<h1>{name}</h1><p class="lead">{len(results["saes"])} sparse autoencoder(s), {summary}</p>'
+        f'<h1>{name}</h1><p class="lead">{count}, {summary}</p>'
         f"<h2>Results on held-out activations</h2>{_results_table(results['saes'])}"
         f'<h2>Curves</h2><div class="plots">{plots}</div>'
         f"<h2>Configuration</h2><pre>{configuration}</pre><h2>Provenance</h2><pre>{provenance}</pre></body></html>\n"
