@@ -27,7 +27,7 @@ LIVE = "status.phase!=Succeeded,status.phase!=Failed"
 POLL_TIMEOUT_SECONDS = 2.0
 POLLS_AT_ONCE = 64
 ANSWER_LIMIT_BYTES = 65536
-# A tick may take at most this share of the time, however often it is asked for.
+# A tick that is asked for early waits until ticks take at most this share of the time.
 LARGEST_SHARE = 0.03
 SHORTEST_GAP_SECONDS = 0.5
 # With many active Jobs each is looked at less often, so that polling never takes over.
@@ -58,6 +58,10 @@ class PodPoller:
         """Seconds between two ticks, when nothing asks for an earlier one."""
         return max(self._poll_seconds, SECONDS_PER_ACTIVE_KEY * len(self._watched))
 
+    def gap_after(self, took: float) -> float:
+        """Seconds without a tick after one of `took` seconds; a pod that does not answer never delays the next one."""
+        return max(SHORTEST_GAP_SECONDS, min(took / LARGEST_SHARE, self.interval))
+
     def watch(self, key: Key, wanted: bool) -> None:
         """Whether the pods of `key` matter now."""
         if wanted and key not in self._watched:
@@ -78,16 +82,15 @@ class PodPoller:
             connector=aiohttp.TCPConnector(limit=POLLS_AT_ONCE),
         ) as session:
             while True:
+                await self._client.breaker.wait_closed()
                 begun = self._clock()
                 if self._watched:
                     self._soon.clear()
-                    await self._client.breaker.wait_closed()
                     try:
                         await self._tick(session)
                     except (ApiError, ServerUnavailable) as error:
                         logger.warning("Pods could not be listed: %s", error)
-                took = self._clock() - begun
-                await asyncio.sleep(max(SHORTEST_GAP_SECONDS, took / LARGEST_SHARE))
+                await asyncio.sleep(self.gap_after(self._clock() - begun))
                 try:
                     await asyncio.wait_for(self._soon.wait(), max(self.interval - (self._clock() - begun), 0.0))
                 except TimeoutError:
@@ -108,7 +111,8 @@ class PodPoller:
         async for page in self._client.pages(paths.pods(self._namespace), query):
             for raw in page:
                 uid = (raw["metadata"].get("labels") or {}).get(LABEL_UID)
-                if uid in uids:
+                # Anybody can label a pod, but only in a namespace of theirs.
+                if uid in uids and uids[uid].namespace == raw["metadata"]["namespace"]:
                     live[uid].append(projection.pod_facts(raw))
         changed: set[Key] = set()
         for uid, key in uids.items():
