@@ -20,10 +20,14 @@ MAX_RECREATIONS = 3
 def merge_failed_pods(
     previous: Sequence[AttemptStatus], pods: Sequence[PodFacts], describe: Callable[[PodFacts], Failure]
 ) -> list[AttemptStatus]:
-    """The earlier failures and those of `pods`, each once, the newest last."""
+    """The earlier failures and those of `pods`, each once, the newest last.
+
+    The order depends on nothing but what they are: a failure that a status had no room for is found again as long as
+    its pod is there, and must not look like a new one then.
+    """
     found = list(previous)
     known = {(entry.job_name, entry.reason, entry.time) for entry in previous}
-    for pod in sorted(pods, key=lambda pod: (pod.finish_time is not None, pod.finish_time, pod.name)):
+    for pod in pods:
         if pod.phase != "Failed":
             continue
         failure = describe(pod)
@@ -38,7 +42,7 @@ def merge_failed_pods(
         if key not in known:
             known.add(key)
             found.append(entry)
-    return found
+    return sorted(found, key=lambda entry: (entry.time or "", entry.job_name, entry.reason))
 
 
 def with_deleted_job(previous: Sequence[AttemptStatus], step: str, job_name: str, now: datetime) -> list[AttemptStatus]:

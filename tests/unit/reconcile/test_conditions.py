@@ -10,9 +10,10 @@ import pytest
 
 from sae_operator.api.status import ActivationCacheStatus, ProgressStatus, SaeStatus, SAETrainingJobStatus
 from sae_operator.api.steps import Progress, SaeProgress, StepResult
-from sae_operator.reconcile.attempts import JOB_DELETED, kept, recreations, with_deleted_job
+from sae_operator.reconcile.attempts import JOB_DELETED, kept, merge_failed_pods, recreations, with_deleted_job
 from sae_operator.reconcile.cache import reconcile_cache
 from sae_operator.reconcile.conditions import Finding, Standing, build_conditions
+from sae_operator.reconcile.diagnosis import Failure
 from sae_operator.reconcile.observed import (
     Defaults,
     InvalidSpec,
@@ -158,6 +159,17 @@ def test_deletions_are_told_once_and_counted_however_many_failures_follow() -> N
     assert left is not None
     assert len(left) == 10
     assert [entry.reason for entry in left].count(JOB_DELETED) == 1
+
+
+def test_a_failure_that_found_no_room_does_not_come_back_as_a_new_one() -> None:
+    pods = [
+        replace(pod(f"p-{minute:02}", running=False), phase="Failed", finish_time=NOW + timedelta(minutes=minute))
+        for minute in range(14)
+    ]
+    first = kept(merge_failed_pods([], pods, lambda found: Failure("StepFailed", found.name)))
+    assert first is not None
+    assert [entry.message for entry in first] == [f"p-{minute:02}" for minute in range(4, 14)]
+    assert kept(merge_failed_pods(first, pods[::-1], lambda found: Failure("StepFailed", found.name))) == first
 
 
 @pytest.mark.parametrize(
