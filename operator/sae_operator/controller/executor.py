@@ -57,10 +57,10 @@ class Executor:
                 await self._create(stored, manifest)
         except Refused as error:
             refused = error
-        if stored.metadata.deleting or self._store.get(stored.key) is None:
+        if stored.metadata.deleting or self._latest(stored) is None:
             return
         status = wanted.status if refused is None else _with_refusal(wanted.status, refused.message)
-        await self._write_status(stored.key, status)
+        await self._write_status(stored, status)
         for event in wanted.events:
             await self._events.post(stored.key, stored.metadata.uid, event)
         if refused is not None:
@@ -105,8 +105,13 @@ class Executor:
             return await self._client.merge_patch(path, {"data": manifest.get("data")})
         return there
 
-    async def _write_status(self, key: Key, status: Mapping[str, Any]) -> None:
-        latest = self._store.get(key)
+    def _latest(self, stored: StoredResource) -> StoredResource | None:
+        """The resource as it is now; None when it is gone, also where another one has its name by now."""
+        latest = self._store.get(stored.key)
+        return latest if latest is not None and latest.metadata.uid == stored.metadata.uid else None
+
+    async def _write_status(self, stored: StoredResource, status: Mapping[str, Any]) -> None:
+        key, latest = stored.key, self._latest(stored)
         if latest is None:
             return
         patch = merge_patch(latest.status_manifest(), status)

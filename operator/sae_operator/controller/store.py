@@ -37,7 +37,7 @@ class StoredResource:
         version: resourceVersion.
         owners: (name, UID) of the SAETrainingJobs in the ownerReferences.
         spec, status: as compact JSON; a tenth of the memory of the parsed objects.
-        cache_ref: name of the cache that a training job refers to.
+        cache_ref: name of the cache that a training job reads.
     """
 
     key: Key
@@ -89,8 +89,8 @@ class Store:
         return self._keys.get(uid)
 
     def children(self, uid: str) -> Offspring:
-        """Children of a UID; an empty record when none was seen."""
-        return self._offspring.setdefault(uid, Offspring())
+        """Children of a UID; an empty record when none was seen, and one that nobody keeps when it is gone."""
+        return Offspring() if uid in self._tombstones else self._offspring.setdefault(uid, Offspring())
 
     def __len__(self) -> int:
         return len(self._resources)
@@ -281,7 +281,8 @@ def _seen_by_caches(stored: StoredResource) -> tuple[bool, bool]:
 def _resource(key: Key, raw: Mapping[str, Any], version: int, old: StoredResource | None) -> StoredResource:
     meta, spec, status = projection.metadata(raw), raw.get("spec") or {}, raw.get("status") or {}
     same = old is not None and old.metadata.generation == meta.generation
-    reference = ((spec.get("activations") or {}).get("cacheRef") or {}).get("name")
+    # An inline cache has its name from its identity, which the status tells.
+    reference = ((spec.get("activations") or {}).get("cacheRef") or {}).get("name") or status.get("cacheName")
     owners = raw["metadata"].get("ownerReferences") or ()
     return StoredResource(
         key=key,

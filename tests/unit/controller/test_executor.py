@@ -148,3 +148,14 @@ async def test_the_status_of_a_resource_that_is_gone_is_no_failure() -> None:
     server = Server({f"PATCH {STATUS}": ApiError(404, "NotFound", "gone")})
     await execute(server, Wanted(status={"phase": "Pending"}))
     assert server.calls == [f"PATCH {STATUS}"]
+
+
+async def test_a_new_resource_of_the_same_name_never_gets_the_old_ones_status() -> None:
+    server, store = Server(), Store()
+    store.put_resource(KEY.kind, {"metadata": meta(1), "spec": {}, "status": {}})
+    stored = store.get(KEY)
+    assert stored is not None
+    store.put_resource(KEY.kind, {"metadata": meta(5, uid="uid-of-the-next"), "spec": {}, "status": {}})
+    executor = Executor(server, store, Events(), lambda keys: None)  # type: ignore[arg-type]
+    await executor.execute(stored, Wanted(status={"phase": "Succeeded"}, delete_jobs=("j",)))
+    assert server.calls == []
