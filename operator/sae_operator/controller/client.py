@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import aiohttp
 
 from sae_operator.controller.breaker import CircuitBreaker
-from sae_operator.controller.credentials import Credentials
+from sae_operator.controller.credentials import Credentials, CredentialsError
 from sae_operator.controller.faults import CallFaults
 from sae_operator.controller.framework import kopf
+
+logger = logging.getLogger(__name__)
 
 JSON = "application/json"
 MERGE_PATCH = "application/merge-patch+json"
@@ -209,8 +212,15 @@ class ApiClient:
                 return self._session, self._credentials
             if expired and used is not self._session and self._session is not None and self._credentials is not None:
                 return self._session, self._credentials
-            fresh = await asyncio.to_thread(self._load)
             self._loaded_at = self._clock()
+            try:
+                fresh = await asyncio.to_thread(self._load)
+            except CredentialsError as error:
+                if self._session is None or self._credentials is None:
+                    raise
+                # A plugin may need the network that is away just now; the server tells if the old ones have expired.
+                logger.warning("Credentials could not be renewed, those there are serve on: %s", error)
+                return self._session, self._credentials
             if self._session is None or fresh != self._credentials:
                 old, self._session, self._credentials = self._session, _open_session(fresh), fresh
                 for retired in self._retired:

@@ -68,7 +68,7 @@ def _from_service_account(host: str, port: str) -> Credentials:
     return Credentials(
         server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
         ca_path=str(SERVICE_ACCOUNT / "ca.crt"),
-        token=(SERVICE_ACCOUNT / "token").read_text().strip(),
+        token=_token(SERVICE_ACCOUNT / "token"),
         namespace=namespace.read_text().strip() if namespace.exists() else "default",
         refreshes=True,
     )
@@ -76,6 +76,7 @@ def _from_service_account(host: str, port: str) -> Credentials:
 
 def _from_kubeconfig(paths: list[Path]) -> Credentials:
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     merged: dict[str, dict[str, Any]] = {"contexts": {}, "clusters": {}, "users": {}}
     current: str | None = None
@@ -84,6 +85,9 @@ def _from_kubeconfig(paths: list[Path]) -> Credentials:
             document = YAML(typ="safe").load(path.read_text()) or {}
         except OSError as error:
             raise CredentialsError(f"cannot read kubeconfig {path}: {error.strerror}") from error
+        except YAMLError as error:
+            # What YAML complains of may quote a credential.
+            raise CredentialsError(f"kubeconfig {path} is not YAML") from error
         current = current or document.get("current-context")
         for plural, singular in (("contexts", "context"), ("clusters", "cluster"), ("users", "user")):
             for item in document.get(plural) or []:
@@ -101,7 +105,7 @@ def _from_kubeconfig(paths: list[Path]) -> Credentials:
         user, refreshes = {**user, **_run_plugin(user["exec"], paths[0].parent)}, True
     token = user.get("token")
     if user.get("tokenFile"):
-        token, refreshes = Path(user["tokenFile"]).read_text().strip(), True
+        token, refreshes = _token(Path(user["tokenFile"])), True
     username, password = user.get("username"), user.get("password")
     return Credentials(
         server=cluster["server"],
@@ -118,6 +122,13 @@ def _from_kubeconfig(paths: list[Path]) -> Credentials:
         namespace=context.get("namespace") or "default",
         refreshes=refreshes,
     )
+
+
+def _token(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise CredentialsError(f"cannot read the token in {path}: {error.strerror}") from error
 
 
 def _absolute(section: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 
 from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable
-from sae_operator.controller.credentials import Credentials
+from sae_operator.controller.credentials import Credentials, CredentialsError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -48,6 +49,34 @@ async def test_a_rotated_token_is_loaded_after_a_401() -> None:
         assert await client.get("/x") == {}
         assert await client.get("/x") == {}
     assert seen == ["Bearer old", "Bearer new", "Bearer new"]
+
+
+async def test_credentials_that_cannot_be_renewed_serve_on() -> None:
+    """A plugin that needs the network must not end the operator, or its probing, while the network is away."""
+    now, accepts = 0.0, True
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({}, status=200 if accepts else 401)
+
+    async with served(handler, ["t"]) as working:
+        tokens = [working._load()]
+
+        def load() -> Credentials:
+            if not tokens:
+                raise CredentialsError("the plugin gave none")
+            return replace(tokens.pop(), refreshes=True)
+
+        client = ApiClient(load, clock=lambda: now)
+        try:
+            assert await client.get("/x") == {}
+            now = 3600.0
+            assert await client.get("/x") == {}
+            accepts = False
+            with pytest.raises(ApiError) as caught:
+                await client.get("/x")
+            assert caught.value.status == 401
+        finally:
+            await client.close()
 
 
 async def test_a_token_that_stays_wrong_is_an_error() -> None:

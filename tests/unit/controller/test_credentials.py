@@ -96,3 +96,15 @@ def test_no_way_into_a_cluster_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_file_that_does_not_exist_is_told(tmp_path: Path) -> None:
     with pytest.raises(CredentialsError, match="cannot read kubeconfig"):
         load_credentials(str(tmp_path / "nothing"))
+
+
+def test_a_file_that_is_no_yaml_is_told_without_a_word_of_it(tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("token: [s3cret")
+    with pytest.raises(CredentialsError) as caught:
+        load_credentials(str(tmp_path / "config"))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_token_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CredentialsError, match="cannot read the token"):
+        load_credentials(kubeconfig(tmp_path / "config", {"tokenFile": "nothing"}))
