@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,17 @@ from collections.abc import Sequence
 DEFAULT_JOB_IMAGE = "ghcr.io/sae-operator/job:0.1.0"
 ENV_JOB_IMAGE = "SAE_OPERATOR_JOB_IMAGE"
 ENV_NAMESPACE = "SAE_OPERATOR_NAMESPACE"
+
+
+def _seconds(text: str) -> float:
+    """A time of the command line; a negative one, or no pause between looks, would keep a core busy for nothing."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text}")
+    return seconds
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,17 +49,20 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--liveness", metavar="URL", help="serve health there, e.g. http://0.0.0.0:8081/healthz")
     made.add_argument(
-        "--poll-seconds", type=float, default=5.0, help="seconds between looks at running pods (default: %(default)s)"
+        "--poll-seconds",
+        type=_seconds,
+        default=5.0,
+        help="seconds between looks at running pods (default: %(default)s)",
     )
     made.add_argument(
         "--progress-seconds",
-        type=float,
+        type=_seconds,
         default=10.0,
         help="seconds between updates of live progress (default: %(default)s)",
     )
     made.add_argument(
         "--result-grace-seconds",
-        type=float,
+        type=_seconds,
         default=30.0,
         help="seconds to wait for the message of a pod that has ended (default: %(default)s)",
     )

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sae_operator.api.base import API_VERSION
-from sae_operator.api.resources import ACTIVATION_CACHE
+from sae_operator.api.resources import ACTIVATION_CACHE, KINDS
 from sae_operator.controller import heartbeat as heartbeats
 from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable, connection_info
 from sae_operator.controller.credentials import load_credentials
@@ -232,14 +232,17 @@ class Operator:
         told = False
         while True:
             try:
-                await self.client.get(f"/apis/{API_VERSION}")
-                return
+                why = missing_definitions(await self.client.get(f"/apis/{API_VERSION}"))
+                if not why:
+                    return
             except ApiError as error:
-                if not told:
-                    logger.warning("The CustomResourceDefinitions are not installed yet (%s); waiting.", error)
-                told = True
+                why = str(error)
             except ServerUnavailable as error:
                 logger.warning("The API server does not answer: %s", error)
+                why = ""
+            if why and not told:
+                logger.warning("The CustomResourceDefinitions are not installed yet (%s); waiting.", why)
+                told = True
             await asyncio.sleep(CRD_RETRY_SECONDS)
 
     async def _retried(self, action: Any) -> None:
@@ -250,6 +253,12 @@ class Operator:
             except (ApiError, ServerUnavailable) as error:
                 logger.warning("Listing failed: %s", error)
                 await asyncio.sleep(random.uniform(0.5, 1.5))
+
+
+def missing_definitions(served: Mapping[str, Any]) -> str:
+    """The plurals of our kinds that an API server's list of the group's resources lacks; they appear one by one."""
+    names = {resource["name"] for resource in served.get("resources") or []}
+    return ", ".join(kind.plural for kind in KINDS.values() if kind.plural not in names)
 
 
 def run(options: Options) -> None:
