@@ -61,10 +61,16 @@ class EventRecorder:
         time_text = self._now().strftime("%Y-%m-%dT%H:%M:%SZ")
         if told is not None:
             told.count += 1
-            if self._clock() - told.at >= REPEAT_SECONDS:
-                told.at = self._clock()
+            if self._clock() - told.at < REPEAT_SECONDS:
+                return
+            told.at = self._clock()
+            try:
                 await self._client.merge_patch(f"{path}/{name}", {"count": told.count, "lastTimestamp": time_text})
-            return
+                return
+            except ApiError as error:
+                # Events expire, after an hour mostly: this one is news again.
+                if error.status != 404:
+                    raise
         self._remember(index)
         try:
             await self._client.create(path, _manifest(key, uid, event, name, time_text))
