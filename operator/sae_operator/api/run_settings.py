@@ -26,7 +26,7 @@ def _quantity(value: Any) -> Any:
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT:
         return value
-    if isinstance(value, str) and len(value) <= QUANTITY_LENGTH and re.search(QUANTITY_PATTERN, value):
+    if isinstance(value, str) and len(value) <= QUANTITY_LENGTH and re.fullmatch(QUANTITY_PATTERN, value):
         return value
     message = 'must be a quantity: a whole number, or text such as "500m", "0.5" or "8Gi"'
     raise PydanticCustomError("quantity", "{message}", {"message": message})

@@ -191,7 +191,7 @@ class TestMessages:
     def test_a_mistake_is_told_in_plain_words(self, edits: dict[str, Any], field: str, message: str) -> None:
         assert messages("ActivationCache", edited(CACHE_SPEC, edits)) == [(field, message)]
 
-    @pytest.mark.parametrize("quantity", [0.5, -1, "half", "1 Gi", "", True, "9" * 33])
+    @pytest.mark.parametrize("quantity", [0.5, -1, "half", "1 Gi", "1Gi\n", "", True, "9" * 33])
     def test_a_quantity_that_kubernetes_would_refuse_is_told(self, quantity: Any) -> None:
         (found,) = messages("ActivationCache", edited(CACHE_SPEC, {"run.resources.limits": {"cpu": quantity}}))
         assert found[0] == "spec.run.resources.limits.cpu"
