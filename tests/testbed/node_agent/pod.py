@@ -92,10 +92,10 @@ class Pod(threading.Thread):
     def delete(self, grace_seconds: float) -> None:
         """A deletion timestamp appeared: end the pod, tell its last state, and remove it from the API."""
         if self._deletion is None:
-            self._deletion = threading.Thread(target=self._delete, args=(grace_seconds,), daemon=True)
+            self._deletion = threading.Thread(target=self._end_and_remove, args=(grace_seconds,), daemon=True)
             self._deletion.start()
 
-    def _delete(self, grace_seconds: float) -> None:
+    def _end_and_remove(self, grace_seconds: float) -> None:
         self.stop(grace_seconds)
         if self.ident is not None:  # a pod that was found deleted already was never started
             self.join()
