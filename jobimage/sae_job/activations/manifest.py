@@ -12,6 +12,7 @@ from pydantic.alias_generators import to_camel
 from sae_job.activations.format import MANIFEST_KEY, shard_key, sidecar_key
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectNotFound, ObjectStore
+from sae_job.text.plan import row_bytes
 from sae_operator.api.identity import CACHE_FORMAT_VERSION
 
 
@@ -118,6 +119,11 @@ class CacheManifest(_Document):
             f"the cache holds no activations of {name!r}; nearest: {', '.join(nearest)}",
             field="spec.saes",
         )
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of the rows of a full shard, whether or not the cache is long enough to have one."""
+        return self.rows_per_shard * row_bytes({hook.name: hook.d_in for hook in self.hooks}, self.dtype)
 
     @property
     def sha256(self) -> str:

@@ -15,9 +15,27 @@ from sae_job.activations.mixing import Phase, phase_labels, plan_epoch, row_orde
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectStore
 
-# Two shards of the default size.
+# Two shards of the default size; one where shards are larger.
 READ_AHEAD_BYTES = 2**29
-MIX_SHARDS = 8
+# Shards that are mixed by default: 8 of the default size. Of larger ones fewer, so that memory stays bounded.
+MIX_SHARDS, FEWEST_MIX_SHARDS = 8, 2
+MIX_BYTES = 2**31
+
+
+def default_mix_shards(shard_bytes: int) -> int:
+    """Shards that rows of one batch come from by default, for full shards of this size."""
+    return max(FEWEST_MIX_SHARDS, min(MIX_SHARDS, MIX_BYTES // shard_bytes))
+
+
+def default_read_ahead_bytes(shard_bytes: int) -> int:
+    """Bytes of shards that are held before they are needed by default: at least one shard."""
+    return max(READ_AHEAD_BYTES, shard_bytes)
+
+
+def reader_memory_bytes(cache_bytes: int, shard_bytes: int) -> int:
+    """Memory for shards that a reader takes by default, of a cache of so many bytes in shards of this size."""
+    in_use = default_mix_shards(shard_bytes) * shard_bytes
+    return min(cache_bytes, in_use + default_read_ahead_bytes(shard_bytes))
 
 
 @dataclass(frozen=True)
@@ -132,8 +150,8 @@ class CachedActivations:
         seed: int,
         held_out_contexts: int,
         total_rows: int | None = None,
-        read_ahead_bytes: int = READ_AHEAD_BYTES,
-        mix_shards: int = MIX_SHARDS,
+        read_ahead_bytes: int | None = None,
+        mix_shards: int | None = None,
     ) -> CachedActivations:
         """Open the finished cache in a folder.
 
@@ -144,22 +162,26 @@ class CachedActivations:
             seed: seed of the order of rows.
             held_out_contexts: rows of the first so many contexts are never in a batch.
             total_rows: read the first so many rows of the cache only; all when None.
-            read_ahead_bytes: bytes of shards that may be held before they are needed.
-            mix_shards: shards that rows of one batch come from.
+            read_ahead_bytes: bytes of shards that may be held before they are needed; None for the default.
+            mix_shards: shards that rows of one batch come from; None for the default, which depends on the size of
+                full shards.
 
         Raises:
             InvalidInput: no finished cache, an unknown hook, or no rows left to train on.
         """
+        manifest = read_manifest(store)
         return cls(
             store,
-            read_manifest(store),
+            manifest,
             hooks=hooks,
             batch_size=batch_size,
             seed=seed,
             held_out_contexts=held_out_contexts,
             total_rows=total_rows,
-            read_ahead_bytes=read_ahead_bytes,
-            mix_shards=mix_shards,
+            read_ahead_bytes=(
+                default_read_ahead_bytes(manifest.shard_bytes) if read_ahead_bytes is None else read_ahead_bytes
+            ),
+            mix_shards=default_mix_shards(manifest.shard_bytes) if mix_shards is None else mix_shards,
         )
 
     @property

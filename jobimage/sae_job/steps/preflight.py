@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sae_job.activations.manifest import CacheManifest, HookStatistics, read_manifest
+from sae_job.activations.reader import reader_memory_bytes
 from sae_job.errors import InvalidInput
 from sae_job.models.facts import ModelFacts, check_context_size
 from sae_job.models.load import inspect_model
@@ -16,7 +17,7 @@ from sae_job.steps.output_marker import check_output, claim_output, finished_res
 from sae_job.steps.prepare import cache_bytes, check_size, finished_manifest
 from sae_job.storage.base import ObjectStore
 from sae_job.training.plan import TrainingPlan, resolve_plan
-from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource
 from sae_operator.api.steps import CacheStep, ExitCode, SaeProgress, StepResult, TrainStep
 from sae_operator.api.training_job import SAETrainingJobSpec
 
@@ -24,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 # A weight in float32, its gradient, and Adam's two moments.
 _BYTES_PER_PARAMETER = 16
+# What a checkpoint copies: the weight and the moments, and the weight of the SAE that is ready for use.
+_CHECKPOINT_BYTES_PER_PARAMETER = 16
 # Float32 arrays of [batch, d_sae] that a step holds at a time: pre-activations, and a penalty's or auxiliary loss's.
 _LATENT_ARRAYS = 3
 # Interpreter and libraries.
 _PROCESS_BYTES = 2**30
-# Shards that the reader mixes and reads ahead, unless the whole cache is smaller.
-_READER_BYTES = 3 * 2**30
 # Suffixes of a Kubernetes quantity, from 10**-9 and from 2**10 on.
 _DECIMAL_SUFFIXES = ("n", "u", "m", "", "k", "M", "G", "T", "P", "E")
 _BINARY_SUFFIXES = ("Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
@@ -51,24 +52,26 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
     if finished is not None and finished["tokens"] >= (spec.training.tokens or 0):
         logger.info("finished results are there already below %s", output.uri)
         return _adopt(finished)
-    cached_bytes = bytes_to_cache = 0
+    bytes_to_cache = 0
     manifest = _manifest(step, context.open_store(step.activations))
     if manifest is not None:
         statistics = {hook.name: hook for hook in manifest.hooks}
         rows = manifest.tokens if step.cache is None else step.cache.tokens
-        cached_bytes = manifest.bytes
+        facts = _inspect_scored(spec, manifest)
+        reader = reader_memory_bytes(manifest.bytes, manifest.shard_bytes)
     else:
         assert step.cache is not None, "a cache without a spec has a manifest"
         facts = _inspect(spec, step.cache)
         statistics = _pretended_statistics(facts)
         rows = step.cache.tokens
         bytes_to_cache = cache_bytes(step.cache, facts)
+        reader = reader_memory_bytes(bytes_to_cache, step.cache.storage.shard_bytes)
     plan = resolve_plan(spec, cache_rows=rows, statistics=statistics)
-    _check_memory(spec, plan)
-    memory = memory_bytes(plan, cached_bytes or bytes_to_cache)
+    _check_memory(spec, plan, reader)
+    scored_model = facts.total_parameter_bytes if facts is not None and scores_with_model(spec) else 0
+    memory = memory_bytes(plan, reader + scored_model)
     # Last, so that a spec that cannot work does not keep its mended successor from the output.
     claim_output(output, step)
-    context.reporter.update(total_tokens=plan.tokens)
     return StepResult(
         step="preflight",
         exit_code=ExitCode.DONE,
@@ -110,13 +113,40 @@ def _inspect(spec: SAETrainingJobSpec, cache: ActivationCacheSpec) -> ModelFacts
         facts = inspect_model(cache.model, [hook.name for hook in cache.hooks])
         check_context_size(facts, cache.context_size)
         check_size(cache, facts)
-    if "ce_loss_score" in spec.evaluation.metrics and not facts.predicts_tokens:
+    _check_head(spec, facts)
+    return facts
+
+
+def _inspect_scored(spec: SAETrainingJobSpec, manifest: CacheManifest) -> ModelFacts | None:
+    """Facts of the model of a finished cache, where training will need it again: for the CE-loss score."""
+    if not scores_with_model(spec):
+        return None
+    source = ModelSource.model_validate(manifest.spec["model"])
+    hooks = [hook.name for hook in manifest.hooks]
+    try:
+        facts = inspect_model(source, hooks, revision=manifest.model["revision"])
+    except InvalidInput as error:
+        raise InvalidInput(
+            error.reason,
+            f"ce_loss_score needs the model that the cache is of: {error.message}; leave it out, or bring the model",
+            field="spec.evaluation.metrics",
+        ) from error
+    _check_head(spec, facts)
+    return facts
+
+
+def scores_with_model(spec: SAETrainingJobSpec) -> bool:
+    """Whether the training pod loads the whole language model."""
+    return "ce_loss_score" in spec.evaluation.metrics
+
+
+def _check_head(spec: SAETrainingJobSpec, facts: ModelFacts) -> None:
+    if scores_with_model(spec) and not facts.predicts_tokens:
         raise InvalidInput(
             "NoLanguageModelHead",
-            f"{cache.model.name!r} predicts no tokens; leave ce_loss_score out",
+            f"{facts.name!r} predicts no tokens; leave ce_loss_score out",
             field="spec.evaluation.metrics",
         )
-    return facts
 
 
 @contextmanager
@@ -146,31 +176,33 @@ def _pretended_statistics(facts: ModelFacts) -> dict[str, HookStatistics]:
     }
 
 
-def memory_bytes(plan: TrainingPlan, cached_bytes: int) -> int:
-    """What the training pod needs, device and host together: weights with gradients and moments, a step, the reader."""
-    reader = min(_READER_BYTES, cached_bytes)
-    return _PROCESS_BYTES + reader + _weight_bytes(plan) + _LATENT_ARRAYS * _latent_bytes(plan)
+def memory_bytes(plan: TrainingPlan, held_bytes: int) -> int:
+    """What the training pod needs, device and host together: weights with gradients and moments, a checkpoint of them,
+    a step, and `held_bytes` of the reader's shards and of a language model."""
+    weights = _parameters(plan) * (_BYTES_PER_PARAMETER + _CHECKPOINT_BYTES_PER_PARAMETER)
+    return _PROCESS_BYTES + held_bytes + weights + _LATENT_ARRAYS * _latent_bytes(plan)
 
 
-def _weight_bytes(plan: TrainingPlan) -> int:
-    return sum((2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae) * _BYTES_PER_PARAMETER for sae in plan.saes)
+def _parameters(plan: TrainingPlan) -> int:
+    return sum(2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae for sae in plan.saes)
 
 
 def _latent_bytes(plan: TrainingPlan) -> int:
     return max(sae.d_sae for sae in plan.saes) * plan.batch_size * 4
 
 
-def _check_memory(spec: SAETrainingJobSpec, plan: TrainingPlan) -> None:
-    """Raises InvalidInput when a pod without a GPU cannot even hold the weights and one step."""
+def _check_memory(spec: SAETrainingJobSpec, plan: TrainingPlan, reader: int) -> None:
+    """Raises InvalidInput when a pod without a GPU cannot even hold the weights, one step and the shards it reads."""
     limits = spec.run.resources.limits
     if "memory" not in limits or any("gpu" in name for name in limits):
         return
-    needed, limit = _weight_bytes(plan) + _latent_bytes(plan), quantity_bytes(limits["memory"])
-    if limit < needed:
+    training = _parameters(plan) * _BYTES_PER_PARAMETER + _latent_bytes(plan)
+    limit = quantity_bytes(limits["memory"])
+    if limit < training + reader:
         raise InvalidInput(
             "NotEnoughMemory",
-            f"weights and one step alone take {needed >> 20} MiB, the limit is {limit >> 20} MiB; "
-            "raise it, or lower batchSize, dSae or the number of SAEs",
+            f"weights and one step alone take {training >> 20} MiB and the shards in use {reader >> 20} MiB, the limit "
+            f"is {limit >> 20} MiB; raise it, or lower batchSize, dSae, the number of SAEs or the cache's shardBytes",
             field="spec.run.resources.limits.memory",
         )
 

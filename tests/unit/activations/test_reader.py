@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import load
 
 from sae_job.activations.manifest import CacheManifest
-from sae_job.activations.reader import CachedActivations, held_out_contexts_for
+from sae_job.activations.reader import (
+    CachedActivations,
+    default_mix_shards,
+    held_out_contexts_for,
+    reader_memory_bytes,
+)
 from sae_job.errors import InvalidInput
 from sae_job.storage.file_store import FileStore
 from tests.caches import finished_cache
@@ -25,6 +30,14 @@ ROWS = 2000
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return finished_cache(tmp_path_factory.mktemp("cache"), tokens=ROWS, dtype="float32")
+
+
+def test_of_large_shards_fewer_are_mixed_so_that_memory_stays_bounded() -> None:
+    mixed = {size: default_mix_shards(size) for size in (2**12, 2**28, 2**29, 2**30, 2**34)}
+    assert mixed == {2**12: 8, 2**28: 8, 2**29: 4, 2**30: 2, 2**34: 2}
+    assert reader_memory_bytes(2**40, 2**28) == 8 * 2**28 + 2**29
+    assert reader_memory_bytes(2**40, 2**30) == 3 * 2**30, "one shard is read ahead, however large it is"
+    assert reader_memory_bytes(2**20, 2**28) == 2**20
 
 
 def open_reader(cache: Cache, **changes: object) -> CachedActivations:

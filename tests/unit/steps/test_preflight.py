@@ -16,7 +16,7 @@ from sae_job.steps.output_marker import claim_output
 from sae_job.steps.preflight import quantity_bytes, run_preflight
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_operator.api.identity import cache_location
-from sae_operator.api.steps import StepResult, TrainStep
+from sae_operator.api.steps import Progress, StepResult, TrainStep
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
 from tests.small_cache import write_small_cache
@@ -36,6 +36,7 @@ class Bench:
 
     def __init__(self, root: Path, model: Path) -> None:
         self.root, self.model = root, model
+        self.states: list[Progress] = []
 
     def cache(self, **fields: Any) -> dict[str, Any]:
         return {
@@ -77,7 +78,7 @@ class Bench:
 
     def run(self, step: TrainStep) -> StepResult:
         context = StepContext(
-            reporter=ProgressReporter("preflight", clock=lambda: 0.0),
+            reporter=ProgressReporter("preflight", clock=lambda: 0.0, listeners=(self.states.append,)),
             should_stop=lambda: False,
             open_store=lambda location: FileStore(path_of_file_uri(location.uri)),
             work_directory=self.root,
@@ -207,6 +208,52 @@ def test_a_cpu_pod_too_small_for_the_weights_is_told_and_a_gpu_pod_is_not_judged
     assert (
         bench.run(bench.job(saes=saes, run={"resources": {"limits": {**limits, "nvidia.com/gpu": 1}}})).exit_code == 0
     )
+
+
+def test_the_memory_of_a_training_pod_grows_with_the_shards_that_its_reader_holds(bench: Bench) -> None:
+    def planned(shard_bytes: int, tokens: int = 10**9) -> int:
+        cache = bench.cache(tokens=tokens, storage={"uri": f"file://{bench.root}/caches", "shardBytes": shard_bytes})
+        output = {"uri": f"file://{bench.root}/out-{shard_bytes}-{tokens}"}
+        plan = bench.run(bench.job(activations={"cache": cache}, training={"tokens": 10_000}, output=output)).plan
+        assert plan is not None
+        return plan["memoryBytes"]
+
+    small, default, large = planned(2**20), planned(2**28), planned(2**32)
+    # Eight shards in use and 512 MiB read ahead; of 4 GiB shards two, and one read ahead.
+    assert default - small == 8 * (2**28 - 2**20)
+    assert large - default == 3 * 2**32 - (8 * 2**28 + 2**29)
+    assert planned(2**28, 10_000) < small, "a cache that is smaller than that is held whole"
+
+
+def test_a_cpu_pod_too_small_for_the_shards_in_use_is_told(bench: Bench) -> None:
+    cache = bench.cache(tokens=10**9)
+    told = bench.refusal(bench.job(activations={"cache": cache}, run={"resources": {"limits": {"memory": "2Gi"}}}))
+    assert told[:2] == ("NotEnoughMemory", "spec.run.resources.limits.memory")
+    assert "shardBytes" in told[2]
+
+
+def test_preflight_counts_no_tokens(bench: Bench) -> None:
+    assert bench.states == []
+    bench.run(bench.job())
+    assert all(state.total_tokens == 0 for state in bench.states)
+
+
+def test_ce_loss_on_a_finished_cache_needs_its_model_before_training(bench: Bench) -> None:
+    store = FileStore(bench.root / "cache")
+    manifest = write_small_cache(store, hooks=[HOOK], d_in=32)
+    scored = {"activations": {"uri": f"file://{bench.root}/cache"}, "evaluation": {"metrics": ["ce_loss_score"]}}
+
+    def of_model(name: str) -> None:
+        spec = {"model": {"name": name}}
+        store.put("manifest.json", manifest.model_copy(update={"spec": spec}).to_bytes())
+
+    of_model("/gone")
+    reason, field, message = bench.refusal(bench.job(**scored))
+    assert (reason, field) == ("ModelNotFound", "spec.evaluation.metrics")
+    assert "/gone" in message
+    assert not bench.output.head("sae-operator.json"), "the output is left to the successor"
+    of_model(str(bench.model))
+    assert bench.run(bench.job(**scored)).exit_code == 0
 
 
 @pytest.mark.parametrize(
