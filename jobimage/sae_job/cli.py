@@ -94,9 +94,10 @@ def run(
     from sae_job.reporting.bars import step_bar
     from sae_job.steps.local import run_resources
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    shown = logging.StreamHandler()
+    # On the handler: the steps' loggers also feed log.txt, which takes more.
+    shown.setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.basicConfig(level=shown.level, format="%(levelname)s %(name)s: %(message)s", handlers=[shown])
     resources = _load(filename)
     console = Console()
     outcomes = run_resources(

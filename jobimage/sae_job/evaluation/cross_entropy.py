@@ -61,6 +61,7 @@ def cross_entropies(
     *,
     ignore_token_ids: Collection[int],
     batch_size: int,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, CrossEntropy]:
     """Cross-entropies of each SAE.
 
@@ -72,6 +73,7 @@ def cross_entropies(
         saes: name -> (hook, SAE in raw scale).
         ignore_token_ids: positions that predict one of these are left out of the means.
         batch_size: contexts per forward pass.
+        between_batches: called before each forward pass; may raise to end the work.
     """
 
     ignored = torch.isin(contexts, torch.tensor(sorted(ignore_token_ids), dtype=contexts.dtype))
@@ -79,6 +81,7 @@ def cross_entropies(
     def mean(hook: str | None, function: Replacement) -> float:
         total, count = 0.0, 0
         for start in range(0, len(contexts), batch_size):
+            between_batches()
             batch = slice(start, start + batch_size)
             replace = {} if hook is None else {hook: _at(replaced[batch][~ignored[batch]], function)}
             batch_total, batch_count = model.cross_entropy(

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sae_job.errors import InvalidInput, Stopped
+from sae_job.reporting.log import kept_log
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.steps.context import StepContext
-from sae_job.steps.step import step_function
+from sae_job.steps.step import step_function, store_log
 from sae_job.steps.stopping import stop_on_signals
+from sae_job.storage.base import StoreError
 from sae_job.storage.open import open_store
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.identity import cache_location
@@ -102,6 +104,7 @@ class LocalRun:
                 work_directory=self._work,
                 now=time.time,
             )
+            logger.info("step %s of %s", step.step, step.name)
             return step_function(step.step)(step, context)
 
     def cache(self, name: str, namespace: str, spec: ActivationCacheSpec) -> None:
@@ -136,26 +139,33 @@ class LocalRun:
                 secret_ref=activations.secret_ref,
             )
 
-        def run(step: TrainStepName) -> StepResult:
-            return self._run(
-                TrainStep(
-                    step=step,
-                    namespace=namespace,
-                    name=name,
-                    uid=LOCAL_UID,
-                    spec=spec,
-                    activations=location,
-                    cache=cache,
-                )
+        def train_step(step: TrainStepName) -> TrainStep:
+            return TrainStep(
+                step=step,
+                namespace=namespace,
+                name=name,
+                uid=LOCAL_UID,
+                spec=spec,
+                activations=location,
+                cache=cache,
             )
 
-        first = run("preflight")
-        if first.adopted:
-            logger.info("finished results are there already: %s", spec.output.uri)
-            return JobOutcome(name=name, output=spec.output, result=first)
-        if activations.cache is not None:
-            self.cache(name, namespace, activations.cache)
-        return JobOutcome(name=name, output=spec.output, result=run("train"))
+        with kept_log() as tail:
+            first = self._run(train_step("preflight"))
+            if first.adopted:
+                logger.info("finished results are there already: %s", spec.output.uri)
+                return JobOutcome(name=name, output=spec.output, result=first)
+            try:
+                if activations.cache is not None:
+                    self.cache(name, namespace, activations.cache)
+                result = self._run(train_step("train"))
+            except (InvalidInput, Stopped, StoreError) as error:
+                # For log.txt alone: the caller tells the user.
+                logger.info("%s", error)
+                raise
+            finally:
+                store_log(train_step("train"), self._open_store, tail)
+        return JobOutcome(name=name, output=spec.output, result=result)
 
 
 def read_results(output: StoreLocation, *, store_root: Path | None) -> dict[str, Any]:

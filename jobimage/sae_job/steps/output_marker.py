@@ -75,11 +75,12 @@ def _taken(store: ObjectStore, whose: str, *, fix: str = "") -> InvalidInput:
 
 
 def finished_results(store: ObjectStore) -> dict[str, Any] | None:
-    """What a finished job left in results.json; None when there is none, or it cannot be read."""
+    """What a finished job left in results.json; None when there is none, or it is damaged."""
     try:
-        return _parse(store.get(RESULTS_KEY))
+        results = _parse(store.get(RESULTS_KEY))
     except ObjectNotFound:
         return None
+    return results if results is not None and {"tokens", "saes"} <= results.keys() else None
 
 
 def _parse(data: bytes) -> dict[str, Any] | None:

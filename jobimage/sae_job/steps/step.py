@@ -20,8 +20,9 @@ from sae_job.reporting.log import LogTail, set_up_logging
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.reporting.termination import write_result
 from sae_job.steps.context import StepContext
+from sae_job.steps.output_marker import check_output
 from sae_job.steps.stopping import stop_on_signals
-from sae_job.storage.base import StoreError
+from sae_job.storage.base import ObjectStore, StoreError
 from sae_job.storage.open import open_store
 from sae_operator.api.steps import (
     ENV_COMPLETION_INDEX,
@@ -34,6 +35,7 @@ from sae_operator.api.steps import (
     StepResult,
     TrainStep,
 )
+from sae_operator.api.store import StoreLocation
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ STEPS: dict[str, tuple[str, str]] = {
     "finalize": ("sae_job.steps.finalize", "run_finalize"),
     "train": ("sae_job.steps.train", "run_train"),
 }
+LOG_KEY = "log.txt"
 CACHE_STEPS = ("prepare", "cache", "finalize")
 
 StepFunction = Callable[[CacheStep | TrainStep, StepContext], StepResult]
@@ -110,12 +113,15 @@ def outcome(name: str, run: Callable[[], StepResult]) -> StepResult:
         )
 
 
-def _store_log(step: TrainStep, context: StepContext, tail: LogTail) -> None:
-    """Keep the log beside the results; a store that cannot take it must not change the step's outcome."""
+def store_log(step: TrainStep, open_output: Callable[[StoreLocation], ObjectStore], tail: LogTail) -> None:
+    """Keep the log beside the results, in an output that is this job's; a store that cannot take it must not change
+    the step's outcome."""
     try:
-        context.open_store(step.spec.output).put("log.txt", tail.text().encode())
-    except (StoreError, InvalidInput):
-        logger.exception("log.txt could not be stored")
+        output = open_output(step.spec.output)
+        if check_output(output, step):
+            output.put(LOG_KEY, tail.text().encode())
+    except (StoreError, InvalidInput) as error:
+        logger.warning("%s could not be stored: %s", LOG_KEY, error)
 
 
 def run_step_process(name: str, path: Path) -> int:
@@ -137,17 +143,21 @@ def run_step_process(name: str, path: Path) -> int:
             completion_index=int(os.environ.get(ENV_COMPLETION_INDEX, "0")),
         )
 
+        steps: list[CacheStep | TrainStep] = []
+
         def run() -> StepResult:
             step = read_step_spec(name, path)
+            steps.append(step)
             logger.info("step %s of %s/%s", name, step.namespace, step.name)
-            result = step_function(name)(step, context)
-            if isinstance(step, TrainStep) and name == "train":
-                _store_log(step, context, tail)
-            return result
+            return step_function(name)(step, context)
 
         result = outcome(name, run)
-    log = logger.info if result.exit_code == ExitCode.DONE else logger.error
-    log("%s: %s", result.reason, result.message or "done")
-    if target := os.environ.get(ENV_TERMINATION_MESSAGE):
-        write_result(result, Path(target))
+        log = logger.info if result.exit_code == ExitCode.DONE else logger.error
+        log("%s: %s", result.reason, result.message or "done")
+        for step in steps:
+            if isinstance(step, TrainStep) and name == "train":
+                store_log(step, context.open_store, tail)
+        # Before signals are let through again: what is done must be told.
+        if target := os.environ.get(ENV_TERMINATION_MESSAGE):
+            write_result(result, Path(target))
     return result.exit_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from sae_job.activations.contexts import ContextReader
 from sae_job.activations.manifest import CacheManifest, read_manifest
 from sae_job.activations.reader import CachedActivations, HeldOut, held_out_contexts_for
-from sae_job.errors import InvalidInput
+from sae_job.errors import InvalidInput, Stopped
 from sae_job.evaluation.cross_entropy import CrossEntropy, cross_entropies
 from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.reporting.report import render_report
@@ -100,6 +100,7 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
         else:
             logger.info("continuing from the checkpoint of %d tokens", snapshot.tokens)
             trainer.restore(snapshot)
+        logger.info("%d SAEs, %d steps of %d tokens on %s", len(plan.saes), plan.steps, plan.batch_size, device)
         loop = TrainingLoop(
             trainer,
             checkpoints,
@@ -113,7 +114,7 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
         if "ce_loss_score" in spec.evaluation.metrics:
             # The score takes minutes that must not cost the training when they are interrupted.
             checkpoints.write(trainer.snapshot({"seconds": loop.seconds}))
-        scores = _cross_entropies(spec, trainer, data, device)
+        scores = _cross_entropies(spec, trainer, data, device, should_stop=context.should_stop)
     finally:
         data.reader.close()
     results = _results(step, trainer, data, scores, seconds=loop.seconds, device=device)
@@ -158,9 +159,18 @@ def _provenance(manifest: CacheManifest, hook: str) -> Provenance:
 
 
 def _cross_entropies(
-    spec: SAETrainingJobSpec, trainer: Trainer, data: _Data, device: torch.device
+    spec: SAETrainingJobSpec,
+    trainer: Trainer,
+    data: _Data,
+    device: torch.device,
+    *,
+    should_stop: Callable[[], bool],
 ) -> dict[str, CrossEntropy]:
-    """Cross-entropies on held-out contexts, where they are asked for."""
+    """Cross-entropies on held-out contexts, where they are asked for.
+
+    Raises:
+        Stopped: asked to stop; the finished training is in a checkpoint.
+    """
     if "ce_loss_score" not in spec.evaluation.metrics or not trainer.sound():
         return {}
     from sae_job.models.load import load_full_model
@@ -181,6 +191,15 @@ def _cross_entropies(
     replaced[sequence[inside], position[inside]] = True
     source = ModelSource.model_validate(data.manifest.spec["model"])
     model = load_full_model(source, device=device, revision=data.manifest.model["revision"])
+
+    def stop_if_asked() -> None:
+        if should_stop():
+            raise Stopped(
+                "stopped while the CE-loss score was taken; the training is done and stored in a checkpoint, and the "
+                "next attempt takes the score",
+                tokens=trainer.tokens,
+            )
+
     return cross_entropies(
         model,
         contexts,
@@ -188,6 +207,7 @@ def _cross_entropies(
         {sae.name: (sae.plan.hook, sae.inference()) for sae in trainer.sound()},
         ignore_token_ids=index.tokenizer.special_token_ids,
         batch_size=max(1, CROSS_ENTROPY_BATCH_TOKENS // size),
+        between_batches=stop_if_asked,
     )
 
 

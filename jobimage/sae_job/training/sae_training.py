@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 
@@ -16,6 +17,8 @@ from sae_job.saes.config import Provenance
 from sae_job.saes.trainable import StepStatistics
 from sae_job.training.dead_latents import DeadLatents, FiringFrequency
 from sae_job.training.plan import SaePlan, TrainingPlan
+
+logger = logging.getLogger(__name__)
 
 # Firing frequencies are estimated over at least so many rows, once there were so many.
 FREQUENCY_WINDOW_TOKENS = 1_000_000
@@ -120,6 +123,7 @@ class SaeTraining:
             f"{what} (learning rate {self.plan.learning_rate(step):.3g}): lower "
             f"spec.saes[{self._index}].training.learningRate, e.g. to {peak / 10:.1g}"
         )
+        logger.warning("SAE %r is trained no further: %s", self.name, self.failure)
 
     def log_line(self) -> dict[str, float]:
         """Figures of the last step, with the values that it used."""

@@ -145,6 +145,8 @@ class Trainer:
                 continue
             kept = {name: value for name, value in figures.items() if name in self._metrics}
             self._add_line(sae, {"evaluation": kept})
+            told = ", ".join(f"{name} {value:.4g}" for name, value in kept.items() if value is not None)
+            logger.info("%s after %d of %d tokens: %s", sae.name, self.tokens, self.plan.tokens, told)
 
     def _add_line(self, sae: SaeTraining, figures: Mapping[str, Any]) -> None:
         line = {"step": self.steps_done, "tokens": self.tokens, "sae": sae.name, **figures}

@@ -109,6 +109,9 @@ def test_the_steps_run_in_order_and_leave_the_documented_layout(inputs: Path, tm
     assert outcome.result.tokens == results["tokens"] == 8192
     assert results["saes"][0]["explained_variance"] > results["saes"][0]["explained_variance_at_10_percent"] - 0.05
     assert "<svg" in (folder / "report.html").read_text()
+    log = (folder / "log.txt").read_text()
+    assert "step cache of job" in log
+    assert "k4 after 8192 of 8192 tokens: explained_variance" in log
     assert all(json.loads(line)["sae"] in ("k4", "l1") for line in (folder / "metrics.jsonl").read_text().splitlines())
     assert not list((folder / "checkpoints").rglob("*.safetensors")) if (folder / "checkpoints").exists() else True
 
@@ -147,6 +150,8 @@ def test_an_interrupted_run_continues_to_the_same_result(inputs: Path, tmp_path:
     interrupt = Recorded(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped):
         run_resources(manifest, store_root=tmp_path / "interrupted", display=interrupt)
+    if step == "train":
+        assert "stopped after" in (tmp_path / "interrupted/bucket/job/log.txt").read_text()
     run_resources(manifest, store_root=tmp_path / "interrupted")
     assert outputs(tmp_path / "interrupted") == outputs(tmp_path / "undisturbed")
 

@@ -9,12 +9,16 @@ import pytest
 
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.steps import step as step_module
+from sae_job.steps.context import StepContext
+from sae_job.steps.output_marker import claim_output
 from sae_job.steps.step import STEPS, outcome, read_step_spec, run_step_process, step_function
 from sae_job.steps.stopping import stop_on_signals
 from sae_job.storage.base import StoreError
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.identity import cache_location
-from sae_operator.api.steps import CacheStep, ExitCode, StepResult
+from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
+from sae_operator.api.store import StoreLocation
+from sae_operator.api.training_job import SAETrainingJobSpec
 
 
 @pytest.fixture
@@ -116,6 +120,48 @@ def test_the_process_writes_its_result_as_termination_message(
     result = StepResult.model_validate_json(message.read_bytes())
     assert result.reason == "NoTokens"
     assert result.message == "spec.dataset.path: the data set holds no text"
+
+
+def run_failing_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    spec = SAETrainingJobSpec.model_validate(
+        {
+            "activations": {"uri": f"file://{folder}/cache"},
+            "saes": [{"name": "k4", "architecture": {"type": "topk", "k": 4}, "dSae": 8}],
+            "output": {"uri": f"file://{folder}/out"},
+        }
+    )
+    step = TrainStep(
+        step="train",
+        namespace="ns",
+        name="job",
+        uid="u",
+        spec=spec,
+        activations=StoreLocation(uri=f"file://{folder}/cache"),
+    )
+    (folder / "train.json").write_text(json.dumps(step.to_manifest()))
+
+    def fail(step: TrainStep, context: StepContext) -> StepResult:
+        claim_output(context.open_store(step.spec.output), step)
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(step_module, "step_function", lambda name: fail)
+    return run_step_process("train", folder / "train.json")
+
+
+def test_a_training_that_fails_leaves_its_log_with_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_failing_training(tmp_path, monkeypatch) == ExitCode.FAILED
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "Traceback" in log
+    assert "StepFailed: RuntimeError: the device is lost" in log.splitlines()[-1]
+
+
+def test_no_log_is_written_into_the_output_of_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sae-operator.json").write_text('{"kind": "SAETrainingJob", "specHash": "other"}')
+    assert run_failing_training(tmp_path, monkeypatch) == ExitCode.INVALID
+    assert not (tmp_path / "out" / "log.txt").exists()
 
 
 def raising_step(error: Exception):

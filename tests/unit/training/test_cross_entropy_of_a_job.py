@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sae_job.errors import Stopped
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.saes.base import SAE
 from sae_job.steps.cache import run_cache
@@ -106,6 +107,9 @@ def test_the_score_is_of_the_loss_with_the_sae_spliced_in(tmp_path: Path, monkey
             run_train(step, context)
     # The training is done and safe: what is left is the score.
     assert [folder.name for folder in (tmp_path / "out/checkpoints").iterdir()] == ["6400"]
+    with pytest.raises(Stopped, match="while the CE-loss score was taken") as stopped:
+        run_train(step, replace(context, should_stop=lambda: True))
+    assert stopped.value.tokens == 6400
     seen: list[int] = []
     again = replace(context, reporter=ProgressReporter("test", listeners=(lambda state: seen.append(state.tokens),)))
     result = run_train(step, again)
