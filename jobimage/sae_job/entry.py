@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 
 # Module that is missing -> extra that brings it.
 _EXTRA_OF = {
@@ -23,8 +26,19 @@ _EXTRA_OF = {
 }
 
 
+# What a process that ends by SIGTERM answers: 128 + 15.
+_STOPPED = 143
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    """Nothing has begun yet, so nothing can be lost. Python's own finalization would wait for imports."""
+    os._exit(_STOPPED)
+
+
 def main() -> int:
     """Run the command line; returns the exit code."""
+    # The first process of a container is not ended by a signal that it has no handler for, and imports take a second.
+    signal.signal(signal.SIGTERM, _stop_at_once)
     try:
         from sae_job.cli import run_command_line
 

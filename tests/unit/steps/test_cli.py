@@ -87,3 +87,14 @@ def test_validating_imports_neither_torch_nor_boto3(manifest: Path) -> None:
     path = f"{ROOT / 'operator'}:{ROOT / 'jobimage'}"
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_signal_to_stop_ends_the_process_also_while_it_imports() -> None:
+    code = (
+        "import os, signal, sys, types; cli = types.ModuleType('sae_job.cli'); "
+        "cli.run_command_line = lambda arguments: os.kill(os.getpid(), signal.SIGTERM); "
+        "sys.modules['sae_job.cli'] = cli; from sae_job.entry import main; main(); os._exit(0)"
+    )
+    path = f"{ROOT / 'operator'}:{ROOT / 'jobimage'}"
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
