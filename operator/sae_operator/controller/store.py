@@ -19,7 +19,6 @@ from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_TRAINING_JOB
 from sae_operator.api.steps import Progress
 from sae_operator.controller.queue import Key
 from sae_operator.reconcile import projection
-from sae_operator.reconcile.names import LABEL_UID
 from sae_operator.reconcile.observed import InvalidSpec, JobFacts, Metadata, PodFacts, SpecProblem
 
 # Parsed specs that are kept: a resource is read a few times while its Jobs are made, and hardly ever afterwards.
@@ -84,9 +83,6 @@ class Store:
 
     def get(self, key: Key) -> StoredResource | None:
         return self._resources.get(key)
-
-    def key_of(self, uid: str) -> Key | None:
-        return self._keys.get(uid)
 
     def children(self, uid: str) -> Offspring:
         """Children of a UID; an empty record when none was seen, and one that nobody keeps when it is gone."""
@@ -303,8 +299,8 @@ def _compact(value: Any) -> bytes:
 
 
 def parent_uid(meta: Mapping[str, Any]) -> str | None:
-    """UID of the resource of ours that a child's metadata names."""
+    """UID of the resource of ours that controls a Job; a label alone, which anybody may copy, makes it nobody's."""
     for owner in meta.get("ownerReferences") or ():
         if owner.get("controller") and owner.get("kind") in KINDS:
             return owner["uid"]
-    return (meta.get("labels") or {}).get(LABEL_UID)
+    return None

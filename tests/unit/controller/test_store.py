@@ -74,7 +74,7 @@ def test_a_recreated_resource_has_none_of_the_old_ones_children() -> None:
     store.put_job(child("a-train-1", parent="a"))
     store.put_resource(JOB, resource("a", uid="another", version=9))
     assert not store.children("another").jobs
-    assert store.key_of("uid-a") is None
+    assert store.resource_uids(JOB) == {"another"}
 
 
 def test_the_readers_of_a_cache_hear_of_it() -> None:
@@ -135,6 +135,15 @@ def test_a_job_that_was_replaced_is_not_dropped_with_the_old_one() -> None:
     assert store.drop_job(child("j", parent="a", uid="old")["metadata"]) is None
     assert "j" in store.children("uid-a").jobs
     assert store.drop_job(child("j", parent="a", uid="new")["metadata"]) == key(JOB, "a")
+
+
+def test_a_job_with_nothing_but_our_labels_is_nobodys() -> None:
+    store = Store()
+    store.put_resource(JOB, resource("a"))
+    copied = child("j", parent="a")
+    copied["metadata"] |= {"ownerReferences": [], "labels": {"sae-operator.dev/uid": "uid-a"}}
+    assert store.put_job(copied) == (None, False)
+    assert not store.children("uid-a").jobs
 
 
 def test_a_spec_that_the_models_refuse_is_told_with_its_path() -> None:
