@@ -77,6 +77,9 @@ class Sweeper:
                 await self.sweep()
             except (ApiError, ServerUnavailable) as error:
                 logger.warning("The store could not be compared with the API server: %s", error)
+                # One bad moment, or pages that expired: what has vanished must not wait for the next regular sweep.
+                if isinstance(error, ServerUnavailable) or error.status == 410:
+                    self._relisted.set()
 
     async def sweep(self) -> None:
         """Drops what is in the store and not listed any more."""
