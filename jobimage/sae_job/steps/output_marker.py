@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
 from sae_operator.api.identity import training_identity
-from sae_operator.api.steps import TrainStep
+from sae_operator.api.steps import ExitCode, SaeProgress, StepResult, TrainStep
 
 MARKER_KEY = "sae-operator.json"
 RESULTS_KEY = "results.json"
@@ -81,6 +82,22 @@ def finished_results(store: ObjectStore) -> dict[str, Any] | None:
     except ObjectNotFound:
         return None
     return results if results is not None and {"tokens", "saes"} <= results.keys() else None
+
+
+def result_of(step: str, results: Mapping[str, Any], *, adopted: bool) -> StepResult:
+    """The result of a step that ends with these results of a finished job."""
+    failed = [sae["name"] for sae in results["saes"] if sae["phase"] == "Failed"]
+    told = SaeProgress.model_fields.keys()
+    return StepResult(
+        step=step,
+        exit_code=ExitCode.DONE,
+        reason="Completed",
+        message=f"failed: {', '.join(failed)}" if failed else "",
+        adopted=adopted,
+        tokens=results["tokens"],
+        tokens_per_second=results.get("tokens_per_second"),
+        saes=[SaeProgress(**{key: value for key, value in sae.items() if key in told}) for sae in results["saes"]],
+    )
 
 
 def _parse(data: bytes) -> dict[str, Any] | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from sae_job.activations.manifest import CacheManifest, HookStatistics, read_manifest
 from sae_job.activations.reader import reader_memory_bytes
@@ -13,12 +12,12 @@ from sae_job.errors import InvalidInput
 from sae_job.models.facts import ModelFacts, check_context_size
 from sae_job.models.load import inspect_model
 from sae_job.steps.context import StepContext
-from sae_job.steps.output_marker import check_output, claim_output, finished_results
+from sae_job.steps.output_marker import check_output, claim_output, finished_results, result_of
 from sae_job.steps.prepare import cache_bytes, check_size, finished_manifest
 from sae_job.storage.base import ObjectStore
-from sae_job.training.plan import TrainingPlan, resolve_plan
+from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
 from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource
-from sae_operator.api.steps import CacheStep, ExitCode, SaeProgress, StepResult, TrainStep
+from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 from sae_operator.api.training_job import SAETrainingJobSpec
 
 logger = logging.getLogger(__name__)
@@ -49,9 +48,9 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
     spec = step.spec
     output = context.open_store(spec.output)
     finished = finished_results(output) if check_output(output, step) else None
-    if finished is not None and finished["tokens"] >= (spec.training.tokens or 0):
+    if finished is not None and finished["tokens"] >= tokens_asked_for(spec):
         logger.info("finished results are there already below %s", output.uri)
-        return _adopt(finished)
+        return result_of("preflight", finished, adopted=True)
     bytes_to_cache = 0
     manifest = _manifest(step, context.open_store(step.activations))
     if manifest is not None:
@@ -79,20 +78,6 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
         message=f"{len(plan.saes)} SAEs, {plan.tokens} tokens in {plan.steps} steps of {plan.batch_size}",
         adopted=False,
         plan={"bytes": bytes_to_cache, "gpuSeconds": None, "memoryBytes": memory},
-    )
-
-
-def _adopt(results: Mapping[str, Any]) -> StepResult:
-    told = SaeProgress.model_fields.keys()
-    return StepResult(
-        step="preflight",
-        exit_code=ExitCode.DONE,
-        reason="Completed",
-        message="finished results are there already",
-        adopted=True,
-        tokens=results["tokens"],
-        tokens_per_second=results.get("tokens_per_second"),
-        saes=[SaeProgress(**{key: value for key, value in sae.items() if key in told}) for sae in results["saes"]],
     )
 
 

@@ -20,15 +20,15 @@ from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.reporting.report import render_report
 from sae_job.saes.config import Provenance
 from sae_job.steps.context import StepContext
-from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_results
+from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_results, result_of
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex
 from sae_job.training.checkpoints import Checkpoints, metrics_lines
 from sae_job.training.loop import TrainingLoop
-from sae_job.training.plan import TrainingPlan, resolve_plan
+from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
 from sae_job.training.trainer import Trainer, continues
 from sae_operator.api.activation_cache import ModelSource
-from sae_operator.api.steps import CacheStep, ExitCode, SaeProgress, StepResult, TrainStep
+from sae_operator.api.steps import CacheStep, StepResult, TrainStep
 from sae_operator.api.training_job import SAETrainingJobSpec
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,10 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
     claim_output(output, step)
     checkpoints = Checkpoints(output, keep=spec.checkpoints.keep)
     finished = finished_results(output)
-    if finished is not None and finished["tokens"] >= (spec.training.tokens or 0):
+    if finished is not None and finished["tokens"] >= tokens_asked_for(spec):
         logger.info("finished results are there already: %s/%s", output.uri, RESULTS_KEY)
         checkpoints.remove_all()
-        return _step_result(finished, adopted=True)
+        return result_of("train", finished, adopted=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cache_store = context.open_store(step.activations)
     manifest = read_manifest(cache_store)
@@ -111,16 +111,17 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
             stored_tokens=None if snapshot is None else snapshot.tokens,
         )
         loop.run()
+        seconds = loop.seconds
         if "ce_loss_score" in spec.evaluation.metrics:
             # The score takes minutes that must not cost the training when they are interrupted.
-            checkpoints.write(trainer.snapshot({"seconds": loop.seconds}))
+            checkpoints.write(trainer.snapshot({"seconds": seconds}))
         scores = _cross_entropies(spec, trainer, data, device, should_stop=context.should_stop)
     finally:
         data.reader.close()
-    results = _results(step, trainer, data, scores, seconds=loop.seconds, device=device)
+    results = _results(step, trainer, data, scores, seconds=seconds, device=device)
     _leave(output, spec, trainer, results)
     checkpoints.remove_all()
-    result = _step_result(results, adopted=False)
+    result = result_of("train", results, adopted=False)
     context.reporter.update(saes=result.saes)
     return result
 
@@ -283,18 +284,3 @@ def _leave(output: ObjectStore, spec: SAETrainingJobSpec, trainer: Trainer, resu
     output.put(METRICS_KEY, metrics_lines(trainer.lines))
     output.put(REPORT_KEY, render_report(results, trainer.lines, densities, spec.to_manifest()).encode())
     output.put(RESULTS_KEY, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _step_result(results: Mapping[str, Any], *, adopted: bool) -> StepResult:
-    failed = [sae["name"] for sae in results["saes"] if sae["phase"] == "Failed"]
-    told = SaeProgress.model_fields.keys()
-    return StepResult(
-        step="train",
-        exit_code=ExitCode.DONE,
-        reason="Completed",
-        message=f"failed: {', '.join(failed)}" if failed else "",
-        adopted=adopted,
-        tokens=results["tokens"],
-        tokens_per_second=results["tokens_per_second"],
-        saes=[SaeProgress(**{key: value for key, value in sae.items() if key in told}) for sae in results["saes"]],
-    )

@@ -231,6 +231,12 @@ def resolve_plan(
     )
 
 
+def tokens_asked_for(spec: SAETrainingJobSpec) -> int:
+    """Tokens that the spec alone asks to train on; 0 where the length of somebody else's cache decides."""
+    cache = spec.activations.cache
+    return spec.training.tokens or (0 if cache is None else _tokens(spec, cache.tokens))
+
+
 def _tokens(spec: SAETrainingJobSpec, cache_rows: int) -> int:
     """Tokens asked for; all but the held-out rows when none are."""
     available = cache_rows - held_out_rows(spec, cache_rows)

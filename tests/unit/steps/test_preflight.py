@@ -153,6 +153,8 @@ def test_finished_results_are_adopted_with_their_figures(bench: Bench) -> None:
     assert (result.saes[0].explained_variance, result.saes[0].phase) == (0.9, "Succeeded")
     more = bench.job(training={"tokens": 9001})
     assert bench.run(more).adopted is False, "fewer tokens than are asked for now"
+    longer = bench.job(activations={"cache": bench.cache(tokens=20_000)})
+    assert bench.run(longer).adopted is False, "without tokens of its own, training takes all of the longer cache"
 
 
 @pytest.mark.parametrize(
