@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from sae_operator.api.base import ApiModel, Count, CountOrZero, Rule, ShortText, immutable, raised_only
+from sae_operator.api.base import (
+    TEXT_PATTERN,
+    ApiModel,
+    Count,
+    CountOrZero,
+    Rule,
+    ShortText,
+    immutable,
+    raised_only,
+)
 from sae_operator.api.run_settings import RunSettings
 from sae_operator.api.store import StoreLocation
 
@@ -33,13 +42,13 @@ class DatasetSource(ApiModel):
     """Id of a dataset on the Hugging Face Hub, or a file or folder in the pod (parquet, JSON lines, text)."""
     name: ShortText | None = None
     """Configuration of the dataset; the default one when empty."""
-    split: Annotated[str, StringConstraints(min_length=1, max_length=64)] = "train"
+    split: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=TEXT_PATTERN)] = "train"
     """Split of the dataset."""
     revision: ShortText | None = None
     """Branch, tag or commit on the Hub; the default branch when empty."""
     data_files: Annotated[list[ShortText], Field(max_length=256)] = Field(default_factory=list)
     """Files of the dataset to read; all when empty."""
-    column: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+    column: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=TEXT_PATTERN)] | None = None
     """Column with text; the first of `text` and `problem` that exists when empty."""
     streaming: bool = True
     """Read a Hub dataset as a stream instead of downloading it whole."""

@@ -113,10 +113,11 @@ NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 OBJECT_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 TEXT_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 URI_PATTERN = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\x00-\x1f\x7f]*)?|file://[^\x00-\x1f\x7f]+)$"
-URL_PATTERN = r"^https?://[^\s]+$"
+URL_PATTERN = r"^https?://[^\x00-\x20\x7f]+$"
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=NAME_PATTERN)]
 ObjectName = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=OBJECT_NAME_PATTERN)]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=TEXT_PATTERN)]
 Uri = Annotated[str, StringConstraints(max_length=1024, pattern=URI_PATTERN)]
 EndpointUrl = Annotated[str, StringConstraints(max_length=512, pattern=URL_PATTERN)]
+Region = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=TEXT_PATTERN)]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import StringConstraints
-
-from sae_operator.api.base import ApiModel, EndpointUrl, ObjectName, Rule, Uri
+from sae_operator.api.base import ApiModel, EndpointUrl, ObjectName, Region, Rule, Uri
 
 
 def has_no_parent_segment(uri: str) -> bool:
@@ -35,7 +31,7 @@ class StoreLocation(ApiModel):
     """`s3://bucket/prefix`, or `file://path` for a folder that every pod (or the local process) sees."""
     endpoint_url: EndpointUrl | None = None
     """Address of an S3-compatible server; AWS when empty and the Secret names none."""
-    region: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    region: Region | None = None
     """Region of the bucket; the Secret's, then `us-east-1`, when empty."""
     secret_ref: SecretRef | None = None
     """Secret with the credentials; the pod's own identity (IRSA, workload identity) when empty."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 from sae_operator.api.activation_cache import ActivationCacheSpec, HookName
 from sae_operator.api.base import (
@@ -14,6 +14,7 @@ from sae_operator.api.base import (
     EndpointUrl,
     Name,
     ObjectName,
+    Region,
     Rule,
     TransitionRule,
     Uri,
@@ -77,7 +78,7 @@ class Activations(ApiModel):
     """A finished cache: the folder of its `manifest.json`."""
     endpoint_url: EndpointUrl | None = None
     """Address of the S3-compatible server of `uri`."""
-    region: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    region: Region | None = None
     """Region of the bucket of `uri`."""
     secret_ref: SecretRef | None = None
     """Secret with the credentials of `uri`."""

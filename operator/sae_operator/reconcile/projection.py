@@ -6,12 +6,13 @@ Nothing here fails on odd input: a field that is missing or malformed is a fact 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from sae_operator.api.base import EndpointUrl, ObjectName, Region, ShortText
 from sae_operator.api.run_settings import StringMap, Toleration
 from sae_operator.api.steps import StepResult
 from sae_operator.reconcile.names import ANNOTATION_ATTEMPT, ANNOTATION_WORK, LABEL_STEP, STEP_CONTAINER, attempt_of
@@ -24,6 +25,13 @@ MAX_TEXT = 1000
 
 _NODE_SELECTOR = TypeAdapter(StringMap)
 _TOLERATIONS = TypeAdapter(list[Toleration])
+# What the field of a resource that a default stands for would take.
+_TEXTS = {
+    "endpointUrl": TypeAdapter[str](EndpointUrl),
+    "region": TypeAdapter[str](Region),
+    "secretName": TypeAdapter[str](ObjectName),
+    "image": TypeAdapter[str](ShortText),
+}
 
 
 def parse_time(text: str | None) -> datetime | None:
@@ -135,29 +143,38 @@ def defaults(raw: Mapping[str, Any] | None) -> Defaults:
         return Defaults()
     data: Mapping[str, str] = raw.get("data") or {}
     problems: list[str] = []
-    node_selector = _json_value(_NODE_SELECTOR, data, "nodeSelector", {}, problems)
-    tolerations = _json_value(_TOLERATIONS, data, "tolerations", [], problems)
-    known = {"endpointUrl", "region", "secretName", "image", "nodeSelector", "tolerations"}
+    texts = {key: _value(adapter, data, key, None, problems) for key, adapter in _TEXTS.items()}
+    node_selector = _value(_NODE_SELECTOR, data, "nodeSelector", {}, problems, read=json.loads)
+    tolerations = _value(_TOLERATIONS, data, "tolerations", [], problems, read=json.loads)
+    known = {*_TEXTS, "nodeSelector", "tolerations"}
     unknown = sorted(set(data) - known)
     if unknown:
         problems.append(f"unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return Defaults(
-        endpoint_url=data.get("endpointUrl") or None,
-        region=data.get("region") or None,
-        secret_name=data.get("secretName") or None,
-        image=data.get("image") or None,
+        endpoint_url=texts["endpointUrl"],
+        region=texts["region"],
+        secret_name=texts["secretName"],
+        image=texts["image"],
         node_selector=node_selector,
         tolerations=tuple(toleration.to_manifest() for toleration in tolerations),
         problem="; ".join(problems) or None,
     )
 
 
-def _json_value(adapter: TypeAdapter[Any], data: Mapping[str, str], key: str, empty: Any, problems: list[str]) -> Any:
+def _value(
+    adapter: TypeAdapter[Any],
+    data: Mapping[str, str],
+    key: str,
+    empty: Any,
+    problems: list[str],
+    *,
+    read: Callable[[str], Any] = str,
+) -> Any:
     text = data.get(key)
     if not text:
         return empty
     try:
-        return adapter.validate_python(json.loads(text))
+        return adapter.validate_python(read(text))
     except ValueError as error:
         problems.append(f"{key} is not what it should be: {_shortened(str(error))}")
         return empty

@@ -191,6 +191,22 @@ class TestMessages:
     def test_a_mistake_is_told_in_plain_words(self, edits: dict[str, Any], field: str, message: str) -> None:
         assert messages("ActivationCache", edited(CACHE_SPEC, edits)) == [(field, message)]
 
+    @pytest.mark.parametrize(
+        ("path", "text"),
+        [
+            ("storage.region", "eu\n1"),
+            ("storage.endpointUrl", "https://host/\x00"),
+            ("storage.endpointUrl", "https://host name"),
+            ("storage.uri", "s3://saes/a\tb"),
+            ("dataset.split", "train\r"),
+            ("dataset.column", "text\x1b"),
+            ("model.name", "gpt2\n"),
+        ],
+    )
+    def test_what_cannot_be_seen_stands_in_no_name_or_address(self, path: str, text: str) -> None:
+        (found,) = messages("ActivationCache", edited(CACHE_SPEC, {path: text}))
+        assert found[0] == f"spec.{path}"
+
     @pytest.mark.parametrize("quantity", [0.5, -1, "half", "1 Gi", "1Gi\n", "", True, "9" * 33])
     def test_a_quantity_that_kubernetes_would_refuse_is_told(self, quantity: Any) -> None:
         (found,) = messages("ActivationCache", edited(CACHE_SPEC, {"run.resources.limits": {"cpu": quantity}}))

@@ -124,3 +124,7 @@ def test_defaults_are_read_and_what_is_wrong_with_them_told() -> None:
     assert bad.problem is not None
     assert all(word in bad.problem for word in ("nodeSelector", "tolerations", "unknown keys endpoint"))
     assert (bad.region, bad.node_selector, bad.tolerations) == ("eu-1", {}, ())
+    texts = defaults({"data": {"endpointUrl": "s3.local:9000", "region": "a\nb", "secretName": "S_3", "image": "i:1"}})
+    assert (texts.endpoint_url, texts.region, texts.secret_name, texts.image) == (None, None, None, "i:1")
+    assert texts.problem is not None
+    assert all(f"{word} is not what it should be" in texts.problem for word in ("endpointUrl", "region", "secretName"))
