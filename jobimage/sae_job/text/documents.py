@@ -53,13 +53,13 @@ class Documents:
         """Texts of the rows in order, without the first `skip`; a row without text gives an empty string.
 
         Raises:
-            InvalidInput: the column holds something else than text.
+            InvalidInput: the column holds something else than text, or a file is damaged.
         """
         column = self.record.column
         if column is None:
             return
-        rows = cast("Iterable[dict[str, Any]]", self._rows.skip(skip) if skip else self._rows)
-        for row in rows:
+        rows = iter(cast("Iterable[dict[str, Any]]", self._rows.skip(skip) if skip else self._rows))
+        for row in self._readable(rows, skip):
             value = row[column]
             if value is None:
                 yield ""
@@ -71,6 +71,24 @@ class Documents:
                     f"column {column!r} holds {type(value).__name__}, not text; name another column",
                     field="spec.dataset.column",
                 )
+
+    def _readable(self, rows: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
+        """The rows from `number` on, with what the library says of a damaged file as the user's mistake."""
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except ValueError as error:
+                if is_connection_trouble(error):
+                    raise
+                raise InvalidInput(
+                    "DatasetUnreadable",
+                    f"{self.record.path!r} cannot be read behind row {number}: {first_line(error)}; mend that file",
+                    field="spec.dataset.path",
+                ) from error
+            yield row
+            number += 1
 
 
 def open_documents(source: DatasetSource, *, revision: str | None = None) -> Documents:

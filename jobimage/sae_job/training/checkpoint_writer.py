@@ -23,7 +23,6 @@ class CheckpointWriter:
         self._on_stored = on_stored
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self.stored_tokens: int | None = None
 
     @property
     def busy(self) -> bool:
@@ -66,7 +65,6 @@ class CheckpointWriter:
         except BaseException as error:  # noqa: BLE001 - raised again in the training's thread
             self._error = error
             return
-        self.stored_tokens = snapshot.tokens
         self._on_stored(snapshot.tokens)
 
     def __enter__(self) -> Self:

@@ -63,7 +63,6 @@ class TrainingPlan:
         evaluate_every_tokens: tokens between evaluations; None for every tenth of the steps.
         checkpoint_every_tokens: tokens between checkpoints, or None.
         checkpoint_every_seconds: seconds between checkpoints, or None.
-        checkpoints_kept: how many checkpoints are kept while training.
         log_every_steps: steps between lines of metrics.
         gradient_clip_norm: largest norm of an SAE's gradient, or None.
         dead_after_tokens: tokens without firing after which a latent counts as dead.
@@ -76,7 +75,6 @@ class TrainingPlan:
     evaluate_every_tokens: int | None
     checkpoint_every_tokens: int | None
     checkpoint_every_seconds: float | None
-    checkpoints_kept: int
     log_every_steps: int
     gradient_clip_norm: float | None
     dead_after_tokens: int
@@ -184,15 +182,6 @@ def held_out_rows(spec: SAETrainingJobSpec, cache_rows: int) -> int:
     return rows
 
 
-def resolve_batch_size(spec: SAETrainingJobSpec, cache_rows: int) -> int:
-    """Batch size as asked, else from the number of tokens.
-
-    Raises:
-        InvalidInput: as `held_out_rows`.
-    """
-    return spec.training.batch_size or default_batch_size(_tokens(spec, cache_rows))
-
-
 def resolve_plan(
     spec: SAETrainingJobSpec, *, cache_rows: int, statistics: Mapping[str, ActivationStatistics]
 ) -> TrainingPlan:
@@ -208,7 +197,7 @@ def resolve_plan(
     """
     training = spec.training
     tokens = _tokens(spec, cache_rows)
-    batch_size = resolve_batch_size(spec, cache_rows)
+    batch_size = training.batch_size or default_batch_size(tokens)
     steps = -(-tokens // batch_size)
     seconds = spec.checkpoints.every_seconds
     if seconds is None and spec.checkpoints.every_tokens is None:
@@ -220,7 +209,6 @@ def resolve_plan(
         evaluate_every_tokens=spec.evaluation.every_tokens,
         checkpoint_every_tokens=spec.checkpoints.every_tokens,
         checkpoint_every_seconds=seconds,
-        checkpoints_kept=spec.checkpoints.keep,
         log_every_steps=training.log_every_steps,
         gradient_clip_norm=training.gradient_clip_norm,
         dead_after_tokens=training.dead_after_tokens,

@@ -137,3 +137,15 @@ def test_the_fingerprint_follows_the_files(tmp_path: Path) -> None:
     assert fingerprint() == before
     write_lines(tmp_path / "a.jsonl", [{"text": "two"}])
     assert fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    "second", ['{"text": "two"}\n{"text": "thr', '{"title": "two"}\n'], ids=["cut off", "other column"]
+)
+def test_a_file_behind_the_first_that_cannot_be_read_is_told(tmp_path: Path, second: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").write_text(second)
+    documents = open_documents(DatasetSource.model_validate({"path": str(tmp_path)}))
+    with pytest.raises(InvalidInput, match="behind row 1") as caught:
+        list(documents.texts())
+    assert (caught.value.reason, caught.value.field) == ("DatasetUnreadable", "spec.dataset.path")

@@ -71,7 +71,6 @@ def test_defaults() -> None:
     assert resolved.batch_size == 256
     assert resolved.steps == math.ceil(158_400 / 256)
     assert resolved.checkpoint_every_seconds == 600
-    assert resolved.checkpoints_kept == 2
     (sae,) = resolved.saes
     assert (sae.hook, sae.d_in, sae.d_sae) == ("layer", 4, 32)
     assert sae.learning_rate.decay_steps == resolved.steps // 5
