@@ -104,9 +104,7 @@ def run(
         resources, store_root=store, display=partial(step_bar, console=console, clock=time.monotonic)
     )
     for outcome in outcomes:
-        _show_results(outcome, store, console)
-    if any(sae.phase == "Failed" for outcome in outcomes for sae in outcome.result.saes or []):
-        console.print("[red]Some SAEs failed; the others are complete.[/red]")
+        show_results(outcome, store, console)
 
 
 @app.command()
@@ -120,7 +118,7 @@ def step(
     raise typer.Exit(run_step_process(name, spec))
 
 
-def _show_results(outcome: JobOutcome, store: Path | None, console: Console) -> None:
+def show_results(outcome: JobOutcome, store: Path | None, console: Console) -> None:
     """The table of a job's results, and where they lie."""
     from rich.table import Table
 
@@ -129,7 +127,7 @@ def _show_results(outcome: JobOutcome, store: Path | None, console: Console) -> 
         table.add_column(heading, justify="left" if heading == "SAE" else "right")
     for sae in outcome.result.saes or []:
         if sae.phase == "Failed":
-            table.add_row(f"{sae.name}: failed, {sae.message}")
+            table.add_row(sae.name, "failed")
             continue
         figures = (
             (sae.explained_variance, ".4f"),
@@ -142,8 +140,9 @@ def _show_results(outcome: JobOutcome, store: Path | None, console: Console) -> 
     console.print(table)
     place = _place(outcome.output.uri, store)
     for sae in outcome.result.saes or []:
-        if sae.phase != "Failed":
-            console.print(f"SAE     {place}/{sae.name}", soft_wrap=True, highlight=False)
+        # Outside the table: its columns would cut the field to change.
+        told = f"failed  {sae.name}: {sae.message}" if sae.phase == "Failed" else f"SAE     {place}/{sae.name}"
+        console.print(told, soft_wrap=True, highlight=False, markup=False)
     console.print(f"report  {place}/report.html", soft_wrap=True, highlight=False)
 
 

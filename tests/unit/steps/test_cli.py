@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from sae_job.cli import run_command_line
+from sae_job.cli import run_command_line, show_results
+from sae_job.steps.local import JobOutcome
+from sae_operator.api.steps import SaeProgress, StepResult
+from sae_operator.api.store import StoreLocation
 
 ROOT = Path(__file__).parents[3]
 JOB = """
@@ -87,6 +92,25 @@ def test_validating_imports_neither_torch_nor_boto3(manifest: Path) -> None:
     path = f"{ROOT / 'operator'}:{ROOT / 'jobimage'}"
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_results_tell_each_sae_and_the_whole_message_of_one_that_failed(tmp_path: Path) -> None:
+    out = io.StringIO()
+    message = "the loss is not finite from step 1 of 782 on: lower spec.saes[1].training.learningRate, e.g. to 0.001"
+    saes = [
+        SaeProgress(name="good", phase="Succeeded", explained_variance=0.76125, l0=4.0, mse=336.2, dead_fraction=0.25),
+        SaeProgress(name="bad", phase="Failed", message=message),
+    ]
+    result = StepResult(step="train", exit_code=0, reason="Completed", tokens=200_192, saes=saes)
+    outcome = JobOutcome(name="job", output=StoreLocation(uri="s3://bucket/out"), result=result)
+    show_results(outcome, tmp_path, Console(file=out, width=100))
+    text = out.getvalue()
+    (row,) = [line for line in text.splitlines() if "│ good" in line]
+    assert all(figure in row for figure in ("0.7612", "4.00", "336.2", "–", "25.0%"))
+    assert f"failed  bad: {message}\n" in text
+    assert f"SAE     {tmp_path}/bucket/out/good\n" in text
+    assert f"report  {tmp_path}/bucket/out/report.html\n" in text
+    assert "out/bad" not in text
 
 
 def test_a_signal_to_stop_ends_the_process_also_while_it_imports() -> None:
