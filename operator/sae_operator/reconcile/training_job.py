@@ -64,7 +64,7 @@ def reconcile_training_job(observed: ObservedTrainingJob, settings: OperatorSett
     ended = _ended(stored)
     if isinstance(spec, InvalidSpec):
         return at_rest(metadata, stored, observed) if ended else refuse_invalid(metadata, stored, spec, now)
-    work = current_round(stored, ended, retry=spec.retry, tokens=spec.training.tokens, more_tokens_interrupt=True)
+    work = current_round(stored, ended, retry=spec.retry, tokens=_asked_for(spec), more_tokens_interrupt=True)
     if ended is not None and not work.begins:
         return at_rest(metadata, stored, observed)
     forgotten = ("saes", "summary", "report_uri", "log_uri")
@@ -76,6 +76,12 @@ def reconcile_training_job(observed: ObservedTrainingJob, settings: OperatorSett
     else:
         _work(scene, draft, spec, observed)
     return compose(scene, draft)
+
+
+def _asked_for(spec: SAETrainingJobSpec) -> int | None:
+    """What a round is about: the tokens to train on or, where these are all that an inline cache holds, the cache's."""
+    inline = spec.activations.cache
+    return spec.training.tokens or (inline.tokens if inline is not None else None)
 
 
 def _ended(status: SAETrainingJobStatus) -> Literal["done", "failed"] | None:
@@ -202,7 +208,7 @@ def _take_figures(scene: TrainingScene, draft: Draft, spec: SAETrainingJobSpec, 
         view.pods,
         scene.children.progress,
         scene.previous.progress if scene.previous_step == "train" else None,
-        total_tokens=scene.round.tokens or None,
+        total_tokens=spec.training.tokens,
         now=scene.now,
     )
     said = next(iter(latest.values()), None)
@@ -221,7 +227,7 @@ def _succeed(
     progress = draft.updates.get("progress") or scene.previous.progress
     tokens = result.tokens if result is not None and result.tokens is not None else None
     if tokens is None:
-        tokens = scene.round.tokens or (progress.total_tokens if progress is not None else None)
+        tokens = spec.training.tokens or (progress.total_tokens if progress is not None else None)
     output = spec.output.uri.rstrip("/")
     draft.updates |= {
         "saes": saes,

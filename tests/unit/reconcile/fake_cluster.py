@@ -478,7 +478,9 @@ class FakeCluster:
         given = self.step_spec(job)
         result: dict[str, Any] = {"step": step, "exitCode": 0, "reason": "Completed"}
         if isinstance(given, TrainStep):
-            output, tokens = given.spec.output.uri, given.spec.training.tokens or 1000
+            inline = given.spec.activations.cache
+            output = given.spec.output.uri
+            tokens = given.spec.training.tokens or (inline.tokens if inline is not None else 1000)
             figures = [
                 {"name": sae.name, "phase": "Succeeded", "explainedVariance": 0.8 + i / 100, "l0": 32.04, "mse": 1.5}
                 for i, sae in enumerate(given.spec.saes)

@@ -207,6 +207,20 @@ def test_raised_training_tokens_continue_a_finished_job() -> None:
     assert cluster.status(JOB, "sae")["progress"]["tokens"] == 3000
 
 
+def test_a_job_that_trains_on_all_of_its_cache_goes_on_when_that_is_to_hold_more() -> None:
+    cluster = FakeCluster()
+    cluster.create(JOB, "sae", job_spec(training={}))
+    cluster.run()
+    made = len(cluster.created_jobs)
+    cluster.edit(JOB, "sae", activations={"cache": cache_spec(tokens=900)})
+    cluster.run()
+    assert cluster.phase(JOB, "sae") == "Succeeded"
+    assert cluster.status(CACHE, inline_cache_of(cluster))["tokens"] == 900
+    steps = [job.rsplit("-", 2)[1] for job in cluster.created_jobs[made:]]
+    assert steps == ["preflight", "prepare", "cache", "finalize", "train"]
+    assert cluster.status(JOB, "sae")["progress"]["totalTokens"] == 900
+
+
 def test_raised_training_tokens_replace_the_pod_that_trains() -> None:
     cluster = FakeCluster(lambda step, index, earlier: PodScript(seconds=20 if step == "train" else 2))
     cluster.create(JOB, "sae", job_spec())
