@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.base import ApiModel
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
 
@@ -21,13 +22,22 @@ def canonical_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
 
 
+def chosen(model: ApiModel) -> dict[str, Any]:
+    """What a manifest says beyond the defaults: a field that a later version adds leaves hashes as they are."""
+    return model.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+
+
 def cache_identity(spec: ActivationCacheSpec) -> str:
     """Hash of what determines a cache's rows: not of tokens, run settings, parallelism, location or credentials."""
-    manifest = spec.to_manifest()
     return canonical_hash(
         {
             "formatVersion": CACHE_FORMAT_VERSION,
-            **{key: manifest[key] for key in ("model", "dataset", "hooks", "contextSize", "seed", "sampling")},
+            "model": chosen(spec.model),
+            "dataset": chosen(spec.dataset),
+            "hooks": [chosen(hook) for hook in spec.hooks],
+            "contextSize": spec.context_size,
+            "seed": spec.seed,
+            "sampling": chosen(spec.sampling),
             "dtype": spec.storage.dtype,
             "shardBytes": spec.storage.shard_bytes,
         }
@@ -54,16 +64,18 @@ def inline_cache_name(spec: ActivationCacheSpec) -> str:
 
 def training_identity(spec: SAETrainingJobSpec) -> str:
     """Hash of what determines a training job's results: a resource re-created with the same continues or adopts."""
-    manifest = spec.to_manifest()
+    manifest = chosen(spec)
     # Where the data lies counts, not who opens it.
     activations = {key: value for key, value in manifest["activations"].items() if key not in ("region", "secretRef")}
     if spec.activations.cache is not None:
         activations = {"cache": cache_identity(spec.activations.cache)}
-    training = {key: value for key, value in manifest["training"].items() if key != "tokens"}
+    training = {key: value for key, value in chosen(spec.training).items() if key != "tokens"}
     return canonical_hash(
         {
             "activations": activations,
             "training": training,
-            **{key: manifest[key] for key in ("saes", "normalization", "evaluation")},
+            "saes": manifest["saes"],
+            "normalization": spec.normalization,
+            "evaluation": chosen(spec.evaluation),
         }
     )
