@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectInfo, ObjectNotFound, PreconditionFailed, StoreError
 from sae_job.storage.s3_errors import Place, translate
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from sae_operator.api.store import StoreLocation
@@ -321,7 +324,10 @@ class S3Store:
             )
         except BaseException:
             # Parts of an upload that is neither completed nor aborted cost storage and are seen by nobody.
-            self._call("abort_multipart_upload", key, Key=name, UploadId=upload)
+            try:
+                self._call("abort_multipart_upload", key, Key=name, UploadId=upload)
+            except StoreError:
+                logger.warning("%s: an unfinished upload could not be taken back", self._object_uri(key), exc_info=True)
             raise
         self._bucket_seen = True
         return ObjectInfo(key, size, answer["ETag"])
