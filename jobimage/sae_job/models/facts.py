@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sae_job.errors import InvalidInput
+from sae_job.text.plan import contexts_per_block
+from sae_operator.api.activation_cache import ModelSource
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,20 @@ def check_context_size(facts: ModelFacts, context_size: int, *, field: str = "sp
         raise InvalidInput(
             "ContextTooLong",
             f"{context_size} tokens are more than the {facts.context_limit} that {facts.name!r} takes; lower it",
+            field=field,
+        )
+
+
+def check_batch_size(source: ModelSource, context_size: int, *, field: str = "spec.model.batchSize") -> None:
+    """Raises InvalidInput when a forward pass takes more contexts than one block of text has.
+
+    The norm filter is calibrated on the cache's first forward pass, which must be the same however long the cache is.
+    """
+    most = contexts_per_block(context_size)
+    if source.batch_size > most:
+        raise InvalidInput(
+            "BatchTooLarge",
+            f"{source.batch_size} contexts of {context_size} tokens are more than the {most} of a text block; lower it",
             field=field,
         )
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from sae_job.activations.manifest import CacheManifest, HookStatistics, read_manifest
 from sae_job.activations.reader import reader_memory_bytes
 from sae_job.errors import InvalidInput
-from sae_job.models.facts import ModelFacts, check_context_size
+from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size
 from sae_job.models.load import inspect_model
 from sae_job.steps.context import StepContext
 from sae_job.steps.output_marker import check_output, claim_output, finished_results, result_of
@@ -97,6 +97,7 @@ def _inspect(spec: SAETrainingJobSpec, cache: ActivationCacheSpec) -> ModelFacts
     with _fields_of_cache(spec):
         facts = inspect_model(cache.model, [hook.name for hook in cache.hooks])
         check_context_size(facts, cache.context_size)
+        check_batch_size(cache.model, cache.context_size)
         check_size(cache, facts)
     _check_head(spec, facts)
     return facts

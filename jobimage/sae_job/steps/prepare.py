@@ -12,7 +12,7 @@ from sae_job.activations.format import MANIFEST_KEY, SHARDS_PREFIX, shard_key, s
 from sae_job.activations.manifest import CacheManifest, parse_manifest
 from sae_job.activations.writer import IN_FLIGHT
 from sae_job.errors import InvalidInput, Stopped
-from sae_job.models.facts import ModelFacts, check_context_size
+from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size
 from sae_job.models.load import inspect_model
 from sae_job.steps.context import StepContext
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
@@ -72,6 +72,7 @@ def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult
         revision=None if earlier is None else earlier.model.revision,
     )
     check_context_size(facts, spec.context_size)
+    check_batch_size(spec.model, spec.context_size)
     check_size(spec, facts)
     records, plan = _contexts(spec, facts, store, context)
     index = _index(spec, facts, records, plan)
