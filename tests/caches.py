@@ -147,7 +147,6 @@ def cache_step(spec: ActivationCacheSpec, *, completions: int = 1) -> CacheStep:
 
 
 def step_context(
-    work_directory: Path,
     *,
     open_store: Callable[[StoreLocation], ObjectStore] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -157,7 +156,6 @@ def step_context(
         reporter=ProgressReporter("cache", clock=lambda: 0.0),
         should_stop=should_stop,
         open_store=open_store or (lambda location: FileStore(path_of_file_uri(location.uri))),
-        work_directory=work_directory,
         now=lambda: 0.0,
         completion_index=completion_index,
     )
@@ -183,7 +181,7 @@ def finished_cache(
     step = cache_step(spec)
     store = FileStore(path_of_file_uri(step.location.uri))
     prepare_tokens(store, spec, hooks)
-    context = step_context(root)
+    context = step_context()
     write_shards(step, context, lambda _: LookupModel(hooks, dtype=STORAGE_DTYPES[dtype], seed=seed), device="cpu")
     run_finalize(step, context)
     return store, read_manifest(store)

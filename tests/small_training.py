@@ -111,7 +111,6 @@ class Job:
             reporter=ProgressReporter("train", listeners=(listener,)),
             should_stop=should_stop,
             open_store=open_store,
-            work_directory=self.output,
             now=time.monotonic,
         )
         return run_train(self.step, context)

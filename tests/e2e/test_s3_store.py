@@ -192,7 +192,7 @@ def test_a_cache_on_s3_is_the_same_as_in_a_folder_byte_for_byte(
     hooks = {"layer.0": 16}
     spec = cache_spec(tmp_path, hooks=hooks, tokens=1000, dtype="float32")
     step = cache_step(spec)
-    context = step_context(tmp_path, open_store=lambda location: store)
+    context = step_context(open_store=lambda location: store)
     prepare_tokens(store, spec, hooks)
     for _ in range(2):
         write_shards(step, context, lambda _: LookupModel(hooks, dtype=torch.float32), device="cpu")

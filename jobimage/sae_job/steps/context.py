@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.storage.base import ObjectStore
@@ -19,7 +18,6 @@ class StepContext:
         reporter: where the step tells its progress.
         should_stop: true once the process was asked to stop (SIGTERM, Ctrl-C); steps look between batches.
         open_store: opens the object store at a location.
-        work_directory: scratch space on local disk.
         completion_index: which pod of an Indexed Job this is.
         now: seconds since the epoch.
     """
@@ -27,6 +25,5 @@ class StepContext:
     reporter: ProgressReporter
     should_stop: Callable[[], bool]
     open_store: Callable[[StoreLocation], ObjectStore]
-    work_directory: Path
     now: Callable[[], float]
     completion_index: int = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -85,13 +84,10 @@ def in_dependency_order(resources: Sequence[Resource]) -> list[Resource]:
 class LocalRun:
     """Runs steps one after the other in this process."""
 
-    def __init__(
-        self, *, store_root: Path | None, display: Display, should_stop: Callable[[], bool], work: Path
-    ) -> None:
+    def __init__(self, *, store_root: Path | None, display: Display, should_stop: Callable[[], bool]) -> None:
         self._open_store = partial(open_store, local_root=store_root)
         self._display = display
         self._should_stop = should_stop
-        self._work = work
 
     def _run(self, step: CacheStep | TrainStep) -> StepResult:
         if self._should_stop():
@@ -101,7 +97,6 @@ class LocalRun:
                 reporter=ProgressReporter(step.step, listeners=(listener,)),
                 should_stop=self._should_stop,
                 open_store=self._open_store,
-                work_directory=self._work,
                 now=time.time,
             )
             logger.info("step %s of %s", step.step, step.name)
@@ -190,8 +185,8 @@ def run_resources(
     """
     outcomes: list[JobOutcome] = []
     caches: dict[tuple[str, str], ActivationCacheSpec] = {}
-    with stop_on_signals() as stop, tempfile.TemporaryDirectory(prefix="sae-job-") as work:
-        local = LocalRun(store_root=store_root, display=display, should_stop=stop, work=Path(work))
+    with stop_on_signals() as stop:
+        local = LocalRun(store_root=store_root, display=display, should_stop=stop)
         for resource in in_dependency_order(resources):
             if resource.kind is ACTIVATION_CACHE:
                 caches[resource.namespace, resource.name] = resource.spec

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -130,7 +129,6 @@ def run_step_process(name: str, path: Path) -> int:
     reporter = ProgressReporter(name)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        work_directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="sae-job-"))
         if host := os.environ.get(ENV_POD_IP):
             stack.enter_context(serve_progress(reporter, host, PROGRESS_PORT))
         secrets = os.environ.get(ENV_SECRETS_DIRECTORY)
@@ -138,7 +136,6 @@ def run_step_process(name: str, path: Path) -> int:
             reporter=reporter,
             should_stop=stop,
             open_store=partial(open_store, secrets_directory=Path(secrets) if secrets else None),
-            work_directory=Path(work_directory),
             now=time.time,
             completion_index=int(os.environ.get(ENV_COMPLETION_INDEX, "0")),
         )

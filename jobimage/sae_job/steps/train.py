@@ -115,11 +115,12 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
         if "ce_loss_score" in spec.evaluation.metrics:
             # The score takes minutes that must not cost the training when they are interrupted.
             checkpoints.write(trainer.snapshot({"seconds": seconds}))
+        densities = _leave_saes(output, trainer)
         scores = _cross_entropies(spec, trainer, data, device, should_stop=context.should_stop)
     finally:
         data.reader.close()
     results = _results(step, trainer, data, scores, seconds=seconds, device=device)
-    _leave(output, spec, trainer, results)
+    _leave_results(output, spec, trainer, results, densities)
     checkpoints.remove_all()
     result = result_of("train", results, adopted=False)
     context.reporter.update(saes=result.saes)
@@ -273,8 +274,8 @@ def _sae_results(trainer: Trainer, index: int, scores: Mapping[str, CrossEntropy
     }
 
 
-def _leave(output: ObjectStore, spec: SAETrainingJobSpec, trainer: Trainer, results: dict[str, Any]) -> None:
-    """Write what a finished job leaves; results.json last, since its presence means that all is there."""
+def _leave_saes(output: ObjectStore, trainer: Trainer) -> dict[str, list[float]]:
+    """Write the SAEs and the metrics, before anything can go wrong with the score; returns their log10 densities."""
     densities: dict[str, list[float]] = {}
     for sae in trainer.sound():
         log_densities = sae.log_densities()
@@ -282,5 +283,16 @@ def _leave(output: ObjectStore, spec: SAETrainingJobSpec, trainer: Trainer, resu
         if log_densities is not None:
             densities[sae.name] = log_densities.tolist()
     output.put(METRICS_KEY, metrics_lines(trainer.lines))
+    return densities
+
+
+def _leave_results(
+    output: ObjectStore,
+    spec: SAETrainingJobSpec,
+    trainer: Trainer,
+    results: dict[str, Any],
+    densities: dict[str, list[float]],
+) -> None:
+    """Write report and results; results.json last, since its presence means that all is there."""
     output.put(REPORT_KEY, render_report(results, trainer.lines, densities, spec.to_manifest()).encode())
     output.put(RESULTS_KEY, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())

@@ -54,7 +54,7 @@ def run_steps(step: CacheStep, wrap: Callable[[ObjectStore], ObjectStore] = lamb
     def open_store(location: StoreLocation) -> ObjectStore:
         return wrap(FileStore(path_of_file_uri(location.uri)))
 
-    context = step_context(Path("unused"), open_store=open_store)
+    context = step_context(open_store=open_store)
     run_prepare(step.model_copy(update={"step": "prepare"}), context)
     run_cache(step, context)
     run_finalize(step.model_copy(update={"step": "finalize"}), context)

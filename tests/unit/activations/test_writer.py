@@ -207,12 +207,12 @@ def test_workers_share_the_shards_by_index(tmp_path: Path) -> None:
     prepare_tokens(store, spec, {"layer.0": 16})
     results = []
     for worker in range(3):
-        context = step_context(tmp_path, completion_index=worker)
+        context = step_context(completion_index=worker)
         results.append(write_shards(step, context, lambda _: LookupModel({"layer.0": 16}), device="cpu"))
         assert context.reporter.state.tokens == context.reporter.state.total_tokens == results[-1].tokens
         assert context.reporter.state.shards_complete == results[-1].shards_complete
     assert sum(result.tokens or 0 for result in results) == 3000
-    run_finalize(step, step_context(tmp_path))
+    run_finalize(step, step_context())
     alone, _ = finished_cache(tmp_path / "alone", tokens=3000)
     together = {name: data for name, data in folder_bytes(store.root).items() if name.startswith("shards/")}
     assert together == {name: data for name, data in folder_bytes(alone.root).items() if name.startswith("shards/")}
@@ -240,7 +240,7 @@ def test_finalize_tells_which_shards_are_missing_or_cut(tmp_path: Path) -> None:
     store.put(manifest.shards[2].key, b"short")
     step = cache_step(cache_spec(tmp_path, tokens=3000))
     with pytest.raises(InvalidInput, match=r"lacks shards/000001.safetensors, shards/000002.safetensors, or") as caught:
-        run_finalize(step, step_context(tmp_path))
+        run_finalize(step, step_context())
     assert caught.value.reason == "ShardsMissing"
     assert store.head("manifest.json") is None
 
@@ -248,7 +248,7 @@ def test_finalize_tells_which_shards_are_missing_or_cut(tmp_path: Path) -> None:
 def test_finalize_twice_changes_nothing(tmp_path: Path) -> None:
     store, manifest = finished_cache(tmp_path, tokens=1000)
     before = store.head("manifest.json")
-    result = run_finalize(cache_step(cache_spec(tmp_path, tokens=1000)), step_context(tmp_path))
+    result = run_finalize(cache_step(cache_spec(tmp_path, tokens=1000)), step_context())
     assert store.head("manifest.json") == before
     assert (result.tokens, result.bytes, result.shards_total) == (1000, manifest.bytes, len(manifest.shards))
     assert result.hooks is not None
@@ -268,5 +268,5 @@ def test_too_many_sinks_are_told(tmp_path: Path) -> None:
     step = cache_step(spec)
     prepare_tokens(FileStore(path_of_file_uri(step.location.uri)), spec, {"layer.0": 16})
     with pytest.raises(InvalidInput, match=r"leaves only \d+ of \d+ rows of shard 0") as caught:
-        write_shards(step, step_context(tmp_path), lambda _: SinkModel({"layer.0": 16}), device="cpu")
+        write_shards(step, step_context(), lambda _: SinkModel({"layer.0": 16}), device="cpu")
     assert (caught.value.reason, caught.value.field) == ("TooFewRows", "spec.sampling.maxNormRatio")

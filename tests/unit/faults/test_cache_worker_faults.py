@@ -45,9 +45,7 @@ def step(tmp_path: Path) -> CacheStep:
 
 def work(step: CacheStep, plan: FaultPlan) -> None:
     """The whole of a worker's life, and finalize's after it."""
-    context = step_context(
-        Path("unused"), open_store=lambda location: plan.wrap(FileStore(path_of_file_uri(location.uri)))
-    )
+    context = step_context(open_store=lambda location: plan.wrap(FileStore(path_of_file_uri(location.uri))))
     write_shards(step, context, lambda _: LookupModel(HOOKS), device="cpu")
     run_finalize(step, context)
 
@@ -100,9 +98,7 @@ def test_what_is_proved_to_be_there_is_not_written_again(step: CacheStep) -> Non
     work(step, FaultPlan())
     plan = FaultPlan()
     models: list[LookupModel] = []
-    context = step_context(
-        Path("unused"), open_store=lambda location: plan.wrap(FileStore(path_of_file_uri(location.uri)))
-    )
+    context = step_context(open_store=lambda location: plan.wrap(FileStore(path_of_file_uri(location.uri))))
 
     def load(_: object) -> LookupModel:
         models.append(LookupModel(HOOKS))
@@ -119,7 +115,6 @@ def test_terminated_at_every_store_call(step: CacheStep, pristine: Path, undistu
     def worker(plan: FaultPlan) -> int:
         with stop_on_signals() as should_stop:
             context = step_context(
-                Path("unused"),
                 open_store=lambda location: plan.wrap(FileStore(path_of_file_uri(location.uri))),
                 should_stop=should_stop,
             )

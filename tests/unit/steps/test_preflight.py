@@ -81,7 +81,6 @@ class Bench:
             reporter=ProgressReporter("preflight", clock=lambda: 0.0, listeners=(self.states.append,)),
             should_stop=lambda: False,
             open_store=lambda location: FileStore(path_of_file_uri(location.uri)),
-            work_directory=self.root,
             now=lambda: 0.0,
         )
         return run_preflight(step, context)

@@ -81,7 +81,6 @@ class Bench:
             reporter=ProgressReporter("prepare", clock=lambda: 0.0),
             should_stop=should_stop,
             open_store=open_store,
-            work_directory=self.root,
             now=lambda: 0.0,
         )
         location = cache_location(spec, "team")

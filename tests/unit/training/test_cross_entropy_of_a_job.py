@@ -84,7 +84,6 @@ def test_the_score_is_of_the_loss_with_the_sae_spliced_in(tmp_path: Path, monkey
         reporter=ProgressReporter("test"),
         should_stop=lambda: False,
         open_store=open_store,
-        work_directory=tmp_path,
         now=time.monotonic,
     )
     cached = ActivationCacheSpec.model_validate(cache)
