@@ -59,23 +59,22 @@ class ShardLoader:
 
     Args:
         store: the cache's folder.
-        shards: all shards of the manifest.
+        largest_bytes: bytes of the largest shard that will be wanted.
         read_ahead_bytes: bytes of shards that may be held before they are needed, besides those in use.
     """
 
-    def __init__(self, store: ObjectStore, shards: Sequence[ShardEntry], *, read_ahead_bytes: int) -> None:
+    def __init__(self, store: ObjectStore, *, largest_bytes: int, read_ahead_bytes: int) -> None:
         self._store = store
-        self._shards = shards
         self._read_ahead_bytes = read_ahead_bytes
-        self._held: dict[int, Future[LoadedShard]] = {}
-        self._verified: set[int] = set()
+        self._held: dict[ShardEntry, Future[LoadedShard]] = {}
+        self._verified: set[ShardEntry] = set()
         # Touching fresh memory costs more than reading into it, so buffers are used again.
-        self._buffer_bytes = max((shard.bytes for shard in shards), default=0)
+        self._buffer_bytes = largest_bytes
         self._free: list[np.ndarray] = []
         self._shard_threads = ThreadPoolExecutor(SHARD_THREADS, thread_name_prefix="shard")
         self._range_threads = ThreadPoolExecutor(RANGE_THREADS, thread_name_prefix="range")
 
-    def want(self, now: Iterable[int], later: Iterable[int]) -> None:
+    def want(self, now: Iterable[ShardEntry], later: Iterable[ShardEntry]) -> None:
         """Hold the shards `now`, read ahead as many of `later`, in order, as the bound allows, and let all others
         go."""
         wanted = dict.fromkeys(now)
@@ -83,7 +82,7 @@ class ShardLoader:
         for shard in later:
             if shard in wanted:
                 continue
-            ahead += self._shards[shard].bytes
+            ahead += shard.bytes
             if ahead > self._read_ahead_bytes:
                 break
             wanted[shard] = None
@@ -94,7 +93,7 @@ class ShardLoader:
                 buffer = self._free.pop() if self._free else np.empty(self._buffer_bytes, dtype=np.uint8)
                 self._held[shard] = self._shard_threads.submit(self._load, shard, buffer)
 
-    def get(self, shard: int) -> LoadedShard:
+    def get(self, shard: ShardEntry) -> LoadedShard:
         """A shard that `want` asked for; waits until it is there.
 
         Raises:
@@ -117,15 +116,14 @@ class ShardLoader:
         if future.exception() is None:
             self._free.append(future.result().buffer)
 
-    def _load(self, shard: int, buffer: np.ndarray) -> LoadedShard:
-        entry = self._shards[shard]
+    def _load(self, entry: ShardEntry, buffer: np.ndarray) -> LoadedShard:
         view = buffer.data[: entry.bytes]
         reads = [
             self._range_threads.submit(self._store.read_into, entry.key, start, view[start : start + RANGE_BYTES])
             for start in range(0, entry.bytes, RANGE_BYTES)
         ]
         try:
-            self._verify(shard, view, reads)
+            self._verify(entry, view, reads)
             layout = parse_layout(view)
         except ObjectNotFound as error:
             raise corrupt_shard(self._store, entry.key, "it is missing") from error
@@ -136,11 +134,10 @@ class ShardLoader:
             wait_for(reads)
         return LoadedShard(buffer, layout)
 
-    def _verify(self, shard: int, view: memoryview, reads: Sequence[Future[int]]) -> None:
+    def _verify(self, entry: ShardEntry, view: memoryview, reads: Sequence[Future[int]]) -> None:
         """Check ranges in order, as they arrive, while later ones are still on the way."""
-        entry = self._shards[shard]
         sha256, crc32 = hashlib.sha256(), 0
-        again = shard in self._verified
+        again = entry in self._verified
         for number, read in enumerate(reads):
             piece = view[number * RANGE_BYTES : (number + 1) * RANGE_BYTES]
             if read.result() < len(piece):
@@ -153,7 +150,7 @@ class ShardLoader:
             raise corrupt_shard(self._store, entry.key, "its CRC-32 differs from the recorded one")
         if not again and sha256.hexdigest() != entry.sha256:
             raise corrupt_shard(self._store, entry.key, "its SHA-256 differs from the recorded one")
-        self._verified.add(shard)
+        self._verified.add(entry)
 
 
 def read_sequence(store: ObjectStore, entry: ShardEntry) -> torch.Tensor:

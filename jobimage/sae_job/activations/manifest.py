@@ -177,3 +177,12 @@ def read_sidecar(store: ObjectStore, shard: int, rows: int, rows_per_shard: int)
     except ValidationError:
         return None
     return sidecar if (sidecar.shard, sidecar.rows) == (shard, rows) else None
+
+
+def stored_sidecar(store: ObjectStore, shard: int, rows: int, rows_per_shard: int) -> Sidecar | None:
+    """The sidecar of a shard that is stored whole: it is there, and the shard has the size that it tells."""
+    sidecar = read_sidecar(store, shard, rows, rows_per_shard)
+    if sidecar is None:
+        return None
+    info = store.head(shard_key(shard, rows, rows_per_shard))
+    return sidecar if info is not None and info.size == sidecar.bytes else None

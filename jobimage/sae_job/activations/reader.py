@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from sae_job.activations.first_rows import ShardRows, read_first_rows
 from sae_job.activations.format import POSITION, SEQUENCE, STORAGE_DTYPES, TOKEN_IDS
 from sae_job.activations.loading import ShardLoader, read_sequence
-from sae_job.activations.manifest import CacheManifest, read_manifest
+from sae_job.activations.manifest import CacheManifest, ShardEntry, read_manifest
 from sae_job.activations.mixing import Phase, phase_labels, plan_epoch, row_order
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectStore
@@ -56,6 +57,26 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class _RowSet:
+    """Rows that an epoch is made of: the first `total` rows of the cache, without those that are held out.
+
+    Attributes:
+        total: rows, held-out ones included.
+        shards: what they are read from.
+        training: rows of each shard that are trained on.
+        partly: shard -> places of rows that are trained on, of the one shard that holds contexts of both kinds.
+    """
+
+    total: int
+    shards: list[ShardRows]
+    training: list[int]
+    partly: dict[int, torch.Tensor]
+
+    def entry(self, shard: int) -> ShardEntry:
+        return self.shards[shard].entry
+
+
+@dataclass(frozen=True)
 class _Place:
     """Where reading stands: rows `0` to `offset` of the phase are read."""
 
@@ -67,7 +88,8 @@ class _Place:
 def held_out_contexts_for(store: ObjectStore, manifest: CacheManifest, rows: int) -> int:
     """Smallest number of first contexts of a cache that hold at least `rows` rows; 0 when no rows are asked for.
 
-    It is the same for a cache and for a longer one that extends it, as long as the rows lie in full shards.
+    It is the same for a cache and for a longer one that extends it: a partial shard's rows come from the first
+    contexts of the full one.
 
     Raises:
         InvalidInput: the cache has fewer rows, or a shard is damaged.
@@ -116,22 +138,20 @@ class CachedActivations:
         self._held_out_contexts = held_out_contexts
         self._mix_shards = mix_shards
         self._pin_memory = torch.cuda.is_available()
-        self._all_rows = manifest.tokens if total_rows is None else min(total_rows, manifest.tokens)
-        # Rows of the one shard that holds contexts of both kinds.
-        self._partly: dict[int, torch.Tensor] = {
-            number: torch.nonzero(read_sequence(store, entry) >= held_out_contexts).flatten()
-            for number, entry in enumerate(manifest.shards)
-            if entry.start < held_out_contexts < entry.stop
-        }
-        self.training_rows = sum(self._rows_of_shards(self._all_rows))
+        self._all_rows = self._row_set(manifest.tokens if total_rows is None else min(total_rows, manifest.tokens))
+        self.training_rows = sum(self._all_rows.training)
         if self.training_rows == 0:
             raise InvalidInput(
                 "TooFewRows",
-                f"no rows are left to train on: {held_out_contexts} contexts of {self._all_rows} rows are held out; "
-                "lower heldOutTokens, or raise tokens",
+                f"no rows are left to train on: {held_out_contexts} contexts of {self._all_rows.total} rows are held "
+                "out; lower heldOutTokens, or raise tokens",
                 field="spec.evaluation.heldOutTokens",
             )
-        self._loader = ShardLoader(store, manifest.shards, read_ahead_bytes=read_ahead_bytes)
+        self._loader = ShardLoader(
+            store,
+            largest_bytes=max(entry.bytes for entry in manifest.shards),
+            read_ahead_bytes=read_ahead_bytes,
+        )
         # Rows that the current epoch is made of: those of the epoch that was begun, when the cache has grown since.
         self._epoch_rows = self._all_rows
         self._phases = self._plan(0)
@@ -212,7 +232,7 @@ class CachedActivations:
             "epoch": self._place.epoch,
             "phase": self._place.phase,
             "offset": self._place.offset,
-            "rows": self._epoch_rows,
+            "rows": self._epoch_rows.total,
             "seed": self._seed,
             "heldOutContexts": self._held_out_contexts,
             "mixShards": self._mix_shards,
@@ -238,7 +258,8 @@ class CachedActivations:
                 f"the checkpoint was reading {state['rows']} rows, but the cache has {self.manifest.tokens}: use the "
                 "same cache",
             )
-        self._epoch_rows = state["rows"]
+        same = state["rows"] == self._all_rows.total
+        self._epoch_rows = self._all_rows if same else self._row_set(state["rows"])
         self._phases = self._plan(state["epoch"])
         self._place = _Place(state["epoch"], state["phase"], state["offset"])
         self._labels = None
@@ -252,10 +273,10 @@ class CachedActivations:
         """
         parts: list[HeldOut] = []
         rows = 0
-        for number, entry in enumerate(self.manifest.shards):
-            if entry.start >= self._held_out_contexts or rows >= max_rows:
+        for shard in self._all_rows.shards:
+            if shard.entry.start >= self._held_out_contexts or rows >= max_rows:
                 break
-            part = self._held_out_of(number, max_rows - rows)
+            part = self._held_out_of(shard.entry, max_rows - rows)
             rows += len(part.sequence)
             parts.append(part)
         # What was loaded for this is loaded again when training comes to it.
@@ -278,9 +299,9 @@ class CachedActivations:
         """Stop reading ahead and free the memory."""
         self._loader.close()
 
-    def _held_out_of(self, number: int, max_rows: int) -> HeldOut:
-        self._loader.want((number,), ())
-        shard = self._loader.get(number)
+    def _held_out_of(self, entry: ShardEntry, max_rows: int) -> HeldOut:
+        self._loader.want((entry,), ())
+        shard = self._loader.get(entry)
         sequence, position = shard.tensor(SEQUENCE), shard.tensor(POSITION)
         rows = torch.nonzero(sequence < self._held_out_contexts).flatten()
         place = sequence[rows].long() * self.manifest.context_size + position[rows].long()
@@ -292,22 +313,24 @@ class CachedActivations:
             position[rows],
         )
 
-    def _rows_of_shards(self, total: int) -> list[int]:
-        """Rows of each shard that are trained on, when the first `total` rows of the cache are read."""
-        rows = []
-        for number, entry in enumerate(self.manifest.shards):
-            limit = max(min(entry.rows, total), 0)
-            total -= entry.rows
-            if number in self._partly:
-                limit = int((self._partly[number] < limit).sum())
-            elif entry.stop <= self._held_out_contexts:
-                limit = 0
-            rows.append(limit)
-        return rows
+    def _row_set(self, total: int) -> _RowSet:
+        """The first `total` rows of the cache."""
+        shards = read_first_rows(self._store, self.manifest, total)
+        training: list[int] = []
+        partly: dict[int, torch.Tensor] = {}
+        for number, shard in enumerate(shards):
+            count = shard.rows
+            if shard.entry.start < self._held_out_contexts < shard.entry.stop:
+                places = torch.nonzero(read_sequence(self._store, shard.entry) >= self._held_out_contexts).flatten()
+                partly[number] = places
+                count = int((places < count).sum())
+            elif shard.entry.stop <= self._held_out_contexts:
+                count = 0
+            training.append(count)
+        return _RowSet(total, shards, training, partly)
 
     def _plan(self, epoch: int) -> list[Phase]:
-        rows = self._rows_of_shards(self._epoch_rows)
-        return plan_epoch(rows, seed=self._seed, epoch=epoch, mix_shards=self._mix_shards)
+        return plan_epoch(self._epoch_rows.training, seed=self._seed, epoch=epoch, mix_shards=self._mix_shards)
 
     def _take(self, batch: dict[str, torch.Tensor], done: int) -> int:
         """Copy rows of the current phase into a batch that has `done` rows; returns how many it has then."""
@@ -322,7 +345,7 @@ class CachedActivations:
                 continue
             segment, cursor = segments[number], self._cursors[number]
             rows = self._orders[segment.shard][cursor : cursor + count]
-            shard = self._loader.get(segment.shard)
+            shard = self._loader.get(self._epoch_rows.entry(segment.shard))
             for hook in self._hooks:
                 torch.index_select(shard.tensor(hook.name), 0, rows, out=batch[hook.name][done : done + count])
             self._cursors[number] += count
@@ -336,7 +359,7 @@ class CachedActivations:
         place = self._place
         phase = self._phases[place.phase]
         shards = [segment.shard for segment in phase.segments]
-        self._loader.want(shards, self._later())
+        self._loader.want([self._epoch_rows.entry(shard) for shard in shards], self._later())
         self._orders = {shard: self._orders[shard] if shard in self._orders else self._order(shard) for shard in shards}
         labels = phase_labels(phase, seed=self._seed, epoch=place.epoch, number=place.phase)
         read = torch.bincount(labels[: place.offset], minlength=len(shards)).tolist()
@@ -344,18 +367,18 @@ class CachedActivations:
         return labels
 
     def _order(self, shard: int) -> torch.Tensor:
-        count = self._rows_of_shards(self._epoch_rows)[shard]
-        order = row_order(count, seed=self._seed, epoch=self._place.epoch, shard=shard)
-        return self._partly[shard][order] if shard in self._partly else order
+        rows = self._epoch_rows
+        order = row_order(rows.training[shard], seed=self._seed, epoch=self._place.epoch, shard=shard)
+        return rows.partly[shard][order] if shard in rows.partly else order
 
-    def _later(self) -> Iterator[int]:
+    def _later(self) -> Iterator[ShardEntry]:
         """Shards in the order in which they are needed after the current phase, into the next epoch."""
         for phase in self._phases[self._place.phase + 1 :]:
-            yield from (segment.shard for segment in phase.segments)
-        rows = self._rows_of_shards(self._all_rows)
-        upcoming = plan_epoch(rows, seed=self._seed, epoch=self._place.epoch + 1, mix_shards=self._mix_shards)
+            yield from (self._epoch_rows.entry(segment.shard) for segment in phase.segments)
+        rows = self._all_rows
+        upcoming = plan_epoch(rows.training, seed=self._seed, epoch=self._place.epoch + 1, mix_shards=self._mix_shards)
         for phase in upcoming:
-            yield from (segment.shard for segment in phase.segments)
+            yield from (rows.entry(segment.shard) for segment in phase.segments)
 
     def _advance(self, offset: int) -> None:
         place = self._place

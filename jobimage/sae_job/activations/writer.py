@@ -26,7 +26,7 @@ from sae_job.activations.format import (
     sidecar_key,
 )
 from sae_job.activations.harvest import HostBatch
-from sae_job.activations.manifest import Sidecar, read_sidecar
+from sae_job.activations.manifest import Sidecar, stored_sidecar
 from sae_job.activations.mixing import seeded_generator
 from sae_job.activations.statistics import sums_of
 from sae_job.storage.base import NoSpaceLeft, ObjectStore, StoreError
@@ -245,8 +245,4 @@ class ShardWriter:
 
 def is_stored(store: ObjectStore, number: int, rows: int, rows_per_shard: int) -> bool:
     """Whether a shard is stored whole: its sidecar is there, and it has the size that the sidecar tells."""
-    sidecar = read_sidecar(store, number, rows, rows_per_shard)
-    if sidecar is None:
-        return False
-    info = store.head(shard_key(number, rows, rows_per_shard))
-    return info is not None and info.size == sidecar.bytes
+    return stored_sidecar(store, number, rows, rows_per_shard) is not None

@@ -155,21 +155,6 @@ def test_a_state_of_another_order_is_refused(cache: Cache) -> None:
     other.close()
 
 
-def test_when_the_cache_has_grown_the_epoch_that_was_begun_ends_as_planned(tmp_path: Path) -> None:
-    short = finished_cache(tmp_path, tokens=1000, dtype="float32")
-    reader = open_reader(short, batch_size=100)
-    first = take(reader, 4)
-    state = reader.state()
-    reader.close()
-    long = finished_cache(tmp_path, tokens=2000, dtype="float32")
-    grown = open_reader(long, batch_size=100)
-    grown.restore(state)
-    rest = take(grown, 6)
-    assert len(set(keys(first)) | set(keys(rest))) == 1000
-    assert Counter(keys(take(grown, 20))) == Counter(keys(all_rows(long)))
-    grown.close()
-
-
 def test_held_out_rows_are_never_in_a_batch(cache: Cache) -> None:
     contexts = held_out_contexts_for(cache[0], cache[1], 300)
     reader = open_reader(cache, held_out_contexts=contexts)
