@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import aiohttp
+from pydantic_core import from_json, to_json
 
 from sae_operator.controller.breaker import CircuitBreaker
 from sae_operator.controller.credentials import Credentials, CredentialsError
@@ -152,7 +152,7 @@ class ApiClient:
         headers = {"Accept": accept}
         data = None
         if body is not None:
-            data = json.dumps(body, separators=(",", ":")).encode()
+            data = to_json(body)
             headers["Content-Type"] = content_type
         for attempt in (1, 2):
             session, credentials = await self._current(expired=False)
@@ -182,7 +182,7 @@ class ApiClient:
         self, method: str, path: str, status: int, headers: Mapping[str, str], payload: bytes
     ) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = json.loads(payload) if payload else {}
+            answer: dict[str, Any] = from_json(payload) if payload else {}
         except ValueError:
             answer = {"message": payload[:300].decode(errors="replace")}
         if status < 400:

@@ -6,13 +6,13 @@ than what is known, and returns the keys that should be looked at because of it.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import from_json, to_json
 
 from sae_operator.api.problems import describe_errors
 from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_TRAINING_JOB
@@ -54,7 +54,7 @@ class StoredResource:
         return self.phase in FINISHED_PHASES
 
     def status_manifest(self) -> dict[str, Any]:
-        return json.loads(self.status)
+        return from_json(self.status)
 
 
 @dataclass(slots=True)
@@ -295,7 +295,7 @@ def _resource(key: Key, raw: Mapping[str, Any], version: int, old: StoredResourc
 
 
 def _compact(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    return to_json(value)
 
 
 def parent_uid(meta: Mapping[str, Any]) -> str | None:
