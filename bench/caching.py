@@ -67,7 +67,7 @@ def main() -> None:
         for repetition in range(repetitions + 1):
             store = place.store(f"run-{repetition}")
             index = prepare_tokens(store, spec, HOOKS, contexts_per_block=2048)
-            context = step_context(place.directory, open_store=lambda location, store=store: store)
+            context = step_context(open_store=lambda location, store=store: store)
             batches = -(-index.shards[-1].stop // BATCH_SIZE)
             start = time.process_time()
             for _ in range(batches):

@@ -54,7 +54,7 @@ def build_cache(store: ObjectStore, directory: Path, *, rows: int, shard_bytes: 
     spec = cache_spec(directory, hooks=hooks, tokens=rows, context_size=128, shard_bytes=shard_bytes, batch_size=16)
     prepare_tokens(store, spec, hooks, contexts_per_block=8192)
     step = cache_step(spec)
-    context = step_context(directory, open_store=lambda location: store)
+    context = step_context(open_store=lambda location: store)
     write_shards(step, context, lambda index: RandomModel(), device="cpu")
     run_finalize(step, context)
 
