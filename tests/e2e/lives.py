@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.object_server import ObjectServer
+from tests.testbed.waiting import wait_for
 
 
 @contextmanager
@@ -69,12 +69,17 @@ class Life:
 
     def wait(self, what: str, holds: Callable[[dict[str, Any]], bool], seconds: float = 120) -> dict[str, Any]:
         """Look until a condition holds; tells the last status when it does not in time."""
-        deadline = time.monotonic() + seconds
-        while not holds(state := self.look()):
-            if time.monotonic() > deadline:
-                status = json.dumps(state.get("status"), indent=1)
-                raise AssertionError(f"{self.plural}/{self.name}: no {what} in {seconds} s; status: {status}")
-            time.sleep(0.1)
+
+        def seen() -> dict[str, Any] | None:
+            state = self.look()
+            return state if holds(state) else None
+
+        def missing() -> str:
+            status = json.dumps(self.states[-1].get("status"), indent=1) if self.states else "never seen"
+            return f"{what} of {self.plural}/{self.name}; its status: {status}"
+
+        state = wait_for(seen, seconds, what=missing)
+        assert state is not None
         return state
 
     def wait_for_phase(self, *phases: str, seconds: float = 120) -> dict[str, Any]:
