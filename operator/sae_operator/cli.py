@@ -76,7 +76,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = parser().parse_args(arguments)
+    reader = parser()
+    options = reader.parse_args(arguments)
+    if options.namespace and options.lease_namespace not in (None, options.namespace):
+        # Only the served namespace is watched: the heartbeat would never come back, and liveness would fail.
+        reader.error("--lease-namespace must be the namespace of --namespace; leave it out")
     if options.version:
         from importlib.metadata import version
 
