@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 JSON = "application/json"
 MERGE_PATCH = "application/merge-patch+json"
 APPLY_PATCH = "application/apply-patch+yaml"
+METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 REQUEST_TIMEOUT_SECONDS = 15
@@ -104,8 +105,9 @@ class ApiClient:
     async def get(self, path: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
         return await self.request("GET", path, query=query)
 
-    async def create(self, path: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        return await self.request("POST", path, body=manifest)
+    async def create(self, path: str, manifest: Mapping[str, Any], *, metadata_only: bool = False) -> dict[str, Any]:
+        """Create an object; with `metadata_only` the answer is no more, for objects that are not looked at again."""
+        return await self.request("POST", path, body=manifest, accept=METADATA if metadata_only else JSON)
 
     async def merge_patch(self, path: str, patch: Mapping[str, Any]) -> dict[str, Any]:
         return await self.request("PATCH", path, body=patch, content_type=MERGE_PATCH)

@@ -73,7 +73,7 @@ class EventRecorder:
                     raise
         self._remember(index)
         try:
-            await self._client.create(path, _manifest(key, uid, event, name, time_text))
+            await self._client.create(path, _manifest(key, uid, event, name, time_text), metadata_only=True)
         except ApiError as error:
             # Said by this operator before it was restarted.
             if error.reason != "AlreadyExists":

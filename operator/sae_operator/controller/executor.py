@@ -85,7 +85,7 @@ class Executor:
         kind, name, namespace = manifest["kind"], manifest["metadata"]["name"], stored.key.namespace
         path = paths.jobs(namespace) if kind == "Job" else paths.config_maps(namespace)
         try:
-            answer = await self._client.create(path, manifest)
+            answer = await self._client.create(path, manifest, metadata_only=kind != "Job")
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 raise _refusal(error, f"{kind} {name}") from error

@@ -23,7 +23,7 @@ class Server:
     def __init__(self) -> None:
         self.events: dict[str, dict[str, Any]] = {}
 
-    async def create(self, path: str, manifest: Mapping[str, Any]) -> None:
+    async def create(self, path: str, manifest: Mapping[str, Any], *, metadata_only: bool = False) -> None:
         self.events[f"{path}/{manifest['metadata']['name']}"] = dict(manifest)
 
     async def merge_patch(self, path: str, patch: Mapping[str, Any]) -> None:

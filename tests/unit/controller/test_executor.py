@@ -26,7 +26,7 @@ class Server:
         self.bodies: list[Any] = []
         self._answers = dict(answers or {})
 
-    async def create(self, path: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    async def create(self, path: str, manifest: Mapping[str, Any], *, metadata_only: bool = False) -> dict[str, Any]:
         return self._answer(f"POST {path}", manifest, manifest)
 
     async def get(self, path: str) -> dict[str, Any]:
