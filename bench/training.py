@@ -22,15 +22,14 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from bench.peers import SAE_LENS_NEWEST, SPARSIFY, peer_environment
+from bench.worker import Worker
 
 BATCH, K = 4096, 32
 BATCHES = 4
@@ -41,43 +40,6 @@ KEEP_PAGES = {
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
     "MALLOC_TOP_PAD_": "67108864",
 }
-
-
-class Worker:
-    """A side in its own process: see `training_worker`."""
-
-    def __init__(self, side: str, python: Path, arguments: list[str], environment: dict[str, str]) -> None:
-        self.side = side
-        self.cpu_seconds: list[float] = []
-        script = Path(__file__).with_name("training_worker.py")
-        self._process = subprocess.Popen(
-            [python, script, side, *arguments],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=sys.stderr,
-            text=True,
-        )
-
-    def ask(self, request: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        print(request, file=self._process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.side} ended with {self._process.wait()}")
-        return json.loads(line)
-
-    def measure(self, steps: int) -> None:
-        self.cpu_seconds.append(self.ask(f"steps {steps}")["cpu_seconds"] / steps)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 def write_start(path: Path, d_in: int, d_sae: int) -> None:
@@ -104,11 +66,11 @@ def check_numerics(workers: list[Worker], folder: Path, W_dec: torch.Tensor) -> 
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
     for worker in workers:
-        path = folder / f"{worker.side}.safetensors"
+        path = folder / f"{worker.name}.safetensors"
         worker.ask(f"gradients {path}")
         gradients = load_file(path)
         gradients["W_dec"] -= torch.linalg.vecdot(gradients["W_dec"], W_dec).unsqueeze(1) * W_dec
-        found[worker.side] = gradients
+        found[worker.name] = gradients
     ours = found.pop("ours")
     for side, theirs in found.items():
         for name, tensor in ours.items():
@@ -129,20 +91,24 @@ def compare(architecture: str, d_in: int, d_sae: int, *, rounds: int, steps: int
         start = Path(folder) / "start.safetensors"
         write_start(start, d_in, d_sae)
         arguments = [architecture, str(K), str(BATCH), os.fspath(start)]
-        workers = [Worker(side, python, arguments, environment) for side, python in interpreters.items()]
+        workers = [
+            Worker(side, python, "training_worker.py", [side, *arguments], environment)
+            for side, python in interpreters.items()
+        ]
         for worker in workers:
             worker.answer()
         print(f"{architecture}, {d_in} x {d_sae}, batch {BATCH}, k {K}, float32, one thread")
-        compared = [worker for worker in workers if worker.side != "bound"]
+        compared = [worker for worker in workers if worker.name != "bound"]
         check_numerics(compared, Path(folder), load_file(start)["W_dec"])
         for worker in workers:
             worker.ask("steps 2")  # Adam's state and buffers are made in the first
+        seconds: dict[str, list[float]] = {worker.name: [] for worker in workers}
         for _ in range(rounds):
             for worker in workers:
-                worker.measure(steps)
+                seconds[worker.name].append(worker.ask(f"steps {steps}")["cpu_seconds"] / steps)
         for worker in workers:
             worker.close()
-    return {worker.side: statistics.median(worker.cpu_seconds) for worker in workers}
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def main() -> None:
