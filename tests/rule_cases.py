@@ -6,9 +6,10 @@ The unit tests put them to the models, the cluster tests to the API server: both
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB
-from tests.specs import REMOVED, Edits
+from tests.specs import REMOVED, Edits, live_activations
 
 CACHE = ACTIVATION_CACHE.kind
 JOB = SAE_TRAINING_JOB.kind
@@ -43,8 +44,9 @@ _STANDARD = {"type": "standard", "l1Coefficient": 5}
 _TOPK = {"type": "topk", "k": 32}
 _URI = {"activations": {"uri": "s3://saes/finished"}}
 _NO_PARENTS = "uri must not contain '..' segments"
-_ONE_SOURCE = "exactly one of cacheRef, cache and uri must be set"
-_HOOK = "each SAE's hook must be one of activations.cache.hooks; it may be left out only when there is one"
+_ONE_SOURCE = "exactly one of cacheRef, cache, uri and live must be set"
+_NO_POSITION = "sampling.positions leaves no position of a context"
+_HOOKS_UNIQUE = "hooks must be unique"
 _VALUE_SOURCE = "exactly one of value and secretKeyRef must be set"
 _SECRET_KEY = {"name": "hub", "key": "token"}
 
@@ -59,6 +61,57 @@ def _only_for(name: str, value: object, architecture: dict[str, object], other: 
     )
 
 
+def _hook(source: str) -> str:
+    return f"each SAE's hook must be one of activations.{source}.hooks; it may be left out only when there is one"
+
+
+def _nothing_left(source: str) -> str:
+    return f"evaluation.heldOutTokens must be less than activations.{source}.tokens, or nothing is left to train on"
+
+
+def _no_positions(context_size: int, positions: Edits, keeps: Edits) -> RuleCase:
+    return RuleCase(
+        CACHE,
+        {"contextSize": context_size, "sampling.positions": positions},
+        "spec.sampling.positions",
+        _NO_POSITION,
+        {"contextSize": context_size, "sampling.positions": keeps},
+    )
+
+
+def _hook_cases(source: str, activations: Callable[[Edits], Edits]) -> list[RuleCase]:
+    """Hooks of SAEs, with a source whose hooks are known; `activations` are edits of a job with that source."""
+    two = {"hooks": [{"name": "a.0"}, {"name": "a.1"}]}
+    head = {"hooks": [{"name": "z", "headIndex": 3}]}
+    return [
+        RuleCase(
+            JOB,
+            {**activations({}), f"{_SAE}.hook": "transformer.h.8"},
+            "spec.saes",
+            _hook(source),
+            {**activations({}), f"{_SAE}.hook": "transformer.h.7"},
+        ),
+        RuleCase(JOB, activations(two), "spec.saes", _hook(source), {**activations(two), f"{_SAE}.hook": "a.1"}),
+        *(
+            RuleCase(
+                JOB,
+                {**activations(head), f"{_SAE}.hook": wrong},
+                "spec.saes",
+                _hook(source),
+                {**activations(head), f"{_SAE}.hook": "z:3"},
+            )
+            for wrong in ("z", "z:30", "zz:3")
+        ),
+        RuleCase(
+            JOB,
+            {**activations({}), "evaluation.heldOutTokens": 1000},
+            "spec.evaluation.heldOutTokens",
+            _nothing_left(source),
+            {**activations({}), "evaluation.heldOutTokens": 999},
+        ),
+    ]
+
+
 RULE_CASES = [
     # Where data lies
     RuleCase(CACHE, {"storage.uri": "s3://saes/../other"}, "spec.storage.uri", _NO_PARENTS),
@@ -71,8 +124,82 @@ RULE_CASES = [
         CACHE,
         {"hooks": [{"name": "a.0"}, {"name": "a.1"}, {"name": "a.0"}]},
         "spec.hooks",
-        "names of hooks must be unique",
+        _HOOKS_UNIQUE,
         {"hooks": [{"name": "a.0"}, {"name": "a.1"}]},
+    ),
+    RuleCase(
+        CACHE,
+        {"hooks": [{"name": "z", "headIndex": 0}, {"name": "z", "headIndex": 0}]},
+        "spec.hooks",
+        _HOOKS_UNIQUE,
+        {"hooks": [{"name": "z"}, {"name": "z", "headIndex": 0}, {"name": "z", "headIndex": 1}]},
+    ),
+    RuleCase(
+        JOB,
+        {"activations": live_activations({"hooks": [{"name": "a"}, {"name": "a"}]}), f"{_SAE}.hook": "a"},
+        "spec.activations.live.hooks",
+        _HOOKS_UNIQUE,
+        {"activations": live_activations({"hooks": [{"name": "a"}, {"name": "b"}]}), f"{_SAE}.hook": "a"},
+    ),
+    # Where model and text lie
+    RuleCase(
+        CACHE,
+        {"model.store": {"region": "x"}},
+        "spec.model.store",
+        "store says how to reach an s3:// name; leave it out otherwise",
+        {"model.store": {"region": "x"}, "model.name": "s3://models/small"},
+    ),
+    RuleCase(
+        CACHE,
+        {"dataset.store": {}},
+        "spec.dataset.store",
+        "store says how to reach an s3:// path; leave it out otherwise",
+        {"dataset.store": {"secretRef": {"name": "s3"}}, "dataset.path": "s3://texts/english/"},
+    ),
+    RuleCase(
+        CACHE,
+        {"model.name": "s3://models/../small"},
+        "spec.model.name",
+        "name must not contain '..' segments",
+        {"model.name": "../small"},
+    ),
+    RuleCase(
+        CACHE,
+        {"dataset.path": "s3://texts/.."},
+        "spec.dataset.path",
+        "path must not contain '..' segments",
+        {"dataset.path": "s3://texts/..."},
+    ),
+    RuleCase(
+        CACHE,
+        {"model.processing": {"foldLayerNorm": True}},
+        "spec.model.processing",
+        "processing is only for loader TransformerLens",
+        {"model.processing": {"foldLayerNorm": True}, "model.loader": "TransformerLens"},
+    ),
+    # Positions, as Python slices a context
+    _no_positions(8, {"start": 8}, {"start": 7}),
+    _no_positions(8, {"start": 9, "stop": 20}, {"start": 7, "stop": 20}),
+    _no_positions(8, {"stop": 0}, {"stop": 1}),
+    _no_positions(8, {"stop": -8}, {"stop": -7}),
+    _no_positions(8, {"start": 3, "stop": 3}, {"start": 3, "stop": 4, "step": 100}),
+    _no_positions(8, {"start": -3, "stop": 5}, {"start": -3, "stop": 6}),
+    _no_positions(8, {"start": -3, "stop": -3}, {"start": -3, "stop": -2}),
+    _no_positions(8, {"start": -100, "stop": -9}, {"start": -100, "stop": -7}),
+    RuleCase(
+        JOB,
+        {"activations": live_activations({"contextSize": 8, "sampling.positions": {"start": 8}})},
+        "spec.activations.live.sampling.positions",
+        _NO_POSITION,
+        {"activations": live_activations({"contextSize": 9, "sampling.positions": {"start": 8}})},
+    ),
+    # Storage
+    RuleCase(
+        CACHE,
+        {"storage.shardBytes": 4096, "storage.bufferBytes": 8191},
+        "spec.storage.bufferBytes",
+        "bufferBytes must be at least twice shardBytes: one shard is filled while another is stored",
+        {"storage.shardBytes": 4096, "storage.bufferBytes": 8192},
     ),
     # Pods
     RuleCase(
@@ -116,6 +243,13 @@ RULE_CASES = [
     # Where activations come from
     RuleCase(JOB, {"activations": {}}, "spec.activations", _ONE_SOURCE, {"activations": {"cacheRef": {"name": "c"}}}),
     RuleCase(JOB, {"activations.cacheRef": {"name": "c"}}, "spec.activations", _ONE_SOURCE),
+    RuleCase(
+        JOB,
+        {"activations": {"uri": "s3://saes/finished", **live_activations()}},
+        "spec.activations",
+        _ONE_SOURCE,
+        {"activations": live_activations()},
+    ),
     RuleCase(
         JOB,
         {"activations.secretRef": {"name": "s3"}},
@@ -186,22 +320,9 @@ RULE_CASES = [
         "names of saes must be unique",
         {"saes": [{"name": "a", "architecture": _TOPK}, {"name": "b", "architecture": _STANDARD}]},
     ),
-    RuleCase(JOB, {f"{_SAE}.hook": "transformer.h.8"}, "spec.saes", _HOOK, {f"{_SAE}.hook": "transformer.h.7"}),
-    RuleCase(
-        JOB,
-        {"activations.cache.hooks": [{"name": "a.0"}, {"name": "a.1"}]},
-        "spec.saes",
-        _HOOK,
-        {"activations.cache.hooks": [{"name": "a.0"}, {"name": "a.1"}], f"{_SAE}.hook": "a.1"},
-    ),
+    *_hook_cases("cache", lambda edits: {f"activations.cache.{field}": value for field, value in edits.items()}),
+    *_hook_cases("live", lambda edits: {"activations": live_activations(edits)}),
     # Training
-    RuleCase(
-        JOB,
-        {"evaluation.heldOutTokens": 1000},
-        "spec.evaluation.heldOutTokens",
-        "evaluation.heldOutTokens must be less than activations.cache.tokens, or nothing is left to train on",
-        {"evaluation.heldOutTokens": 999},
-    ),
     RuleCase(
         JOB,
         {"checkpoints": {"everyTokens": 10, "everySeconds": 10}},

@@ -48,6 +48,11 @@ def edited(spec: Mapping[str, Any], edits: Edits) -> dict[str, Any]:
     return result
 
 
+def live_activations(edits: Edits | None = None) -> dict[str, Any]:
+    """`activations` of a job whose model runs beside the training, with edits of its source."""
+    return {"live": edited({key: value for key, value in CACHE_SPEC.items() if key != "storage"}, edits or {})}
+
+
 def all_models(model: type[BaseModel]) -> Iterator[type[ApiModel]]:
     """A spec's model and all that it is made of."""
     assert issubclass(model, ApiModel)

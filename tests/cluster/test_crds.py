@@ -13,7 +13,7 @@ from sae_operator.api.base import API_VERSION, MAX_NAME_LENGTH, NAME_LABEL_MESSA
 from sae_operator.api.manifest import load_manifests, read_yaml, validate_manifest, validate_spec
 from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_TRAINING_JOB
 from tests.rule_cases import RULE_CASES, RuleCase
-from tests.specs import REMOVED, SPECS, Edits, all_models, edited, manifest
+from tests.specs import REMOVED, SPECS, Edits, all_models, edited, live_activations, manifest
 from tests.testbed.control_plane import ControlPlane, KubectlError
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("crds")]
@@ -148,9 +148,13 @@ class TestRules:
         assert resources.create(manifest(kind, name="a" * MAX_NAME_LENGTH), dry_run=True).code == 201
 
     def test_a_resource_as_large_as_the_bounds_allow_stays_within_the_cost_of_rules(self, resources: Resources) -> None:
-        hooks = [{"name": f"{'h' * 253}{index:03d}"} for index in range(16)]
+        hooks = [{"name": "h" * 256, "headIndex": 4000 + index} for index in range(16)]
         saes = [
-            {"name": f"{'s' * 60}{index:03d}", "hook": hooks[index]["name"], "architecture": {"type": "topk", "k": 5}}
+            {
+                "name": f"{'s' * 60}{index:03d}",
+                "hook": f"{'h' * 256}:{4000 + index}",
+                "architecture": {"type": "topk", "k": 5},
+            }
             for index in range(16)
         ]
         labels = {f"{'k' * 200}{index}": "v" for index in range(32)}
@@ -161,11 +165,13 @@ class TestRules:
             "env": [{"name": f"{'V' * 120}{index}", "value": "x" * 1024} for index in range(32)],
             "tolerations": [{"key": f"key{index}", "operator": "Exists"} for index in range(16)],
         }
-        edits = {"activations.cache.hooks": hooks, "activations.cache.run": run, "saes": saes, "run": run}
-        created = resources.create(manifest(JOB, {**edits, "output.uri": "s3://saes/" + "o/" * 500}))
-        assert created.code == 201, created.body
-        replaced = resources.replace({**created.body, "spec": edited(created.body["spec"], {"retry": 1})})
-        assert replaced.code == 200, replaced.body
+        long = {"saes": saes, "run": run, "output.uri": "s3://saes/" + "o/" * 500}
+        cached = {"activations.cache.hooks": hooks, "activations.cache.run": run}
+        for edits in (cached, {"activations": live_activations({"hooks": hooks})}):
+            created = resources.create(manifest(JOB, {**long, **edits}))
+            assert created.code == 201, created.body
+            replaced = resources.replace({**created.body, "spec": edited(created.body["spec"], {"retry": 1})})
+            assert replaced.code == 200, replaced.body
 
 
 def _problems(resource: dict[str, Any]) -> list[Any]:
@@ -183,8 +189,11 @@ class TestShape:
     @pytest.mark.parametrize(
         ("kind", "edits", "path"),
         [
-            (CACHE, {"model.loader": "TransformerLens"}, "spec.model.loader"),
-            (CACHE, {"storage.dtype": "int8"}, "spec.storage.dtype"),
+            (CACHE, {"model.loader": "nnsight"}, "spec.model.loader"),
+            (CACHE, {"storage.dtype": "int4"}, "spec.storage.dtype"),
+            (CACHE, {"sampling.separators.beginContext": "<s>"}, "spec.sampling.separators.beginContext"),
+            (CACHE, {"hooks.0.headIndex": 4096}, "spec.hooks[0].headIndex"),
+            (JOB, {"saes.0.hook": "z:"}, "spec.saes[0].hook"),
             (JOB, {"saes.0.architecture": {"type": "jumprelu"}}, "spec.saes[0].architecture.type"),
             (CACHE, {"tokens": REMOVED}, "spec.tokens"),
             (CACHE, {"tokens": 0}, "spec.tokens"),
@@ -238,10 +247,11 @@ class TestShape:
 
     def test_explain_describes_the_sources_of_activations(self, control_plane: ControlPlane) -> None:
         told = " ".join(control_plane.kubectl("explain", "saetrainingjob.spec.activations").split())
-        assert "Where activations come from: exactly one of `cacheRef`, `cache` and `uri`." in told
+        assert "Where activations come from: exactly one of `cacheRef`, `cache`, `uri` and `live`." in told
         assert "cacheRef <Object> An ActivationCache of the namespace." in told
         assert "cache <Object> An ActivationCache spec inline" in told
         assert "uri <string> A finished cache: the folder of its `manifest.json`." in told
+        assert "live <Object> No cache: the model runs beside the training." in told
 
     def test_explain_names_the_values_and_whether_a_field_is_required(self, control_plane: ControlPlane) -> None:
         told = " ".join(control_plane.kubectl("explain", "saejob.spec.saes.architecture").split())
@@ -273,6 +283,8 @@ def _immutable(kind: str, at: str, change: Edits, start: Edits | None = None) ->
 
 
 _RAISED = "tokens can only be raised"
+_ADDED = "hooks can only be added; create a new resource instead"
+_LIVE = {"activations": live_activations({"dtype": "float32"})}
 _INLINE = "activations.cache"
 _FINISHED = {"activations": {"uri": "s3://saes/finished"}}
 
@@ -280,7 +292,9 @@ REFUSED_UPDATES = [
     _immutable(CACHE, "model", {"model.name": "gpt2-medium"}),
     _immutable(CACHE, "model", {"model.revision": "main"}),
     _immutable(CACHE, "dataset", {"dataset.path": "other"}),
-    _immutable(CACHE, "hooks", {"hooks": [{"name": "a"}]}),
+    Update(CACHE, {"hooks": [{"name": "a"}]}, {"spec.hooks": _ADDED}),
+    Update(CACHE, {"hooks": [{"name": "z"}]}, {"spec.hooks": _ADDED}, {"hooks": [{"name": "z"}, {"name": "y"}]}),
+    Update(CACHE, {"hooks": [{"name": "z"}]}, {"spec.hooks": _ADDED}, {"hooks": [{"name": "z", "headIndex": 0}]}),
     _immutable(CACHE, "contextSize", {"contextSize": 64}),
     _immutable(CACHE, "seed", {"seed": 1}),
     _immutable(CACHE, "sampling", {"sampling.maxNormRatio": 0}),
@@ -296,6 +310,32 @@ REFUSED_UPDATES = [
     _immutable(JOB, f"{_INLINE}.model", {f"{_INLINE}.model.dtype": "float32"}),
     _immutable(JOB, f"{_INLINE}.storage", {f"{_INLINE}.storage.secretRef": {"name": "s3"}}),
     Update(JOB, {f"{_INLINE}.tokens": 999}, {f"spec.{_INLINE}.tokens": _RAISED}),
+    Update(
+        JOB,
+        {f"{_INLINE}.hooks": [{"name": "b"}], "saes.0.hook": REMOVED},
+        {f"spec.{_INLINE}.hooks": _ADDED, "spec.saes": "saes is immutable; create a new resource instead"},
+        {"saes.0.hook": "transformer.h.7"},
+    ),
+    *(
+        _immutable(JOB, f"activations.live.{name}", {f"activations.live.{name}": value}, _LIVE)
+        for name, value in {
+            "model": {"name": "other"},
+            "dataset": {"path": "other"},
+            "hooks": [{"name": "other"}],
+            "contextSize": 64,
+            "seed": 1,
+            "sampling": {"positions": {"start": 1}},
+            "dtype": "bfloat16",
+            "bufferBytes": 2**20,
+        }.items()
+    ),
+    Update(JOB, {"activations.live.tokens": 999}, {"spec.activations.live.tokens": _RAISED}, _LIVE),
+    Update(
+        JOB,
+        {"activations": _FINISHED["activations"]},
+        {f"spec.activations.{name}": f"{name} is immutable; create a new resource instead" for name in ("live", "uri")},
+        _LIVE,
+    ),
     Update(
         JOB,
         _FINISHED,
@@ -342,11 +382,18 @@ REFUSED_UPDATES = [
 ]
 ALLOWED_UPDATES = [
     Update(CACHE, {"tokens": 1001}),
+    Update(CACHE, {"hooks": [{"name": "a", "headIndex": 3}, {"name": "transformer.h.7"}]}),
     Update(CACHE, {"parallelism": 8, "run.image": "registry.example/job:2", "run.backoffLimit": 0}),
     Update(CACHE, {"suspend": True, "retry": 1}),
     Update(JOB, {"training.tokens": 11}, start={"training.tokens": 10}),
     Update(JOB, {"training.tokens": 11}),
     Update(JOB, {f"{_INLINE}.tokens": 2000, f"{_INLINE}.parallelism": 8, f"{_INLINE}.run.image": "job:2"}),
+    Update(
+        JOB,
+        {f"{_INLINE}.hooks": [{"name": "transformer.h.7"}, {"name": "b"}]},
+        start={"saes.0.hook": "transformer.h.7"},
+    ),
+    Update(JOB, {"activations.live.tokens": 1001}, start=_LIVE),
     Update(JOB, {"run.resources.limits": {"nvidia.com/gpu": 2}, "suspend": True, "retry": 1}),
     Update(JOB, {"training.batchSize": 64}, start={"training.batchSize": 64}),
 ]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.activation_cache import ActivationCacheSpec, CacheStorage, DatasetSource, ModelSource
 from sae_operator.api.base import ApiModel
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
@@ -14,6 +14,8 @@ from sae_operator.api.training_job import SAETrainingJobSpec
 CACHE_FORMAT_VERSION = 1
 # 64 bits: a collision among a million caches has probability 3e-8.
 HASH_LENGTH = 16
+# Rows of a live source are mixed and computed ahead in units that a cache would store as shards: 8 and 2 of them.
+LIVE_SHARDS_IN_BUFFER = 10
 
 
 def canonical_hash(value: Any) -> str:
@@ -28,13 +30,13 @@ def chosen(model: ApiModel) -> dict[str, Any]:
 
 
 def cache_identity(spec: ActivationCacheSpec) -> str:
-    """Hash of what determines a cache's rows: not of tokens, run settings, parallelism, location or credentials."""
+    """Hash of what determines a cache's contexts and how they become rows: not of tokens and hooks, which may be
+    added, nor of run settings, parallelism, location or credentials."""
     return canonical_hash(
         {
             "formatVersion": CACHE_FORMAT_VERSION,
-            "model": chosen(spec.model),
-            "dataset": chosen(spec.dataset),
-            "hooks": [chosen(hook) for hook in spec.hooks],
+            "model": _source(spec.model),
+            "dataset": _source(spec.dataset),
             "contextSize": spec.context_size,
             "seed": spec.seed,
             "sampling": chosen(spec.sampling),
@@ -42,6 +44,17 @@ def cache_identity(spec: ActivationCacheSpec) -> str:
             "shardBytes": spec.storage.shard_bytes,
         }
     )
+
+
+# What changes where a model lies or runs, and not what it computes.
+_PLACEMENT_FIELDS = ("mirror", "deviceMap")
+
+
+def _source(source: ModelSource | DatasetSource) -> dict[str, Any]:
+    """A model or dataset without who opens it; processing that changes nothing is none."""
+    told = {key: value for key, value in chosen(source).items() if key not in _PLACEMENT_FIELDS and value != {}}
+    access = told.pop("store", {})
+    return told | {key: access[key] for key in ("endpointUrl",) if key in access}
 
 
 def cache_location(spec: ActivationCacheSpec, namespace: str) -> StoreLocation:
@@ -62,13 +75,49 @@ def inline_cache_name(spec: ActivationCacheSpec) -> str:
     return f"cache-{canonical_hash(place)}"
 
 
+def cache_of(spec: SAETrainingJobSpec) -> ActivationCacheSpec | None:
+    """The cache that a job describes: its inline one, or what a live source would be as a cache; None when the job
+    points to one that is described elsewhere."""
+    live = spec.activations.live
+    if live is None:
+        return spec.activations.cache
+    place = live_location(spec)
+    return ActivationCacheSpec(
+        model=live.model,
+        dataset=live.dataset,
+        hooks=live.hooks,
+        context_size=live.context_size,
+        tokens=live.tokens,
+        seed=live.seed,
+        sampling=live.sampling,
+        storage=CacheStorage(
+            uri=place.uri,
+            endpoint_url=place.endpoint_url,
+            region=place.region,
+            secret_ref=place.secret_ref,
+            dtype=live.dtype,
+            shard_bytes=live.buffer_bytes // LIVE_SHARDS_IN_BUFFER,
+        ),
+        run=spec.run,
+    )
+
+
+def live_location(spec: SAETrainingJobSpec) -> StoreLocation:
+    """Where the contexts of a live source lie: `<output.uri>/activations`."""
+    return spec.output.model_copy(update={"uri": f"{spec.output.uri.rstrip('/')}/activations"})
+
+
 def training_identity(spec: SAETrainingJobSpec) -> str:
     """Hash of what determines a training job's results: a resource re-created with the same continues or adopts."""
     manifest = chosen(spec)
     # Where the data lies counts, not who opens it.
     activations = {key: value for key, value in manifest["activations"].items() if key not in ("region", "secretRef")}
-    if spec.activations.cache is not None:
-        activations = {"cache": cache_identity(spec.activations.cache)}
+    source = cache_of(spec)
+    if source is not None:
+        # An SAE without a hook is trained on the only one there is; hooks that no SAE is trained on do not count.
+        hooks = sorted({sae.hook or source.hooks[0].key for sae in spec.saes})
+        kind = "cache" if spec.activations.live is None else "live"
+        activations = {kind: cache_identity(source), "hooks": hooks}
     training = {key: value for key, value in chosen(spec.training).items() if key != "tokens"}
     return canonical_hash(
         {

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sae_operator.api.activation_cache import HOOK_NAME_PATTERN
+from sae_operator.api.activation_cache import HOOK_KEY_PATTERN, HOOK_NAME_PATTERN, SPECIAL_TOKEN_PATTERN
 from sae_operator.api.base import NAME_PATTERN, OBJECT_NAME_PATTERN, TEXT_PATTERN, URI_PATTERN, URL_PATTERN
 from sae_operator.api.run_settings import ENV_NAME_PATTERN, LABEL_VALUE_PATTERN
 from sae_operator.api.schema import MAP_KEY_MESSAGE, models_in
@@ -25,6 +25,8 @@ _PATTERN_WORDS = {
     TEXT_PATTERN: "must not contain control characters",
     URI_PATTERN: "must be s3://bucket/prefix or file://path",
     HOOK_NAME_PATTERN: "must be the dotted path of a module, such as transformer.h.7",
+    HOOK_KEY_PATTERN: "must be a hook, such as transformer.h.7, or one of its heads, such as blocks.7.attn.hook_z:3",
+    SPECIAL_TOKEN_PATTERN: "must be none, bos, eos, sep or a token id in quotes",
     ENV_NAME_PATTERN: "must be the name of an environment variable: letters, digits and '_'",
     LABEL_VALUE_PATTERN: "must be a label's value: letters, digits, '-', '_' and '.'",
     URL_PATTERN: "must be an address such as https://host:port",

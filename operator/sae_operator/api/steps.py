@@ -80,9 +80,11 @@ class TrainStep(ApiModel):
     spec: SAETrainingJobSpec
     """The resource's spec."""
     activations: StoreLocation
-    """Folder of the cache; it need not exist yet at preflight."""
+    """Folder of the cache; it need not exist yet at preflight. For a live source the folder of its contexts, which
+    preflight prepares."""
     cache: ActivationCacheSpec | None = None
-    """Spec of the cache, where it is known (inline, or of the resource that cacheRef names)."""
+    """Spec of the cache, where it is known (inline, or of the resource that cacheRef names); what a live source would
+    be as a cache."""
 
 
 class _Message(BaseModel):

@@ -15,6 +15,17 @@ class SecretRef(ApiModel):
     (and, where needed, `AWS_SESSION_TOKEN`, `AWS_ENDPOINT_URL`, `AWS_REGION`)."""
 
 
+class StoreAccess(ApiModel):
+    """How to reach what an `s3://` address elsewhere names."""
+
+    endpoint_url: EndpointUrl | None = None
+    """Address of an S3-compatible server; AWS when empty and the Secret names none."""
+    region: Region | None = None
+    """Region of the bucket; the Secret's, then `us-east-1`, when empty."""
+    secret_ref: SecretRef | None = None
+    """Secret with the credentials; the pod's own identity (IRSA, workload identity) when empty."""
+
+
 class StoreLocation(ApiModel):
     """A prefix in an object store."""
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sae_operator.api.activation_cache import ActivationCacheSpec, HookName
+from sae_operator.api.activation_cache import (
+    SOME_POSITIONS,
+    UNIQUE_HOOKS,
+    ActivationCacheSpec,
+    DatasetSource,
+    Dtype,
+    Hook,
+    HookKey,
+    ModelSource,
+    Sampling,
+)
 from sae_operator.api.base import (
     ApiModel,
     Count,
@@ -35,14 +46,48 @@ class CacheRef(ApiModel):
     """Name of an ActivationCache in the same namespace; the job waits until it is Ready."""
 
 
+class LiveActivations(ApiModel):
+    """Activations that the model computes beside the training, and that are never stored; only the contexts are, below
+    `output.uri`."""
+
+    RULES = (UNIQUE_HOOKS, SOME_POSITIONS)
+    # Contexts are stored for the rows of one pass; more may be asked for later, as of a cache.
+    TRANSITION_RULES = (
+        *(
+            immutable(field)
+            for field in ("model", "dataset", "hooks", "contextSize", "seed", "sampling", "dtype", "bufferBytes")
+        ),
+        raised_only("tokens"),
+    )
+
+    model: ModelSource
+    """The language model."""
+    dataset: DatasetSource
+    """The text."""
+    hooks: Annotated[list[Hook], Field(min_length=1, max_length=16)]
+    """Where activations are taken; several hooks share one forward pass."""
+    context_size: Annotated[Count, Field(ge=2, le=1_048_576)] = 128
+    """Tokens per context."""
+    tokens: Count
+    """Rows of one pass over the text, after filters; training on more begins another pass."""
+    seed: CountOrZero = 0
+    """Seed of the order of contexts and rows."""
+    sampling: Sampling = Field(default_factory=Sampling)
+    """Which positions become rows."""
+    dtype: Dtype = "bfloat16"
+    """Number format in which rows wait to be trained on."""
+    buffer_bytes: Annotated[Count, Field(ge=2**20, le=2**37)] = 2**31
+    """Memory for rows that are mixed and computed ahead; a pass mixes the rows of as many contexts as fit."""
+
+
 class Activations(ApiModel):
-    """Where activations come from: exactly one of `cacheRef`, `cache` and `uri`."""
+    """Where activations come from: exactly one of `cacheRef`, `cache`, `uri` and `live`."""
 
     RULES = (
         Rule(
-            "[has(self.cacheRef), has(self.cache), has(self.uri)].filter(x, x).size() == 1",
-            one_of_set("cache_ref", "cache", "uri"),
-            "exactly one of cacheRef, cache and uri must be set",
+            "[has(self.cacheRef), has(self.cache), has(self.uri), has(self.live)].filter(x, x).size() == 1",
+            one_of_set("cache_ref", "cache", "uri", "live"),
+            "exactly one of cacheRef, cache, uri and live must be set",
         ),
         Rule(
             "has(self.uri) || !(has(self.endpointUrl) || has(self.region) || has(self.secretRef))",
@@ -68,6 +113,9 @@ class Activations(ApiModel):
         TransitionRule(
             "has(self.cache) == has(oldSelf.cache)", "cache is immutable; create a new resource instead", "cache"
         ),
+        TransitionRule(
+            "has(self.live) == has(oldSelf.live)", "live is immutable; create a new resource instead", "live"
+        ),
     )
 
     cache_ref: CacheRef | None = None
@@ -82,6 +130,8 @@ class Activations(ApiModel):
     """Region of the bucket of `uri`."""
     secret_ref: SecretRef | None = None
     """Secret with the credentials of `uri`."""
+    live: LiveActivations | None = None
+    """No cache: the model runs beside the training. Right for a single run; a cache pays from the second on."""
 
 
 class Architecture(ApiModel):
@@ -220,8 +270,8 @@ class SaeSpec(ApiModel):
 
     name: Name
     """Name of the SAE: its folder below `output.uri`."""
-    hook: HookName | None = None
-    """Hook of the cache that it is trained on; the only one when empty."""
+    hook: HookKey | None = None
+    """Hook that it is trained on, `name` or `name:headIndex`; the only one when empty."""
     architecture: Architecture
     """Kind of SAE and its own settings; which of them apply depends on `type`."""
     d_sae: Count | None = None
@@ -320,6 +370,28 @@ class Checkpoints(ApiModel):
     """Checkpoints that are kept while training; all are removed on success."""
 
 
+def hooks_are_there(spec: SAETrainingJobSpec, *, source: Literal["cache", "live"]) -> bool:
+    """Whether each SAE's hook is one of the source's, where the job has that source."""
+    activations = getattr(spec.activations, source)
+    if activations is None:
+        return True
+    keys = {hook.key for hook in activations.hooks}
+    return all(len(keys) == 1 if sae.hook is None else sae.hook in keys for sae in spec.saes)
+
+
+def rows_are_left(spec: SAETrainingJobSpec, *, source: Literal["cache", "live"]) -> bool:
+    """Whether held-out rows leave some to train on, where the job has that source."""
+    activations, held_out = getattr(spec.activations, source), spec.evaluation.held_out_tokens
+    return activations is None or held_out is None or held_out < activations.tokens
+
+
+# CEL: whether hook `h` is what SAE `s` names. The key is taken apart: the cost of one put together has no bound.
+_IS_HOOK = (
+    "has(h.headIndex) ? s.hook.startsWith(h.name + ':') && int(s.hook.substring(h.name.size() + 1)) == h.headIndex"
+    " : s.hook == h.name"
+)
+
+
 class SAETrainingJobSpec(ApiModel):
     RULES = (
         Rule(
@@ -328,32 +400,27 @@ class SAETrainingJobSpec(ApiModel):
             "names of saes must be unique",
             "saes",
         ),
-        Rule(
-            "!has(self.activations.cache) || self.saes.all(s, has(s.hook)"
-            " ? self.activations.cache.hooks.exists(h, h.name == s.hook)"
-            " : self.activations.cache.hooks.size() == 1)",
-            lambda spec: (
-                spec.activations.cache is None
-                or all(
-                    len(spec.activations.cache.hooks) == 1
-                    if sae.hook is None
-                    else sae.hook in {hook.name for hook in spec.activations.cache.hooks}
-                    for sae in spec.saes
-                )
-            ),
-            "each SAE's hook must be one of activations.cache.hooks; it may be left out only when there is one",
-            "saes",
+        *(
+            Rule(
+                f"!has(self.activations.{source}) || self.saes.all(s, has(s.hook)"
+                f" ? self.activations.{source}.hooks.exists(h, {_IS_HOOK})"
+                f" : self.activations.{source}.hooks.size() == 1)",
+                partial(hooks_are_there, source=source),
+                f"each SAE's hook must be one of activations.{source}.hooks; it may be left out only when there is one",
+                "saes",
+            )
+            for source in ("cache", "live")
         ),
-        Rule(
-            "!has(self.activations.cache) || !has(self.evaluation.heldOutTokens)"
-            " || self.evaluation.heldOutTokens < self.activations.cache.tokens",
-            lambda spec: (
-                spec.activations.cache is None
-                or spec.evaluation.held_out_tokens is None
-                or spec.evaluation.held_out_tokens < spec.activations.cache.tokens
-            ),
-            "evaluation.heldOutTokens must be less than activations.cache.tokens, or nothing is left to train on",
-            "evaluation.heldOutTokens",
+        *(
+            Rule(
+                f"!has(self.activations.{source}) || !has(self.evaluation.heldOutTokens)"
+                f" || self.evaluation.heldOutTokens < self.activations.{source}.tokens",
+                partial(rows_are_left, source=source),
+                f"evaluation.heldOutTokens must be less than activations.{source}.tokens, or nothing is left to train "
+                "on",
+                "evaluation.heldOutTokens",
+            )
+            for source in ("cache", "live")
         ),
     )
     # activations and training have transition rules of their own; run and suspend may change at any time.
@@ -363,12 +430,16 @@ class SAETrainingJobSpec(ApiModel):
     )
 
     activations: Activations
-    """Where activations come from: exactly one of `cacheRef`, `cache` and `uri`."""
+    """Where activations come from: exactly one of `cacheRef`, `cache`, `uri` and `live`."""
     saes: Annotated[list[SaeSpec], Field(min_length=1, max_length=16)]
     """The SAEs; all train on the same stream, read once."""
-    normalization: Literal["centered_rms", "expected_average_only_in", "none"] = "centered_rms"
-    """How activations are scaled for training; folded into the saved SAE. `centered_rms`: the deviation from the mean
-    has RMS norm sqrt(dIn). `expected_average_only_in`: the mean norm is sqrt(dIn)."""
+    normalization: Literal[
+        "centered_rms", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "none"
+    ] = "centered_rms"
+    """How activations are scaled for training. Folded into the saved SAE: `centered_rms` (the deviation from the mean
+    has RMS norm sqrt(dIn)) and `expected_average_only_in` (the mean norm is sqrt(dIn)). Done for each activation
+    again whenever the SAE is used: `constant_norm_rescale` (every norm is sqrt(dIn)) and `layer_norm` (mean 0 and
+    standard deviation 1 over its dimensions)."""
     training: Training = Field(default_factory=Training)
     """Optimisation; the same for all SAEs but for what an SAE overrides."""
     evaluation: Evaluation = Field(default_factory=Evaluation)

@@ -179,6 +179,19 @@ class TestMessages:
             ({"hooks": {"name": "a"}}, "spec.hooks", "must be a list, not a mapping; begin each item with '- '"),
             ({"hooks": []}, "spec.hooks", "must have at least 1 item"),
             ({"hooks.0.name": "a-b"}, "spec.hooks[0].name", f"{A_PATH}, not 'a-b'"),
+            ({"hooks.0.name": "a:3"}, "spec.hooks[0].name", f"{A_PATH}, not 'a:3'"),
+            ({"hooks.0.headIndex": -1}, "spec.hooks[0].headIndex", "must be at least 0, not -1"),
+            (
+                {"sampling.separators.beginContext": "<s>"},
+                "spec.sampling.separators.beginContext",
+                "must be none, bos, eos, sep or a token id in quotes, not '<s>'",
+            ),
+            (
+                {"sampling.separators.betweenDocuments": 2},
+                "spec.sampling.separators.betweenDocuments",
+                f"{TEXT}, not the number 2; {QUOTES}",
+            ),
+            ({"sampling.positions.step": 0}, "spec.sampling.positions.step", "must be at least 1, not 0"),
             (
                 {"storage.uri": "gs://a/b"},
                 "spec.storage.uri",
@@ -190,6 +203,13 @@ class TestMessages:
     )
     def test_a_mistake_is_told_in_plain_words(self, edits: dict[str, Any], field: str, message: str) -> None:
         assert messages("ActivationCache", edited(CACHE_SPEC, edits)) == [(field, message)]
+
+    @pytest.mark.parametrize("hook", ["a:", "a:b", "a:03", "a:12345", "a:1:2"])
+    def test_the_hook_of_an_sae_is_a_module_or_one_of_its_heads(self, hook: str) -> None:
+        told = "must be a hook, such as transformer.h.7, or one of its heads, such as blocks.7.attn.hook_z:3"
+        assert messages("SAETrainingJob", edited(JOB_SPEC, {"saes.0.hook": hook})) == [
+            ("spec.saes[0].hook", f"{told}, not '{hook}'")
+        ]
 
     @pytest.mark.parametrize(
         ("path", "text"),
@@ -219,8 +239,10 @@ class TestMessages:
         assert spec.run.resources.limits["cpu"] == quantity
 
     def test_values_that_come_later_are_refused_naming_those_that_work(self) -> None:
-        found = messages("ActivationCache", edited(CACHE_SPEC, {"model.loader": "TransformerLens"}))
-        assert found == [("spec.model.loader", "must be 'HuggingFace', not the text 'TransformerLens'")]
+        found = messages("ActivationCache", edited(CACHE_SPEC, {"model.loader": "nnsight"}))
+        assert found == [
+            ("spec.model.loader", "must be one of 'HuggingFace' or 'TransformerLens', not the text 'nnsight'")
+        ]
         found = messages("SAETrainingJob", edited(JOB_SPEC, {"saes.0.architecture.type": "jumprelu"}))
         assert found == [
             ("spec.saes[0].architecture.type", "must be one of 'topk' or 'standard', not the text 'jumprelu'")
@@ -233,7 +255,7 @@ class TestMessages:
             ("training.batch_size", "spec.training.batch_size", "did you mean batchSize?"),
             ("saes.0.architecture.kk", "spec.saes[0].architecture.kk", "did you mean k?"),
             ("outputs", "spec.outputs", "did you mean output?"),
-            ("activations.live", "spec.activations.live", "the fields here are cacheRef, cache, uri, endpointUrl"),
+            ("activations.stream", "spec.activations.stream", "the fields here are cacheRef, cache, uri, endpointUrl"),
             ("activations.cache.run.gpus", "spec.activations.cache.run.gpus", "the fields here are image, "),
         ],
     )
