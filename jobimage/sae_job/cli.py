@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sae_job.commands import cache as cache_commands
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.storage.base import StoreError
 from sae_operator import __version__
@@ -34,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(cache_commands.app)
 
 Files = Annotated[
     list[Path],

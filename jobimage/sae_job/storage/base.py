@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a store knows of one object: key below the store's prefix, size in bytes, and an opaque version tag."""
+    """What a store knows of one object.
+
+    Attributes:
+        key: key below the store's prefix.
+        size: bytes.
+        etag: opaque tag of the version.
+        modified: when it was written, in UTC by the store's clock; None where the store does not tell (in the answer
+            to a write). The etag alone tells versions apart.
+    """
 
     key: str
     size: int
     etag: str
+    modified: datetime | None = field(default=None, compare=False)
 
 
 class StoreError(Exception):

@@ -8,6 +8,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from sae_job.errors import InvalidInput
@@ -282,7 +283,8 @@ def _is_partial(name: str) -> bool:
 
 def _info(key: str, facts: os.stat_result) -> ObjectInfo:
     # Every write makes a new file, so its number and time tell versions apart without reading it.
-    return ObjectInfo(key, facts.st_size, f"{facts.st_ino:x}-{facts.st_mtime_ns:x}-{facts.st_size:x}")
+    etag = f"{facts.st_ino:x}-{facts.st_mtime_ns:x}-{facts.st_size:x}"
+    return ObjectInfo(key, facts.st_size, etag, datetime.fromtimestamp(facts.st_mtime, UTC))
 
 
 def _fill(descriptor: int, start: int, buffer: memoryview) -> int:

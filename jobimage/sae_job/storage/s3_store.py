@@ -155,7 +155,7 @@ class S3Store:
         except BotoCoreError as error:
             raise translate(error, self._place, self._object_uri(key)) from error
         self._bucket_seen = True
-        return ObjectInfo(key, answer["ContentLength"], answer["ETag"])
+        return ObjectInfo(key, answer["ContentLength"], answer["ETag"], answer.get("LastModified"))
 
     def put(
         self, key: str, data: bytes | bytearray | memoryview, *, if_absent: bool = False, if_match: str | None = None
@@ -185,7 +185,8 @@ class S3Store:
         while True:
             answer = self._call("list_objects_v2", prefix, Prefix=self._prefix + prefix, MaxKeys=LIST_KEYS, **token)
             for item in answer.get("Contents", []):
-                yield ObjectInfo(item["Key"].removeprefix(self._prefix), item["Size"], item["ETag"])
+                key = item["Key"].removeprefix(self._prefix)
+                yield ObjectInfo(key, item["Size"], item["ETag"], item.get("LastModified"))
             if not answer.get("IsTruncated"):
                 return
             token = {"ContinuationToken": answer["NextContinuationToken"]}
@@ -302,7 +303,7 @@ class S3Store:
             self._bucket_seen = True
             return None
         answer["Body"].close()
-        return ObjectInfo(key, answer["ContentLength"], answer["ETag"])
+        return ObjectInfo(key, answer["ContentLength"], answer["ETag"], answer.get("LastModified"))
 
     def _put_parts(self, key: str, size: int, part: Callable[[int, int], bytes]) -> ObjectInfo:
         """Upload `size` bytes in parts; `part(start, stop)` gives the bytes of one, and holds at most UPLOAD_THREADS
