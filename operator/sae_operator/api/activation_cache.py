@@ -22,6 +22,8 @@ from sae_operator.api.store import StoreAccess, StoreLocation, has_no_parent_seg
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 StorageDtype = Literal["float32", "bfloat16", "float16", "float8", "int8"]
+# Of one cache, or of one live source.
+MAX_HOOKS = 16
 HOOK_NAME_PATTERN = r"^[A-Za-z0-9_.]+$"
 HookName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=HOOK_NAME_PATTERN)]
 HOOK_KEY_PATTERN = r"^[A-Za-z0-9_.]+(:(0|[1-9][0-9]{0,3}))?$"
@@ -247,7 +249,7 @@ class ActivationCacheSpec(ApiModel):
     """The language model."""
     dataset: DatasetSource
     """The text."""
-    hooks: Annotated[list[Hook], Field(min_length=1, max_length=16)]
+    hooks: Annotated[list[Hook], Field(min_length=1, max_length=MAX_HOOKS)]
     """Where activations are taken; several hooks share one forward pass. More may be added later: the cache is
     extended."""
     context_size: Annotated[Count, Field(ge=2, le=1_048_576)] = 128

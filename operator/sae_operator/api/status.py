@@ -77,7 +77,7 @@ class ShardsStatus(StatusModel):
 
 class HookStatus(StatusModel):
     name: str
-    """Name of the hook."""
+    """Name of the hook; `name:headIndex` of a head."""
     d_in: int | None = None
     """Width of its activations."""
     mean_norm: float | None = None
@@ -136,7 +136,9 @@ class ActivationCacheStatus(CommonStatus):
     manifest_uri: str | None = None
     """The finished cache's manifest."""
     hooks: Annotated[list[HookStatus], Field(max_length=16)] | None = None
-    """Facts of the finished cache."""
+    """Hooks of the finished cache."""
+    observed_hooks: Annotated[list[str], Field(max_length=16)] | None = None
+    """The hooks asked for that this status is about."""
 
 
 class SaeStatus(StatusModel):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sae_operator.api.activation_cache import (
+    MAX_HOOKS,
     SOME_POSITIONS,
     UNIQUE_HOOKS,
     ActivationCacheSpec,
@@ -64,7 +65,7 @@ class LiveActivations(ApiModel):
     """The language model."""
     dataset: DatasetSource
     """The text."""
-    hooks: Annotated[list[Hook], Field(min_length=1, max_length=16)]
+    hooks: Annotated[list[Hook], Field(min_length=1, max_length=MAX_HOOKS)]
     """Where activations are taken; several hooks share one forward pass."""
     context_size: Annotated[Count, Field(ge=2, le=1_048_576)] = 128
     """Tokens per context."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB
 from sae_operator.controller.queue import Key
 from sae_operator.controller.store import Store, StoredResource
-from sae_operator.reconcile.names import cache_of
+from sae_operator.reconcile.names import cache_name_of
 from sae_operator.reconcile.observed import (
     CacheFacts,
     Defaults,
@@ -33,7 +33,7 @@ def observe_cache(store: Store, stored: StoredResource, defaults: Defaults) -> O
 
 def observe_training_job(store: Store, stored: StoredResource, defaults: Defaults) -> ObservedTrainingJob:
     children, spec = store.children(stored.metadata.uid), store.spec_of(stored)
-    cache_name = None if isinstance(spec, InvalidSpec) else cache_of(spec)
+    cache_name = None if isinstance(spec, InvalidSpec) else cache_name_of(spec)
     return ObservedTrainingJob(
         metadata=stored.metadata,
         spec=spec,

@@ -1,12 +1,13 @@
-"""ActivationCache: prepare -> cache -> finalize, and again when more tokens are asked for.
+"""ActivationCache: prepare -> cache -> finalize, and again when more tokens or hooks are asked for.
 
-Pending -> Preparing -> Queued / Caching -> Finalizing -> Ready. A round that is going on is finished before tokens that
-were raised meanwhile are looked at: the pods' work is not thrown away, and a job that waits for fewer tokens gets them
-sooner.
+Pending -> Preparing -> Queued / Caching -> Finalizing -> Ready. A round that is going on is finished before tokens or
+hooks that were asked for meanwhile are looked at: the pods' work is not thrown away, and a job that waits for less gets
+it sooner.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Literal
@@ -18,11 +19,11 @@ from sae_operator.api.status import ActivationCacheStatus, HookStatus, ShardsSta
 from sae_operator.api.steps import CacheStep, CacheStepName, StepResult
 from sae_operator.reconcile.children import StepWanted, resources_field, resources_of, secret_names
 from sae_operator.reconcile.conditions import METRICS_UNAVAILABLE, Finding
-from sae_operator.reconcile.defaults import resolve_cache
+from sae_operator.reconcile.defaults import resolve_cache, resolve_location
 from sae_operator.reconcile.diagnosis import Surroundings
 from sae_operator.reconcile.observed import InvalidSpec, ObservedCache, OperatorSettings
 from sae_operator.reconcile.progress import finished_progress, latest_by_index, merge_progress
-from sae_operator.reconcile.rounds import current_round
+from sae_operator.reconcile.rounds import Round, current_round
 from sae_operator.reconcile.scene import (
     Draft,
     Scene,
@@ -56,24 +57,31 @@ def reconcile_cache(observed: ObservedCache, settings: OperatorSettings, now: da
     ended = _ended(stored)
     if isinstance(spec, InvalidSpec):
         return at_rest(metadata, stored, observed) if ended else refuse_invalid(metadata, stored, spec, now)
-    work = current_round(stored, ended, retry=spec.retry, tokens=spec.tokens, more_tokens_interrupt=False)
+    asked = Round(spec.retry, spec.tokens, tuple(hook.key for hook in spec.hooks))
+    work = current_round(stored, ended, asked, observed_hooks=stored.observed_hooks, more_interrupts=False)
     if ended is not None and not work.begins:
         return at_rest(metadata, stored, observed)
     previous = forget_round(stored, ("shards",)) if work.begins else stored
     scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now)
-    draft = Draft()
+    draft = Draft(updates={"observed_hooks": list(work.hooks)})
     if is_suspended(observed, spec):
         suspend(scene, draft)
     else:
-        inline = bool(observed.owners)
-        _work(scene, draft, spec.model_copy(update={"tokens": work.tokens}), inline)
+        _work(scene, draft, _of_round(spec, work), inline=bool(observed.owners))
     wanted = compose(scene, draft)
-    if draft.standing.kind == "done" and spec.tokens > work.tokens:
+    if draft.standing.kind == "done" and asked.exceeds(work):
         # More is asked for already: it is never told to be ready for a spec that it is not ready for.
         reached = ActivationCacheStatus.model_validate(wanted.status)
         following = reconcile_cache(replace(observed, status=reached), settings, now)
         return replace(following, events=(*wanted.events, *following.events))
     return wanted
+
+
+def _of_round(spec: ActivationCacheSpec, work: Round) -> ActivationCacheSpec:
+    """The spec as far as the round is about it."""
+    return spec.model_copy(
+        update={"tokens": work.tokens, "hooks": [hook for hook in spec.hooks if hook.key in work.hooks]}
+    )
 
 
 def is_suspended(observed: ObservedCache, spec: ActivationCacheSpec) -> bool:
@@ -124,12 +132,9 @@ def _become_ready(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec, re
         "bytes": result.bytes if result else None,
         "manifest_uri": f"{location.uri}/manifest.json",
         "shards": ShardsStatus(total=total, complete=total),
+        "hooks": _hooks(spec, result, scene.previous.hooks or ()),
         "progress": finished_progress(tokens, None, scene.now),
     }
-    if result is not None and result.hooks:
-        draft.updates["hooks"] = [
-            HookStatus(name=hook.name, d_in=hook.d_in, mean_norm=hook.mean_norm) for hook in result.hooks
-        ]
     adopted = result is not None and bool(result.adopted)
     message = f"{'found' if adopted else 'stored'} {tokens} tokens at {location.uri}"
     if result is None:
@@ -137,6 +142,15 @@ def _become_ready(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec, re
         draft.findings.append(Finding(METRICS_UNAVAILABLE, "NoMessage", text))
     draft.stand("Ready", "done", "Adopted" if adopted else "Completed", message)
     draft.requeue_after, draft.poll_pods = None, False
+
+
+def _hooks(spec: ActivationCacheSpec, result: StepResult | None, known: Sequence[HookStatus]) -> list[HookStatus]:
+    """Every hook of the round, by which jobs see that it is there; the figures of one may be lost, or be left out of a
+    message that would be too long."""
+    figures = {hook.name: hook for hook in known}
+    for hook in (result.hooks if result is not None else None) or ():
+        figures[hook.name] = HookStatus(name=hook.name, d_in=hook.d_in, mean_norm=hook.mean_norm)
+    return [figures.get(hook.key, HookStatus(name=hook.key)) for hook in spec.hooks]
 
 
 def _take_figures(
@@ -220,14 +234,13 @@ def _plan(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec, step: Cach
 
 def _given(scene: CacheScene, spec: ActivationCacheSpec, step: CacheStepName, completions: int) -> CacheStep:
     """What the step's pods are given: the spec with the namespace's defaults."""
-    resolved = resolve_cache(spec, scene.defaults)
     return CacheStep(
         step=step,
         namespace=scene.metadata.namespace,
         name=scene.metadata.name,
         uid=scene.metadata.uid,
-        spec=resolved,
-        location=cache_location(resolved, scene.metadata.namespace),
+        spec=resolve_cache(spec, scene.defaults),
+        location=resolve_location(cache_location(spec, scene.metadata.namespace), scene.defaults),
         completions=completions,
     )
 

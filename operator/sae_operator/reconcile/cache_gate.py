@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.activation_cache import MAX_HOOKS, ActivationCacheSpec, Hook
 from sae_operator.api.base import API_VERSION
-from sae_operator.api.identity import cache_location, inline_cache_name
+from sae_operator.api.identity import cache_location, cache_of, inline_cache_name, live_location
 from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB
-from sae_operator.api.status import SAETrainingJobStatus
+from sae_operator.api.status import ActivationCacheStatus, SAETrainingJobStatus
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
 from sae_operator.reconcile.conditions import READY
@@ -54,6 +54,8 @@ def activations_of(
         return location, None
     if source.cache is not None:
         return cache_location(source.cache, namespace), source.cache
+    if source.live is not None:
+        return live_location(spec), cache_of(spec)
     name = source.cache_ref.name if source.cache_ref is not None else ""
     if cache is None:
         return Gate(
@@ -70,7 +72,7 @@ def cache_gate(
     spec: SAETrainingJobSpec, cache: CacheFacts | None, metadata: Metadata, previous: SAETrainingJobStatus
 ) -> Gate:
     """Whether a job may train, once its preflight has succeeded."""
-    if spec.activations.uri is not None:
+    if spec.activations.uri is not None or spec.activations.live is not None:
         return Gate(True)
     if spec.activations.cache is not None:
         return _inline_gate(spec.activations.cache, cache, metadata, previous)
@@ -91,7 +93,9 @@ def has_failed(cache: CacheFacts) -> bool:
     status, spec = cache.status, cache.spec
     if status.phase != "Failed" or isinstance(spec, InvalidSpec):
         return False
-    return spec.retry <= (status.observed_retry or 0) and spec.tokens <= (status.observed_tokens or 0)
+    keys = {hook.key for hook in spec.hooks}
+    more = spec.tokens > (status.observed_tokens or 0) or not keys <= set(status.observed_hooks or keys)
+    return spec.retry <= (status.observed_retry or 0) and not more
 
 
 def _inline_gate(
@@ -114,15 +118,32 @@ def _inline_gate(
     if isinstance(cache.spec, InvalidSpec):
         return Gate(False, "CacheInvalid", f"the spec of ActivationCache {name} is invalid: {cache.spec.message}")
     status = cache.status
-    there = status.manifest_uri is not None and (status.tokens or 0) >= mine.tokens
+    there = _holds(status, mine)
     failed = has_failed(cache) and not there
     rearm = failed and not _failed_for(cache, metadata.uid, previous)
     if failed and not rearm:
         return Gate(False, failure=Failure("CacheFailed", f"ActivationCache {name} failed: {_told(cache)}"))
+    if len(cache.spec.hooks) + len(_missing_hooks(cache.spec, mine)) > MAX_HOOKS:
+        message = (
+            f"ActivationCache {name} would have more than {MAX_HOOKS} hooks; give the new ones another storage.uri"
+        )
+        return Gate(False, failure=Failure("TooManyHooks", message))
     application, event = _join(cache, cache.spec, mine, metadata, rearm=rearm)
     if there:
         return Gate(True, apply_cache=application, event=event)
     return Gate(False, "WaitingForCache", _waits(cache), apply_cache=application, event=event)
+
+
+def _holds(status: ActivationCacheStatus, asked: ActivationCacheSpec) -> bool:
+    """Whether what has been finished of a cache is enough, though more may be on its way."""
+    hooks = {hook.name for hook in status.hooks or ()}
+    enough = (status.tokens or 0) >= asked.tokens and {hook.key for hook in asked.hooks} <= hooks
+    return status.manifest_uri is not None and enough
+
+
+def _missing_hooks(existing: ActivationCacheSpec, asked: ActivationCacheSpec) -> list[Hook]:
+    keys = {hook.key for hook in existing.hooks}
+    return [hook for hook in asked.hooks if hook.key not in keys]
 
 
 def _failed_for(cache: CacheFacts, uid: str, previous: SAETrainingJobStatus) -> bool:
@@ -138,21 +159,29 @@ def _failed_for(cache: CacheFacts, uid: str, previous: SAETrainingJobStatus) -> 
 def _join(
     cache: CacheFacts, existing: ActivationCacheSpec, mine: ActivationCacheSpec, metadata: Metadata, *, rearm: bool
 ) -> tuple[CacheApplication | None, EventWanted | None]:
-    """Become an owner, raise tokens, or re-arm; nothing when all is as it should be.
+    """Become an owner, raise tokens, add hooks, or re-arm; nothing when all is as it should be.
 
     The spec that exists stays: what differs (run, parallelism, credentials) was the first job's choice. Everything is
     computed from what is observed, so that applying it twice changes nothing.
     """
     joins = metadata.uid not in cache.owner_uids
-    extends = mine.tokens > existing.tokens
-    if not (joins or extends or rearm):
+    added = _missing_hooks(existing, mine)
+    extensions = []
+    if mine.tokens > existing.tokens:
+        extensions.append(f"raises the tokens from {existing.tokens} to {mine.tokens}")
+    if added:
+        extensions.append(f"adds {', '.join(hook.key for hook in added)}")
+    if not (joins or extensions or rearm):
         return None, None
-    changes: dict[str, object] = {"tokens": max(existing.tokens, mine.tokens)}
+    changes: dict[str, object] = {
+        "tokens": max(existing.tokens, mine.tokens),
+        "hooks": [*existing.hooks, *added],
+    }
     if rearm:
         changes |= {"retry": (cache.status.observed_retry or 0) + 1, "run": mine.run}
         event = EventWanted("Normal", "CacheRetried", f"runs the failed ActivationCache {cache.name} again")
-    elif extends:
-        text = f"raises the tokens of ActivationCache {cache.name} from {existing.tokens} to {mine.tokens}"
+    elif extensions:
+        text = f"extends ActivationCache {cache.name}: {' and '.join(extensions)}"
         event = EventWanted("Normal", "CacheExtended", text)
     else:
         text = f"shares ActivationCache {cache.name}, which exists already; its run settings and parallelism serve"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_operator.api.base import API_VERSION, GROUP
-from sae_operator.api.identity import inline_cache_name
+from sae_operator.api.identity import canonical_hash, inline_cache_name
 from sae_operator.api.training_job import SAETrainingJobSpec
 from sae_operator.reconcile.observed import Metadata
 
@@ -57,9 +57,11 @@ def labels(kind: str, metadata: Metadata, step: str) -> dict[str, str]:
     }
 
 
-def work_key(retry: int, tokens: int | None) -> str:
-    """Key of a round of work: raising `retry` or `tokens` begins another one. 0 tokens means all that there are."""
-    return f"{retry}.{tokens or 0}"
+def work_key(retry: int, tokens: int, hooks: Sequence[str] = ()) -> str:
+    """Key of a round of work: raising `retry` or `tokens`, or adding hooks, begins another one. 0 tokens means all
+    that there are; of hooks, whose names are long, a hash stands in the key."""
+    parts = [str(retry), str(tokens)]
+    return ".".join([*parts, canonical_hash(sorted(hooks))] if hooks else parts)
 
 
 def owner_reference(kind: str, metadata: Metadata, *, controller: bool) -> dict[str, Any]:
@@ -80,8 +82,8 @@ def field_manager(uid: str) -> str:
     return f"{MANAGED_BY}-{short_uid(uid)}"
 
 
-def cache_of(spec: SAETrainingJobSpec) -> str | None:
-    """Name of the ActivationCache that a job reads; None when it reads a `uri`."""
+def cache_name_of(spec: SAETrainingJobSpec) -> str | None:
+    """Name of the ActivationCache that a job reads; None when it reads a `uri` or a live source."""
     activations = spec.activations
     if activations.cache_ref is not None:
         return activations.cache_ref.name

@@ -247,8 +247,8 @@ class ObservedTrainingJob(Children):
     """An SAETrainingJob and what belongs to it.
 
     Attributes:
-        cache: the ActivationCache named by `names.cache_of(spec)`, in the job's namespace; None when it does not exist
-            or the job reads a `uri`.
+        cache: the ActivationCache named by `names.cache_name_of(spec)`, in the job's namespace; None when it does not
+            exist or the job reads none.
     """
 
     metadata: Metadata

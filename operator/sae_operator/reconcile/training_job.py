@@ -1,4 +1,4 @@
-"""SAETrainingJob: preflight -> (its cache) -> train.
+"""SAETrainingJob: preflight -> (its cache) -> train. The contexts of a live source are prepared by preflight.
 
 Pending -> Preflight -> WaitingForCache -> Queued / Running -> Succeeded. Tokens that are raised while it trains end the
 pod (after a checkpoint) and go on from there: finishing first would only decay the learning rate for nothing.
@@ -20,7 +20,7 @@ from sae_operator.reconcile.children import StepWanted, resources_field, resourc
 from sae_operator.reconcile.conditions import METRICS_UNAVAILABLE, Finding
 from sae_operator.reconcile.defaults import resolve_cache, resolve_location, resolve_training_job
 from sae_operator.reconcile.diagnosis import Surroundings
-from sae_operator.reconcile.names import cache_of
+from sae_operator.reconcile.names import cache_name_of
 from sae_operator.reconcile.observed import InvalidSpec, ObservedTrainingJob, OperatorSettings
 from sae_operator.reconcile.progress import (
     finished_progress,
@@ -32,7 +32,7 @@ from sae_operator.reconcile.progress import (
     summarize,
 )
 from sae_operator.reconcile.projection import parse_time
-from sae_operator.reconcile.rounds import current_round
+from sae_operator.reconcile.rounds import Round, current_round
 from sae_operator.reconcile.scene import (
     Draft,
     Scene,
@@ -64,13 +64,13 @@ def reconcile_training_job(observed: ObservedTrainingJob, settings: OperatorSett
     ended = _ended(stored)
     if isinstance(spec, InvalidSpec):
         return at_rest(metadata, stored, observed) if ended else refuse_invalid(metadata, stored, spec, now)
-    work = current_round(stored, ended, retry=spec.retry, tokens=_asked_for(spec), more_tokens_interrupt=True)
+    work = current_round(stored, ended, Round(spec.retry, _asked_for(spec)), more_interrupts=True)
     if ended is not None and not work.begins:
         return at_rest(metadata, stored, observed)
     forgotten = ("saes", "summary", "report_uri", "log_uri")
     previous = forget_round(stored, forgotten) if work.begins else stored
     scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now)
-    draft = Draft(updates={"cache_name": cache_of(spec)})
+    draft = Draft(updates={"cache_name": cache_name_of(spec)})
     if spec.suspend:
         suspend(scene, draft)
     else:
@@ -78,10 +78,11 @@ def reconcile_training_job(observed: ObservedTrainingJob, settings: OperatorSett
     return compose(scene, draft)
 
 
-def _asked_for(spec: SAETrainingJobSpec) -> int | None:
-    """What a round is about: the tokens to train on or, where these are all that an inline cache holds, the cache's."""
-    inline = spec.activations.cache
-    return spec.training.tokens or (inline.tokens if inline is not None else None)
+def _asked_for(spec: SAETrainingJobSpec) -> int:
+    """What a round is about: the tokens to train on or, where these are all that an inline cache or a live source
+    gives, the source's. 0 is all that there are."""
+    source = spec.activations.cache or spec.activations.live
+    return spec.training.tokens or (source.tokens if source is not None else 0)
 
 
 def _ended(status: SAETrainingJobStatus) -> Literal["done", "failed"] | None:

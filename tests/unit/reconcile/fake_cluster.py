@@ -20,7 +20,7 @@ from sae_operator.api.training_job import SAETrainingJobSpec
 from sae_operator.reconcile import projection
 from sae_operator.reconcile.cache import reconcile_cache
 from sae_operator.reconcile.conditions import CREATE_REFUSED
-from sae_operator.reconcile.names import LABEL_STEP, LABEL_UID, cache_of, is_controlled_by
+from sae_operator.reconcile.names import LABEL_STEP, LABEL_UID, cache_name_of, is_controlled_by
 from sae_operator.reconcile.observed import (
     CacheFacts,
     Defaults,
@@ -80,6 +80,8 @@ class FakeCluster:
     """Attributes:
     resources: raw resources by kind and name.
     stored_rows: rows of each finished cache by location: the object store.
+    stored_hooks: hooks of each finished cache by location.
+    prepared_contexts: locations of live sources whose contexts are there.
     job_controller_away: no pods are made, and no Job ends.
     quota_used_up: the API server refuses Jobs.
     die_after: number of the operator's call after which it ends.
@@ -95,6 +97,8 @@ class FakeCluster:
     pods: dict[str, dict[str, Any]] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=dict)
     stored_rows: dict[str, int] = field(default_factory=dict)
+    stored_hooks: dict[str, set[str]] = field(default_factory=dict)
+    prepared_contexts: set[str] = field(default_factory=set)
     finished_outputs: dict[str, int] = field(default_factory=dict)
     created_jobs: list[str] = field(default_factory=list)
     statuses: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -248,7 +252,7 @@ class FakeCluster:
             metadata=found,
             spec=spec,
             status=SAETrainingJobStatus.model_validate(raw["status"]),
-            cache=self._cache_facts(cache_of(spec)),
+            cache=self._cache_facts(cache_name_of(spec)),
             defaults=self.defaults,
             **children,
         )
@@ -478,9 +482,9 @@ class FakeCluster:
         given = self.step_spec(job)
         result: dict[str, Any] = {"step": step, "exitCode": 0, "reason": "Completed"}
         if isinstance(given, TrainStep):
-            inline = given.spec.activations.cache
+            source = given.spec.activations.cache or given.spec.activations.live
             output = given.spec.output.uri
-            tokens = given.spec.training.tokens or (inline.tokens if inline is not None else 1000)
+            tokens = given.spec.training.tokens or (source.tokens if source is not None else 1000)
             figures = [
                 {"name": sae.name, "phase": "Succeeded", "explainedVariance": 0.8 + i / 100, "l0": 32.04, "mse": 1.5}
                 for i, sae in enumerate(given.spec.saes)
@@ -488,13 +492,18 @@ class FakeCluster:
             if step == "preflight":
                 if self.finished_outputs.get(output, 0) >= tokens:
                     return result | {"adopted": True, "saes": figures, "tokens": tokens}
+                if given.spec.activations.live is not None:
+                    self.prepared_contexts.add(given.activations.uri)
                 return result | {"plan": {"memoryBytes": 2**30, "gpuSeconds": 12.4}}
-            assert given.spec.activations.uri or self.stored_rows[given.activations.uri] > 0
+            self._check_activations(given)
             self.finished_outputs[output] = tokens
             return result | {"saes": figures, "tokens": tokens, "tokensPerSecond": 1234.5}
         place, rows, asked = given.location.uri, self.stored_rows.get(given.location.uri, 0), given.spec.tokens
+        hooks = {hook.key for hook in given.spec.hooks}
+        if not hooks <= self.stored_hooks.get(place, set()):
+            rows = 0
         shards = {"shardsTotal": -(-asked // ROWS_PER_SHARD), "shardsComplete": rows // ROWS_PER_SHARD}
-        facts = {"hooks": [{"name": hook.name, "dIn": 8, "meanNorm": 3.0} for hook in given.spec.hooks]}
+        facts = {"hooks": [{"name": hook.key, "dIn": 8, "meanNorm": 3.0} for hook in given.spec.hooks]}
         if step == "prepare":
             adopted = rows >= asked
             plan = {"bytes": 16 * asked, "memoryBytes": 2**30, "gpuSeconds": None}
@@ -502,6 +511,7 @@ class FakeCluster:
             return result | shards | facts | {"plan": plan, "adopted": adopted}
         if step == "finalize":
             self.stored_rows[place] = asked
+            self.stored_hooks[place] = self.stored_hooks.get(place, set()) | hooks
             return (
                 result
                 | shards
@@ -509,6 +519,15 @@ class FakeCluster:
                 | {"tokens": asked, "bytes": 16 * asked, "shardsComplete": shards["shardsTotal"]}
             )
         return result
+
+    def _check_activations(self, given: TrainStep) -> None:
+        """What the training reads is there."""
+        place, activations = given.activations.uri, given.spec.activations
+        if activations.live is not None:
+            assert place in self.prepared_contexts
+        elif not activations.uri:
+            assert self.stored_rows[place] > 0
+            assert {sae.hook for sae in given.spec.saes if sae.hook} <= self.stored_hooks[place]
 
 
 def _with_refusal(status: Mapping[str, Any]) -> dict[str, Any]:

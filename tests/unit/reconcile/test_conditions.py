@@ -24,7 +24,7 @@ from sae_operator.reconcile.observed import (
     SpecProblem,
 )
 from sae_operator.reconcile.progress import merge_checkpoint, merge_progress, merge_saes, reports, summarize
-from sae_operator.reconcile.rounds import current_round
+from sae_operator.reconcile.rounds import Round, current_round
 from sae_operator.reconcile.training_job import reconcile_training_job
 from tests.unit.reconcile.fake_cluster import CACHE, SETTINGS, FakeCluster, kstatus
 from tests.unit.reconcile.specs import cache_spec
@@ -173,26 +173,39 @@ def test_a_failure_that_found_no_room_does_not_come_back_as_a_new_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ended", "retry", "tokens", "interrupt", "expected"),
+    ("ended", "asked", "interrupt", "begins"),
     [
-        (None, 0, 100, False, ("0.100", False)),
-        ("done", 0, 100, False, ("0.100", False)),
-        ("done", 9, 100, False, ("0.100", False)),
-        ("done", 0, 200, False, ("0.200", True)),
-        ("failed", 0, 100, False, ("0.100", False)),
-        ("failed", 1, 100, False, ("1.100", True)),
-        ("failed", 0, 200, False, ("0.200", True)),
-        (None, 1, 200, False, ("0.100", False)),
-        (None, 0, 200, True, ("0.200", True)),
-        (None, 1, 100, True, ("0.100", False)),
+        (None, Round(0, 100, ("a",)), False, False),
+        ("done", Round(0, 100, ("a",)), False, False),
+        ("done", Round(9, 100, ("a",)), False, False),
+        ("done", Round(0, 200, ("a",)), False, True),
+        ("done", Round(0, 100, ("a", "b")), False, True),
+        ("failed", Round(0, 100, ("a",)), False, False),
+        ("failed", Round(1, 100, ("a",)), False, True),
+        ("failed", Round(0, 200, ("a",)), False, True),
+        ("failed", Round(0, 100, ("b", "a")), False, True),
+        (None, Round(1, 200, ("a", "b")), False, False),
+        (None, Round(0, 200, ("a",)), True, True),
+        (None, Round(1, 100, ("a",)), True, False),
     ],
 )
 def test_when_another_round_begins(
-    ended: Literal["done", "failed"] | None, retry: int, tokens: int, interrupt: bool, expected: tuple[str, bool]
+    ended: Literal["done", "failed"] | None, asked: Round, interrupt: bool, begins: bool
 ) -> None:
     status = ActivationCacheStatus(observed_retry=0, observed_tokens=100)
-    found = current_round(status, ended, retry=retry, tokens=tokens, more_tokens_interrupt=interrupt)
-    assert (found.key, found.begins) == expected
+    found = current_round(status, ended, asked, observed_hooks=["a"], more_interrupts=interrupt)
+    assert found == (replace(asked, begins=True) if begins else Round(0, 100, ("a",)))
+
+
+def test_each_round_has_a_key_of_its_own() -> None:
+    rounds = [Round(0, 100), Round(1, 100), Round(0, 200), Round(0, 100, ("a",)), Round(0, 100, ("a", "b"))]
+    assert len({found.key for found in rounds}) == len(rounds)
+    assert Round(0, 100, ("b", "a")).key == Round(0, 100, ("a", "b")).key
+
+
+def test_a_status_that_does_not_say_its_hooks_is_about_those_that_are_asked_for() -> None:
+    status = ActivationCacheStatus(observed_retry=0, observed_tokens=100)
+    assert not current_round(status, "done", Round(0, 100, ("a",)), more_interrupts=False).begins
 
 
 def test_an_invalid_spec_is_stalled_with_the_fields_path_until_it_is_corrected() -> None:

@@ -43,6 +43,16 @@ def share_and_extend(cluster: FakeCluster) -> None:
     cluster.run()
 
 
+def add_a_hook(cluster: FakeCluster) -> None:
+    hooks = [{"name": "model.layers.0"}, {"name": "model.layers.1"}]
+    saes = [{"name": "k16", "hook": "model.layers.1", "architecture": {"type": "topk", "k": 16}, "dSae": 64}]
+    cluster.create(JOB, "first", job_spec())
+    cluster.run()
+    extended = job_spec({"cache": cache_spec(hooks=hooks)}, saes=saes, output={"uri": "s3://saes/second"})
+    cluster.create(JOB, "second", extended)
+    cluster.run()
+
+
 def suspend_and_resume(cluster: FakeCluster) -> None:
     cluster.script = lambda step, index, earlier: PodScript(seconds=4)
     cluster.create(CACHE, "acts", cache_spec())
@@ -80,6 +90,7 @@ def lose_a_job(cluster: FakeCluster) -> None:
 
 LIVES = [
     share_and_extend,
+    add_a_hook,
     suspend_and_resume,
     fail_and_retry,
     run_out_of_memory,
