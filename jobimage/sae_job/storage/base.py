@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -88,4 +88,19 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object; no error when there is none."""
+        ...
+
+
+@runtime_checkable
+class MapsObjects(Protocol):
+    """A store whose objects can be looked at without being copied: files on this machine."""
+
+    def map(self, key: str, start: int, length: int) -> memoryview:
+        """Bytes `start` to `start + length` of an object where the system keeps them; fewer only at its end.
+
+        They stay as they are for as long as the view is held, also when the object is replaced or deleted meanwhile.
+
+        Raises:
+            ObjectNotFound: no object has this key.
+        """
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import time
 from collections.abc import Iterator
@@ -71,6 +72,16 @@ class FileStore:
     def read_into(self, key: str, start: int, buffer: memoryview) -> int:
         with self._reading(key) as descriptor:
             return _fill(descriptor, start, buffer)
+
+    def map(self, key: str, start: int, length: int) -> memoryview:
+        with self._reading(key) as descriptor:
+            length = max(min(length, os.fstat(descriptor).st_size - start), 0)
+            if length == 0:
+                return memoryview(b"")
+            before = start % mmap.ALLOCATIONGRANULARITY
+            # Private and writable, although nobody writes: torch warns of memory that it must not write to.
+            mapped = mmap.mmap(descriptor, before + length, access=mmap.ACCESS_COPY, offset=start - before)
+            return memoryview(mapped)[before:]
 
     def head(self, key: str) -> ObjectInfo | None:
         path = self._path(key)

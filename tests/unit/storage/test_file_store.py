@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_job.errors import InvalidInput
-from sae_job.storage.base import NoSpaceLeft, ObjectNotFound, PreconditionFailed, StoreError
+from sae_job.storage.base import MapsObjects, NoSpaceLeft, ObjectNotFound, PreconditionFailed, StoreError
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from tests.faults import KILLED, kill, run_in_child
 
@@ -45,6 +45,22 @@ def test_reading_into_a_buffer_tells_how_much_there_was(store: FileStore) -> Non
     assert bytes(buffer) == b"1234"
     assert store.read_into("x", 8, memoryview(buffer)) == 2
     assert bytes(buffer) == b"8934"
+
+
+def test_a_map_shows_what_was_there_when_it_was_made(store: FileStore) -> None:
+    """Also from places between pages, and after the object is gone."""
+    data = bytes(range(256)) * 100
+    store.put("x", data)
+    assert isinstance(store, MapsObjects)
+    views = {
+        place: store.map("x", *place) for place in [(0, 25_600), (1, 5000), (4096, 9), (20_001, 9999), (25_600, 1)]
+    }
+    store.put("x", b"other")
+    store.delete("x")
+    for (start, length), view in views.items():
+        assert view == data[start : start + length]
+    with pytest.raises(ObjectNotFound, match="/x: no such object"):
+        store.map("x", 0, 1)
 
 
 def test_a_large_file_is_uploaded_whole(store: FileStore, tmp_path: Path) -> None:
