@@ -1,4 +1,4 @@
-"""A real S3 server for the benchmarks, and a cache's step on it."""
+"""A real S3 server for the benchmarks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.open import open_store
@@ -30,6 +31,12 @@ class S3Place:
     directory: Path
     secrets: Path
     endpoint: str
+
+    def client(self) -> Any:
+        """A boto3 client of the server's account."""
+        server = ObjectServer(self.directory)
+        server.endpoint = self.endpoint
+        return server.client()
 
     def store(self, prefix: str) -> ObjectStore:
         location = StoreLocation(

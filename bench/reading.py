@@ -1,10 +1,13 @@
-"""How fast training reads a cache: batches per CPU-second, and whether reading from S3 holds training up.
+"""How fast training reads a cache, beside SAELens, a plain download, and memory.
 
-`gb_per_cpu_s`: bytes of activations in batches per CPU-second of this process, from a folder, each shard verified by
-its SHA-256 as it is read for the first time. `s3_vs_memory`: rate of a loop that multiplies each batch by an encoder
-of 8 times its width, fed from a real S3 server, over the rate of the same loop fed from memory (1 is perfect).
+vs_saelens         rows per CPU second over those of SAELens's store of cached activations
+gb_per_cpu_s       GB of bfloat16 activations, verified, decoded and mixed, per CPU second, from files, in the first
+                   epoch
+vs_plain_download  GB per second from a real S3 server over those of a plain download with as many threads
+s3_vs_memory       rate of a loop that multiplies each batch by an encoder of 8 times its width, fed from a real S3
+                   server, over that of the same loop fed from memory (1 is perfect)
 
-    python bench/reading.py [--quick]
+python bench/reading.py [--quick]
 """
 
 # ruff: noqa: E402 - the import path comes first.
@@ -15,130 +18,110 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
-import hashlib
 import json
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
+import zlib
 from pathlib import Path
 
 import torch
 
-from bench.object_store import s3_server
-from sae_job.activations.reader import CachedActivations
-from sae_job.steps.cache import write_shards
-from sae_job.steps.finalize import run_finalize
-from sae_job.storage.base import ObjectStore
+from bench.first_batch import first_batch_seconds
+from bench.object_store import S3Place, s3_server
+from bench.peers import SAE_LENS_REFERENCE
+from bench.reading_peer import compare_reading
+from bench.reading_s3 import RemoteCache
+from bench.stored_model import WIDTH, build_cache, open_reader
 from sae_job.storage.file_store import FileStore
-from tests.caches import cache_spec, cache_step, prepare_tokens, step_context
+from sae_operator.api.activation_cache import StorageDtype
 
-HOOK = "model.layers.15"
-WIDTH = 576
-LATENTS = 8 * WIDTH
 BATCH = 4096
+DTYPES: tuple[StorageDtype, ...] = ("bfloat16", "float8", "int8")
 
 
-class RandomModel:
-    """Random activations, made once."""
-
-    def __init__(self) -> None:
-        self._values = torch.randn(16, 128, WIDTH).bfloat16()
-
-    def activations(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {HOOK: self._values[: len(tokens)]}
-
-
-def build_cache(store: ObjectStore, directory: Path, *, rows: int, shard_bytes: int) -> None:
-    hooks = {HOOK: WIDTH}
-    spec = cache_spec(directory, hooks=hooks, tokens=rows, context_size=128, shard_bytes=shard_bytes, batch_size=16)
-    prepare_tokens(store, spec, hooks, contexts_per_block=8192)
-    step = cache_step(spec)
-    context = step_context(open_store=lambda location: store)
-    write_shards(step, context, lambda index: RandomModel(), device="cpu")
-    run_finalize(step, context)
-
-
-def open_reader(store: ObjectStore, shard_bytes: int) -> CachedActivations:
-    return CachedActivations.open(
-        store,
-        hooks=[HOOK],
-        batch_size=BATCH,
-        seed=0,
-        held_out_contexts=0,
-        mix_shards=4,
-        read_ahead_bytes=2 * shard_bytes + 2**20,
-    )
-
-
-def rate(batches: int, clock: Callable[[], float], next_batch: Callable[[], object]) -> float:
-    """Gigabytes of activations per second of `clock`."""
-    start = clock()
-    for _ in range(batches):
-        next_batch()
-    return batches * BATCH * WIDTH * 2 / 1e9 / (clock() - start)
-
-
-def from_folder(folder: Path, *, epochs: int, shard_bytes: int) -> list[float]:
-    """GB per CPU-second of each epoch; the first verifies SHA-256, the others CRC-32."""
-    reader = open_reader(FileStore(folder), shard_bytes)
+def epoch_rates(folder: Path, *, epochs: int, shard_bytes: int) -> list[float]:
+    """Rows per CPU second of each epoch of a cache in a folder."""
+    reader = open_reader(FileStore(folder), batch=BATCH, shard_bytes=shard_bytes)
     batches = reader.training_rows // BATCH
-    rates = [rate(batches, time.process_time, reader.next_batch) for _ in range(epochs)]
+    rates = []
+    for _ in range(epochs):
+        start = time.process_time()
+        for _ in range(batches):
+            reader.next_batch()
+        rates.append(batches * BATCH / (time.process_time() - start))
     reader.close()
     return rates
 
 
-def hashing_rate() -> float:
-    """GB per CPU-second of SHA-256 alone: no verified read can be faster."""
+def from_files(directory: Path, *, rows: int, shard_bytes: int, repetitions: int) -> float:
+    """GB per CPU second of bfloat16 in the first epoch; all formats are shown."""
+    for dtype in DTYPES:
+        build_cache(FileStore(directory / dtype), directory, rows=rows, shard_bytes=shard_bytes, dtype=dtype)
+    found: dict[StorageDtype, list[list[float]]] = {dtype: [] for dtype in DTYPES}
+    # The first run warms up.
+    for _ in range(repetitions + 1):
+        for dtype, runs in found.items():
+            runs.append(epoch_rates(directory / dtype, epochs=2, shard_bytes=shard_bytes))
+    medians = {
+        dtype: [statistics.median(run[epoch] for run in runs[1:]) for epoch in range(2)]
+        for dtype, runs in found.items()
+    }
+    print(f"{rows} rows of {WIDTH}, batches of {BATCH}, shards of {shard_bytes >> 20} MiB, one torch thread")
+    print(f"CRC-32 alone: {checking_rate():.2f} GB per CPU second")
+    for dtype, (first, later) in medians.items():
+        item = 2 if dtype == "bfloat16" else 1
+        told = f"{first * WIDTH * item / 1e9:.2f} and {later * WIDTH * item / 1e9:.2f} GB"
+        print(f"  {dtype:<9} from files, first and second epoch: {told}, {first:,.0f} and {later:,.0f} rows, per CPU-s")
+    return medians["bfloat16"][0] * WIDTH * 2 / 1e9
+
+
+def checking_rate() -> float:
+    """GB per CPU second of CRC-32 alone: no verified read can be faster."""
     data = bytes(2**26)
     start = time.process_time()
-    hashlib.sha256(data)
+    zlib.crc32(data)
     return len(data) / 1e9 / (time.process_time() - start)
 
 
-def trained(batches: int, next_batch: Callable[[], torch.Tensor]) -> float:
-    """Batches per second of wall time of a loop that computes with each."""
-    encoder = torch.randn(WIDTH, LATENTS)
-    out = torch.empty(BATCH, LATENTS)
-    start = time.perf_counter()
-    for _ in range(batches):
-        torch.mm(next_batch().float(), encoder, out=out)
-    return batches / (time.perf_counter() - start)
+def from_s3(place: S3Place, *, rows: int, shard_bytes: int, repetitions: int) -> tuple[float, float]:
+    """`vs_plain_download` and `s3_vs_memory`."""
+    cache = RemoteCache(place, rows=rows, shard_bytes=shard_bytes)
+    reading, plain, training = [], [], []
+    for _ in range(repetitions + 1):
+        plain.append(cache.download_rate())
+        reading.append(cache.reading_rate())
+    # Each batch takes a quarter of a CPU second, the most of it the product's.
+    training = [cache.training_over_memory(20) for _ in range(repetitions)]
+    print(f"  S3: reader {statistics.median(reading[1:]):.2f}, plain download {statistics.median(plain[1:]):.2f} GB/s")
+    print("  S3 over memory, rate of a training loop:", ", ".join(f"{value:.3f}" for value in training))
+    ratios = [ours / theirs for ours, theirs in zip(reading[1:], plain[1:], strict=True)]
+    return statistics.median(ratios), statistics.median(training)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller cache and fewer repetitions")
+    parser.add_argument("--quick", action="store_true", help="smaller caches and fewer repetitions")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     # Small beside the cache, so that touching the buffers for the first time weighs as little as in a long run.
     shard_bytes = 2**22 if quick else 2**23
-    rows, repetitions = (BATCH * 40, 2) if quick else (BATCH * 160, 3)
-    with tempfile.TemporaryDirectory(prefix="sae-bench-") as name, s3_server() as place:
-        directory = Path(name)
-        build_cache(FileStore(directory / "cache"), directory, rows=rows, shard_bytes=shard_bytes)
-        remote = place.store("cache")
-        build_cache(remote, directory, rows=rows, shard_bytes=shard_bytes)
-
-        # The first run warms up.
-        folder = [from_folder(directory / "cache", epochs=3, shard_bytes=shard_bytes) for _ in range(repetitions + 1)]
-        first = statistics.median(rates[0] for rates in folder[1:])
-        later = statistics.median(value for rates in folder[1:] for value in rates[1:])
-
-        ratios = []
-        memory = torch.randn(BATCH, WIDTH).bfloat16()
-        # Each takes a quarter of a CPU-second, the most of it the product's.
-        batches = 20 if quick else 40
-        for _ in range(repetitions):
-            reader = open_reader(remote, shard_bytes)
-            from_s3 = trained(batches, lambda reader=reader: reader.next_batch()[HOOK])
-            reader.close()
-            ratios.append(from_s3 / trained(batches, lambda: memory))
-    print(f"{rows} rows of {WIDTH}, bfloat16, batches of {BATCH}, shards of {shard_bytes >> 20} MiB, one torch thread")
-    print(f"SHA-256 alone: {hashing_rate():.2f} GB per CPU-second")
-    print(f"from a folder, GB per CPU-second: first epoch {first:.2f} (SHA-256), later ones {later:.2f} (CRC-32)")
-    print("S3 over memory, rate of the loop:", ", ".join(f"{value:.3f}" for value in ratios))
-    print(json.dumps({"s3_vs_memory": round(statistics.median(ratios), 3), "gb_per_cpu_s": round(first, 3)}))
+    rows, repetitions = (BATCH * 40, 2) if quick else (BATCH * 160, 5)
+    with s3_server() as place:
+        gigabytes = from_files(place.directory, rows=rows, shard_bytes=shard_bytes, repetitions=repetitions)
+        rates = compare_reading(SAE_LENS_REFERENCE, place.directory, turns=repetitions)
+        print(
+            f"  rows per CPU second: {SAE_LENS_REFERENCE.name} {rates.theirs:,.0f}; ours from bfloat16 "
+            f"{rates.bfloat16:,.0f}, made float32 {rates.widened:,.0f}; from float32 {rates.float32:,.0f}"
+        )
+        over_plain, over_memory = from_s3(place, rows=rows, shard_bytes=shard_bytes, repetitions=repetitions)
+        first_batch_seconds(place.directory)
+    figures = {
+        "vs_saelens": rates.bfloat16 / rates.theirs,
+        "gb_per_cpu_s": gigabytes,
+        "vs_plain_download": over_plain,
+        "s3_vs_memory": over_memory,
+    }
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 
 if __name__ == "__main__":
