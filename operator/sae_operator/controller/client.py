@@ -158,7 +158,7 @@ class ApiClient:
             headers["Content-Type"] = content_type
         for attempt in (1, 2):
             session, credentials = await self._current(expired=False)
-            number = self._faults.sending(method, path) if self._faults else 0
+            call = self._faults.sending(method, path) if self._faults else None
             try:
                 async with session.request(
                     method, credentials.server.rstrip("/") + path, params=query, data=data, headers=headers
@@ -172,8 +172,8 @@ class ApiClient:
                     continue
                 self.breaker.failure()
                 raise ServerUnavailable(f"{method} {path}: {type(error).__name__} {error}".rstrip()) from error
-            if self._faults:
-                self._faults.answered(number)
+            if self._faults and call:
+                self._faults.answered(call)
             if status == 401 and attempt == 1:
                 await self._current(expired=True, used=session)
                 continue
