@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sae_operator.controller.faults import Call
 from tests.testbed.paths import CHECKOUT
 from tests.testbed.waiting import wait_for
 
@@ -55,6 +57,11 @@ class OperatorProcess:
     def tail(self, lines: int = 60) -> str:
         """The end of its log."""
         return "\n".join(self.log.read_text().splitlines()[-lines:]) if self.log.exists() else ""
+
+    @property
+    def calls(self) -> list[Call]:
+        """The API calls that it has made, in order; for an operator that tells them (see `ENV_EXIT_AT_CALL`)."""
+        return [Call.parse(text) for text in re.findall(r"API call (.+?#\d+):", self.log.read_text())]
 
     def _signal(self, number: int, timeout: float) -> int:
         if self.exit_code is None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sae_operator.api.steps import PROGRESS_PORT, CacheStep, TrainStep
+from sae_operator.controller.faults import ENV_EXIT_AT_CALL
 from tests.fake_kubelet import POD_IP, Behaviour, Ends, FakeKubelet, Runs, Waits, result, step_of, succeed
 from tests.operator_process import OperatorProcess, run_operator, start_operator
 from tests.operator_world import World, cache_spec, conditions, training_spec
@@ -120,6 +121,34 @@ def test_a_second_job_shares_the_cache_and_more_tokens_extend_it(
     assert (cache["spec"]["tokens"], cache["status"]["tokens"]) == (2000, 2000)
     assert {"prepare-2", "cache-2", "finalize-2"} <= set(world.steps())
     assert owners(world, name) == ["first", "second", "third"]
+
+
+def test_a_second_job_on_another_hook_extends_the_cache(world: World, operator: OperatorProcess) -> None:
+    hooks = [{"name": "model.layers.2"}, {"name": "attn.z", "headIndex": 3}]
+    world.create("SAETrainingJob", "first", training_spec())
+    name = world.wait_phase("SAETrainingJob", "first", "Succeeded")["status"]["cacheName"]
+    on_a_head = {"name": "k2", "hook": "attn.z:3", "architecture": {"type": "topk", "k": 2}, "dSae": 16}
+    # The order in which a job names hooks is its own.
+    activations = {"cache": cache_spec(hooks=hooks[::-1])}
+    second = training_spec(activations, saes=[on_a_head], output={"uri": "s3://bucket/second"})
+    world.create("SAETrainingJob", "second", second)
+    assert world.wait_phase("SAETrainingJob", "second", "Succeeded")["status"]["cacheName"] == name
+    cache = world.get("ActivationCache", name)
+    assert cache is not None
+    assert cache["spec"]["hooks"] == hooks
+    assert [hook["name"] for hook in cache["status"]["hooks"]] == ["model.layers.2", "attn.z:3"]
+    assert {"prepare-2", "cache-2", "finalize-2"} <= set(world.steps())
+    assert owners(world, name) == ["first", "second"]
+    told = [event["message"] for event in world.list("Event") if event["reason"] == "CacheExtended"]
+    assert told == [f"extends ActivationCache {name}: adds attn.z:3"]
+
+
+def test_a_live_job_makes_no_cache(world: World, operator: OperatorProcess) -> None:
+    source = {key: value for key, value in cache_spec().items() if key not in ("storage", "parallelism", "run")}
+    world.create("SAETrainingJob", "live", training_spec({"live": source}))
+    assert "cacheName" not in world.wait_phase("SAETrainingJob", "live", "Succeeded")["status"]
+    assert world.steps() == ["preflight-1", "train-1"]
+    assert world.list("ActivationCache") == []
 
 
 def test_a_cache_goes_with_its_last_owner(world: World, operator: OperatorProcess) -> None:
@@ -339,14 +368,14 @@ def test_the_heartbeat_is_the_only_write_at_rest(world: World, operator: Operato
     assert lease is not None
     assert lease["spec"]["holderIdentity"]
     operator.stop()
-    numbering = {"SAE_OPERATOR_EXIT_AFTER_CALLS": "0"}
-    with run_operator(world.control_plane.kubeconfig, namespace=world.namespace, environment=numbering) as again:
+    telling = {ENV_EXIT_AT_CALL: "never"}
+    with run_operator(world.control_plane.kubeconfig, namespace=world.namespace, environment=telling) as again:
         marker = "Work begins"
         wait_for(lambda: marker in again.tail(), what="the operator has started again")
         wait_for(lambda: "sae-operator-defaults" in again.tail(), what="it has looked at everything")
-        calls = [line.split("API call")[1] for line in again.tail(200).splitlines() if "API call" in line]
-    writes = [call for call in calls if " GET " not in call and "/leases/" not in call]
-    assert writes == []
+        kinds = {call.kind for call in again.calls}
+    assert "GET configmaps" in kinds
+    assert {kind for kind in kinds if not kind.startswith("GET ")} <= {"PATCH leases"}
     after = world.get("SAETrainingJob", "first")
     assert after is not None
     assert after["metadata"]["resourceVersion"] == job["metadata"]["resourceVersion"]
