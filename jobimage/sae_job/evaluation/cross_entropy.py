@@ -102,7 +102,7 @@ def cross_entropies(
 
 
 def _reconstruction(sae: Autoencoder) -> Replacement:
-    return lambda x: sae.decode(sae.encode(x))
+    return lambda x: sae.reconstruct(x)[1]
 
 
 def _at(positions: Bool[Tensor, " n"], function: Replacement) -> Replacement:

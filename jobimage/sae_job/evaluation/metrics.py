@@ -17,9 +17,11 @@ CHUNK_ROWS = 4096
 class Autoencoder(Protocol):
     """What metrics need of an SAE in raw scale."""
 
-    def encode(self, x: Float[Tensor, "rows d_in"], /) -> Float[Tensor, "rows d_sae"]: ...
-
-    def decode(self, f: Float[Tensor, "rows d_sae"], /) -> Float[Tensor, "rows d_in"]: ...
+    def reconstruct(
+        self, x: Float[Tensor, "rows d_in"], /
+    ) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, "rows d_in"]]:
+        """Activations of its latents, and the reconstruction."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ class HeldOutRows:
 
 @torch.no_grad()
 def reconstruction_metrics(sae: Autoencoder, held_out: HeldOutRows) -> ReconstructionMetrics:
-    """Metrics of an SAE (in raw scale: scaling folded in) on held-out rows."""
+    """Metrics of an SAE that takes raw activations, on held-out rows."""
     if held_out.rows == 0:
         return ReconstructionMetrics(explained_variance=None, l0=None, mse=None, rows=0)
     squared_error = fired = 0.0
     for x in held_out.chunks():
-        features = sae.encode(x)
-        squared_error += float(torch.sum((sae.decode(features) - x).to(torch.float64) ** 2))
+        features, reconstruction = sae.reconstruct(x)
+        squared_error += float(torch.sum((reconstruction - x).to(torch.float64) ** 2))
         fired += float(torch.count_nonzero(features))
     explained = 1 - squared_error / held_out.sum_of_squares if held_out.sum_of_squares > 0 else None
     return ReconstructionMetrics(

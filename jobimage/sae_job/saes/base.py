@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_job.errors import InvalidInput
 from sae_job.saes.config import SAEConfig
+from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS, RowStatistics, denormalize_rows, normalize_rows
 from sae_job.storage.base import ObjectNotFound, ObjectStore
 from sae_job.storage.open import open_store
 from sae_operator.api.store import StoreLocation
@@ -37,7 +38,9 @@ class SAE(torch.nn.Module):
     """A sparse autoencoder: `f = activation((x - b_dec) W_enc + b_enc)`, `y = f W_dec + b_dec`.
 
     With `cfg.apply_b_dec_to_input` off, `b_dec` is not subtracted from the input. The activation function is ReLU,
-    for topk after all but the k largest pre-activations were set to zero.
+    for topk after all but the k largest pre-activations were set to zero. Where `cfg.normalize_activations` says so,
+    each x is normalised before and y brought back after, with the statistics of x: `encode_with_statistics` gives
+    them, `decode` takes them, `reconstruct` and `forward` do both.
 
     Attributes:
         W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]: parameters.
@@ -57,34 +60,70 @@ class SAE(torch.nn.Module):
     finetuning_scaling_factor: Tensor
 
     def pre_activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        x = x.to(self.W_enc.dtype)
+        """Of raw activations."""
+        return self._pre_activations(normalize_rows(x.to(self.W_enc.dtype), self.cfg.normalize_activations)[0])
+
+    def _pre_activations(self, normalized: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        x = normalized.to(self.W_enc.dtype)
         if self.cfg.apply_b_dec_to_input:
             x = x - self.b_dec
         return x @ self.W_enc + self.b_enc
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Activations of the latents."""
-        pre = self.pre_activations(x)
-        if not self.cfg.uses_top_k:
-            return pre.relu_()
-        values, indices = pre.topk(self.cfg.activation_fn_kwargs["k"], dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter_(-1, indices, values.relu_())
+        return self.encode_with_statistics(x)[0]
 
-    def decode(self, features: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
-        """Reconstruction from activations of the latents."""
+    def encode_with_statistics(
+        self, x: Float[Tensor, "... d_in"]
+    ) -> tuple[Float[Tensor, "... d_sae"], RowStatistics | None]:
+        """Activations of the latents, and what `decode` needs to give raw activations; None for an SAE that does not
+        normalise."""
+        normalized, statistics = normalize_rows(x.to(self.W_enc.dtype), self.cfg.normalize_activations)
+        pre = self._pre_activations(normalized)
+        if not self.cfg.uses_top_k:
+            return pre.relu_(), statistics
+        values, indices = pre.topk(self.cfg.activation_fn_kwargs["k"], dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter_(-1, indices, values.relu_()), statistics
+
+    def decode(
+        self, features: Float[Tensor, "... d_sae"], statistics: RowStatistics | None = None
+    ) -> Float[Tensor, "... d_in"]:
+        """Reconstruction from activations of the latents.
+
+        Args:
+            statistics: of the inputs that were encoded, for an SAE that normalises.
+
+        Raises:
+            ValueError: the SAE normalises, and there are no statistics.
+        """
+        if statistics is None and self.cfg.normalize_activations in RUN_TIME_NORMALIZATIONS:
+            raise ValueError(
+                f"an SAE with {self.cfg.normalize_activations} decodes to raw activations by the statistics of its "
+                "inputs: pass what encode_with_statistics gave, or call reconstruct"
+            )
         if self.cfg.finetuning_scaling_factor:
             features = features * self.finetuning_scaling_factor
-        return features @ self.W_dec + self.b_dec
+        return denormalize_rows(features @ self.W_dec + self.b_dec, statistics)
+
+    def reconstruct(self, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "... d_in"]]:
+        """Activations of the latents, and the reconstruction from them."""
+        features, statistics = self.encode_with_statistics(x)
+        return features, self.decode(features, statistics)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
-        return self.decode(self.encode(x))
+        return self.reconstruct(x)[1]
 
     @torch.no_grad()
     def fold_activation_scale(self, scale: float) -> None:
         """Make the SAE take raw activations where it took activations times `scale`.
 
         Afterwards `encode(x)` is what `encode(scale * x)` was, and `decode(f)` is what `decode(f) / scale` was.
+
+        Raises:
+            ValueError: the SAE normalises each activation, so that it never saw a scale.
         """
+        if self.cfg.normalize_activations in RUN_TIME_NORMALIZATIONS:
+            raise ValueError(f"an SAE with {self.cfg.normalize_activations} has no scale to fold")
         self.W_enc *= scale
         self.W_dec /= scale
         self.b_dec /= scale

@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from sae_job.errors import InvalidInput
+from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS
 
 # Architectures that can be loaded; each has a row in `architectures`.
 ARCHITECTURES = ("standard", "topk")
+# What is done outside the SAE or not at all, and what the SAE does with each activation.
+NORMALIZATIONS = ("none", "expected_average_only_in", *RUN_TIME_NORMALIZATIONS)
 # Names that older files use, and today's.
 RENAMED = {
     "hook_point": "hook_name",
@@ -62,7 +65,8 @@ class SAEConfig:
     Attributes:
         activation_fn_str: "relu" or "topk".
         activation_fn_kwargs: `{"k": k}` for topk.
-        normalize_activations: "none": what was applied in training is folded into the weights.
+        normalize_activations: what the SAE does with each activation, "constant_norm_rescale" or "layer_norm"; else
+            "none": what was applied in training is folded into the weights.
         seqpos_slice: positions that were trained on; all when (None,).
     """
 
@@ -129,9 +133,11 @@ class SAEConfig:
             raise InvalidInput("SaeUnsupported", f"activation function {self.activation_fn_str!r} cannot be loaded")
         if self.uses_top_k and not isinstance(self.activation_fn_kwargs.get("k"), int):
             raise InvalidInput("SaeInvalid", "cfg.json has no activation_fn_kwargs.k, which topk needs")
-        if self.normalize_activations not in ("none", "expected_average_only_in"):
+        if self.normalize_activations not in NORMALIZATIONS:
             raise InvalidInput(
-                "SaeUnsupported", f"normalize_activations {self.normalize_activations!r} cannot be loaded"
+                "SaeUnsupported",
+                f"normalize_activations {self.normalize_activations!r} cannot be loaded; these can: "
+                f"{', '.join(NORMALIZATIONS)}",
             )
 
     @property

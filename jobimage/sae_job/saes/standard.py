@@ -98,5 +98,5 @@ class StandardSAE(TrainableWeights):
             decoder_gradient.addcmul_(self.W_dec, by_norm.unsqueeze(1))
         return coefficient * row_norms.sum() / batch
 
-    def to_inference(self, *, scale: float, provenance: Provenance | None = None) -> SAE:
-        return self.export("relu", {}, scale, provenance)
+    def to_inference(self, *, scale: float, normalization: str = "none", provenance: Provenance | None = None) -> SAE:
+        return self.export("relu", {}, scale=scale, normalization=normalization, provenance=provenance)

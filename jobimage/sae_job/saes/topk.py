@@ -99,5 +99,5 @@ class TopKSAE(TrainableWeights):
             coefficient=self._aux_coefficient,
         )
 
-    def to_inference(self, *, scale: float, provenance: Provenance | None = None) -> SAE:
-        return self.export("topk", {"k": self.k}, scale, provenance)
+    def to_inference(self, *, scale: float, normalization: str = "none", provenance: Provenance | None = None) -> SAE:
+        return self.export("topk", {"k": self.k}, scale=scale, normalization=normalization, provenance=provenance)

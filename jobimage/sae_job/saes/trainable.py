@@ -52,13 +52,14 @@ class TrainableSAE(Protocol):
     def parameters_by_name(self) -> dict[str, Tensor]: ...
 
     def initialize(self, sample: Float32[Tensor, "rows d_in"], generator: torch.Generator) -> None:
-        """Set the initial weights from scaled activations; all randomness comes from the (CPU) generator."""
+        """Set the initial weights from activations as `step_gradients` gets them; all randomness comes from the (CPU)
+        generator."""
         ...
 
     def step_gradients(
         self, x: Float32[Tensor, "batch d_in"], *, step: int, dead: Bool[Tensor, " d_sae"] | None
     ) -> StepStatistics:
-        """Fill every parameter's `.grad` with the gradient of the loss on one scaled batch.
+        """Fill every parameter's `.grad` with the gradient of the loss on one batch, scaled or normalised.
 
         Args:
             step: 0-based number of the step, for coefficients that warm up.
@@ -74,6 +75,12 @@ class TrainableSAE(Protocol):
         """Bring the decoder's rows back to unit norm, where they are kept there."""
         ...
 
-    def to_inference(self, *, scale: float, provenance: Provenance | None = None) -> SAE:
-        """A copy for use on raw activations: the factor `scale` that activations were multiplied by is folded in."""
+    def to_inference(self, *, scale: float, normalization: str = "none", provenance: Provenance | None = None) -> SAE:
+        """A copy for use on raw activations.
+
+        Args:
+            scale: the factor that activations were multiplied by, which is folded in.
+            normalization: the job's; one that is of each activation on its own is done by the copy, without a scale.
+            provenance: what cfg.json tells of the activations.
+        """
         ...

@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance, SAEConfig
 from sae_job.saes.initialization import Activation, initial_weights
+from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS
 from sae_operator.api.training_job import SaeSpec
 
 # Decoder rows are divided by their norm; a row that shrank to nothing must not become NaN.
@@ -86,9 +87,16 @@ class TrainableWeights:
             self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM))
 
     def export(
-        self, activation_fn: str, activation_fn_kwargs: dict[str, int], scale: float, provenance: Provenance | None
+        self,
+        activation_fn: str,
+        activation_fn_kwargs: dict[str, int],
+        *,
+        scale: float,
+        normalization: str,
+        provenance: Provenance | None,
     ) -> SAE:
-        """A copy for use on raw activations."""
+        """A copy for use on raw activations; see `TrainableSAE.to_inference`."""
+        run_time = normalization in RUN_TIME_NORMALIZATIONS
         source = provenance or Provenance()
         config = SAEConfig(
             architecture=self.spec.architecture.type,
@@ -98,6 +106,8 @@ class TrainableWeights:
             activation_fn_kwargs=dict(activation_fn_kwargs),
             apply_b_dec_to_input=self.spec.apply_b_dec_to_input,
             dtype=self.spec.dtype,
+            # What is folded in is not to be done again.
+            normalize_activations=normalization if run_time else "none",
             hook_layer=source.hook_layer,
             **dataclasses.asdict(source),
         )
@@ -108,5 +118,6 @@ class TrainableWeights:
             "b_dec": self.b_dec.detach().clone(),
         }
         sae = SAE(config, tensors)
-        sae.fold_activation_scale(scale)
+        if not run_time:
+            sae.fold_activation_scale(scale)
         return sae

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sae_job.errors import InvalidInput
-from sae_job.training.scaling import ActivationStatistics, activation_scale
+from sae_job.training.scaling import ActivationStatistics, Normalization, activation_scale
 from sae_job.training.schedules import LearningRateSchedule
 from sae_operator.api.training_job import SaeSpec, SAETrainingJobSpec, Training
 
@@ -66,6 +66,7 @@ class TrainingPlan:
         log_every_steps: steps between lines of metrics.
         gradient_clip_norm: largest norm of an SAE's gradient, or None.
         dead_after_tokens: tokens without firing after which a latent counts as dead.
+        normalization: how SAEs see activations, beside their scale.
         saes: the SAEs, in the order of the spec.
     """
 
@@ -78,6 +79,7 @@ class TrainingPlan:
     log_every_steps: int
     gradient_clip_norm: float | None
     dead_after_tokens: int
+    normalization: Normalization
     saes: tuple[SaePlan, ...]
 
     @property
@@ -128,6 +130,7 @@ class TrainingPlan:
             "steps": self.steps,
             "tokens": self.tokens,
             "held_out_rows": self.held_out_rows,
+            "normalization": self.normalization,
             "saes": {
                 sae.name: {
                     "hook": sae.hook,
@@ -212,6 +215,7 @@ def resolve_plan(
         log_every_steps=training.log_every_steps,
         gradient_clip_norm=training.gradient_clip_norm,
         dead_after_tokens=training.dead_after_tokens,
+        normalization=spec.normalization,
         saes=tuple(
             _sae_plan(spec, index, batch_size=batch_size, steps=steps, statistics=statistics)
             for index in range(len(spec.saes))

@@ -69,12 +69,12 @@ class SaeTraining:
         return self.plan.name
 
     def initialize(self, sample: Float32[Tensor, "rows d_in"]) -> None:
-        """Set the initial weights from the first rows of a (scaled) sample and the SAE's own seed."""
+        """Set the initial weights from the first rows of a (scaled, normalised) sample and the SAE's own seed."""
         generator = torch.Generator(device="cpu").manual_seed(self.plan.spec.seed)
         self._trainable.initialize(sample[: sample_rows(self.plan.d_sae)], generator)
 
     def step(self, x: Float32[Tensor, "batch d_in"], step: int) -> None:
-        """Train on one (scaled) batch.
+        """Train on one (scaled, normalised) batch.
 
         The component of the decoder's gradient along each row is removed before clipping and before the step, since
         unit-norm rows cannot move along themselves.
@@ -148,8 +148,10 @@ class SaeTraining:
         }
 
     def inference(self) -> SAE:
-        """A copy for use on raw activations: scaling folded in."""
-        return self._trainable.to_inference(scale=self.plan.scale, provenance=self._provenance)
+        """A copy for use on raw activations: scaling folded in, or the normalisation its own."""
+        return self._trainable.to_inference(
+            scale=self.plan.scale, normalization=self._job.normalization, provenance=self._provenance
+        )
 
     def log_densities(self) -> Float32[Tensor, " d_sae"] | None:
         """log10 firing frequency of each latent, on the CPU."""

@@ -1,4 +1,7 @@
-"""The factor that activations are multiplied by for training, from a cache's exact statistics."""
+"""The factor that activations are multiplied by for training, from a cache's exact statistics.
+
+Normalisations that are of each activation on its own have none: they are `saes.normalization`'s.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from sae_job.errors import InvalidInput
+from sae_job.saes.normalization import LAYER_NORM, RUN_TIME_NORMALIZATIONS
 
-Normalization = Literal["centered_rms", "expected_average_only_in", "none"]
+Normalization = Literal["centered_rms", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "none"]
 
 
 class ActivationStatistics(Protocol):
@@ -30,12 +34,18 @@ def activation_scale(statistics: ActivationStatistics, normalization: Normalizat
     - `centered_rms`: deviations from the mean get RMS norm sqrt(d_in): a = sqrt(d_in) / sqrt(E‖x‖² − ‖E x‖²). A large
       common offset, as residual streams have, does not shrink what is left to explain.
     - `expected_average_only_in`: the mean norm becomes sqrt(d_in): a = sqrt(d_in) / E‖x‖.
-    - `none`: 1.
+    - `none`, and what is done with each activation: 1.
 
     Raises:
-        InvalidInput: the activations do not vary, or are all 0.
+        InvalidInput: the activations do not vary, or are all 0; layer_norm of one dimension.
     """
-    if normalization == "none":
+    if normalization == LAYER_NORM and statistics.d_in < 2:
+        raise InvalidInput(
+            "NoVariance",
+            "layer_norm leaves nothing of activations with one dimension; choose another normalization",
+            field="spec.normalization",
+        )
+    if normalization == "none" or normalization in RUN_TIME_NORMALIZATIONS:
         return 1.0
     if normalization == "expected_average_only_in":
         spread = statistics.mean_norm

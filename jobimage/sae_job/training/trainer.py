@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_job.errors import InvalidInput
 from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.saes.config import Provenance
+from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS, normalize_rows
 from sae_job.training.checkpoints import Snapshot, random_states, restore_random_states
 from sae_job.training.plan import TrainingPlan
 from sae_job.training.sae_training import SaeTraining, is_finite, sample_rows
@@ -38,8 +39,8 @@ class ActivationStream(Protocol):
 class Trainer:
     """The training of a job, step by step.
 
-    Of a batch the SAEs share nothing but its scaling: on a CPU, each SAE's weights are bit for bit what training it
-    alone gives (with the same number of threads).
+    Of a batch the SAEs share nothing but its scaling or normalisation: on a CPU, each SAE's weights are bit for bit
+    what training it alone gives (with the same number of threads).
 
     Args:
         plan: the job.
@@ -73,8 +74,8 @@ class Trainer:
         self._metrics = metrics
         self._device = device
         self._scales = {sae.hook: sae.scale for sae in plan.saes}
-        # Batches are scaled into the same memory each time: fresh pages cost as much as the work on them.
-        self._scaled: dict[str, Tensor] = {}
+        # Batches are copied into the same memory each time: fresh pages cost as much as the work on them.
+        self._seen: dict[str, Tensor] = {}
 
     @property
     def tokens(self) -> int:
@@ -102,7 +103,7 @@ class Trainer:
                 rows.append(batch[hook].clone())
         self._stream.restore(start)
         for hook, rows in parts.items():
-            sample = torch.cat(rows).to(self._device).to(torch.float32) * self._scales[hook]
+            sample = self._as_seen(hook, torch.cat(rows).to(self._device, torch.float32))
             for sae in self.saes:
                 if sae.plan.hook == hook:
                     sae.initialize(sample)
@@ -114,9 +115,9 @@ class Trainer:
             InvalidInput: no SAE is left to train, or activations cannot be read.
         """
         batch = self._stream.next_batch()
-        scaled = {hook: self._scale(hook, batch[hook]) for hook in self.plan.hooks}
+        seen = {hook: self._copy(hook, batch[hook]) for hook in self.plan.hooks}
         for sae in self.sound():
-            sae.step(scaled[sae.plan.hook], self.steps_done)
+            sae.step(seen[sae.plan.hook], self.steps_done)
         self.steps_done += 1
         if self.plan.logs_after(self.steps_done):
             self._log()
@@ -124,10 +125,16 @@ class Trainer:
             self._evaluate()
         self._end_when_all_failed()
 
-    def _scale(self, hook: str, rows: Tensor) -> Float32[Tensor, "batch d_in"]:
-        if hook not in self._scaled:
-            self._scaled[hook] = torch.empty(rows.shape, dtype=torch.float32, device=self._device)
-        return self._scaled[hook].copy_(rows, non_blocking=True).mul_(self._scales[hook])
+    def _copy(self, hook: str, rows: Tensor) -> Float32[Tensor, "batch d_in"]:
+        if hook not in self._seen:
+            self._seen[hook] = torch.empty(rows.shape, dtype=torch.float32, device=self._device)
+        return self._as_seen(hook, self._seen[hook].copy_(rows, non_blocking=True))
+
+    def _as_seen(self, hook: str, rows: Float32[Tensor, "rows d_in"]) -> Float32[Tensor, "rows d_in"]:
+        """Raw rows as the hook's SAEs see them; the rows are overwritten."""
+        if self.plan.normalization in RUN_TIME_NORMALIZATIONS:
+            return normalize_rows(rows, self.plan.normalization, out=rows)[0]
+        return rows.mul_(self._scales[hook])
 
     def _log(self) -> None:
         for sae in self.sound():
@@ -218,10 +225,10 @@ def continues(plan: TrainingPlan, state: Mapping[str, Any]) -> bool:
     the new plan from where it stands. Scales may differ too: they are taken over from the state.
     """
     before, now = state["plan"], plan.record()
-    same = ("batch_size", "held_out_rows")
+    same = ("batch_size", "held_out_rows", "normalization")
     fixed = ("hook", "d_in", "d_sae")
     return (
-        all(before[key] == now[key] for key in same)
+        all(before.get(key) == now[key] for key in same)
         and before["saes"].keys() == now["saes"].keys()
         and all(before["saes"][name][key] == sae[key] for name, sae in now["saes"].items() for key in fixed)
         and state["steps_done"] <= plan.steps

@@ -109,7 +109,11 @@ def test_older_names_of_keys_are_understood() -> None:
     [
         ({"architecture": "gated"}, "architecture 'gated' cannot be loaded; these can: standard, topk"),
         ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu'"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm'"),
+        (
+            {"normalize_activations": "covariance_whitening"},
+            "normalize_activations 'covariance_whitening' cannot be loaded; these can: none, expected_average_only_in, "
+            "constant_norm_rescale, layer_norm",
+        ),
         ({"architecture": "topk", "activation_fn_kwargs": {}}, "activation_fn_kwargs.k"),
         ({"d_sae": 7}, "tensors are"),
         ({"dtype": "float8"}, "dtype 'float8'"),
