@@ -20,7 +20,8 @@ def the_job(path: Path) -> SAETrainingJobSpec:
 
 def test_there_are_examples() -> None:
     names = {path.relative_to(EXAMPLES).as_posix() for path in FILES}
-    assert {"sae-job.yaml", "activation-cache.yaml", "quickstart.yaml", "testbed/sae-job.yaml"} <= names
+    tops = {"sae-job.yaml", "activation-cache.yaml", "quickstart.yaml", "live.yaml", "hooks-int8.yaml"}
+    assert tops | {"testbed/sae-job.yaml"} <= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(EXAMPLES).as_posix())
@@ -64,3 +65,26 @@ def test_the_test_beds_job_makes_at_least_four_shards_in_two_pods_and_trains_two
     assert len(spec.saes) == 2
     for settings in (cache.run, spec.run):
         assert settings.resources.limits["nvidia.com/gpu"] == 1
+
+
+def test_the_live_example_stores_no_activations() -> None:
+    spec = the_job(EXAMPLES / "live.yaml")
+    assert spec.activations.live is not None
+    assert spec.activations.cache is None
+    assert spec.run.resources.limits["nvidia.com/gpu"] == 1
+
+
+def test_the_example_of_hooks_trains_on_each_of_them_from_half_the_bytes_and_a_bucket() -> None:
+    spec = the_job(EXAMPLES / "hooks-int8.yaml")
+    cache = spec.activations.cache
+    assert cache is not None
+    assert cache.storage.dtype == "int8"
+    assert [sae.hook for sae in spec.saes] == [hook.key for hook in cache.hooks]
+    assert cache.hooks[1].head_index == 3
+    assert cache.dataset.path.startswith("s3://")
+    assert cache.dataset.store is not None
+    assert cache.dataset.store.secret_ref is not None
+    assert (cache.dataset.store.secret_ref.name, spec.output.secret_ref and spec.output.secret_ref.name) == (
+        "texts",
+        "s3",
+    )
