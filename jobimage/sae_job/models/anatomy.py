@@ -1,15 +1,16 @@
 """What a Transformers model is made of, found without its weights.
 
-The model is built on torch's meta device and run on two pretended tokens. That tells each hook's width, and in which
+The model is built on torch's meta device and run on a few pretended tokens. That tells each hook's width, and in which
 layer the last hook lies, for any module and any architecture.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,29 @@ import torch
 from torch import Tensor, nn
 
 from sae_job.errors import InvalidInput
-from sae_job.models.facts import nearest_names
+from sae_job.models.hook_names import HookName, nearest_names, parse_hooks
+from sae_job.models.sites import LastHookReached, NoTensor, Site, first_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_TOKENS = 2
+# Contexts and tokens of the pretended pass. No model has 13 heads, so a dimension of this size is that of positions.
+_SHAPE = (2, 13)
 
 
-class LastHookReached(Exception):
-    """Ends a forward pass once every hooked module has given its output."""
+@dataclass(frozen=True)
+class View:
+    """A model as a library shows it.
+
+    Attributes:
+        run: its forward pass on token ids.
+        sites: the place of each name.
+        layer_names: names of the outputs of layers, with `{}` for the number.
+    """
+
+    run: Callable[[Tensor], Any]
+    sites: Mapping[str, Site]
+    layer_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -34,16 +48,18 @@ class Anatomy:
     """What hooks need of a model.
 
     Attributes:
-        d_in: width of each hook's activations.
+        d_in: width of each hook's activations, by its key.
         layers: layers that must be loaded; None when the model has no list of layers.
         layer_lists: paths of the lists of layers.
         unused_head: path of an untied output head that no hook needs; None when there is none to leave out.
+        forward_width: numbers per token that the modules of the widest layer give.
     """
 
     d_in: dict[str, int]
     layers: int | None
     layer_lists: tuple[str, ...]
     unused_head: str | None
+    forward_width: int
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -87,41 +103,69 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return shorter
 
 
-def first_tensor(output: Any) -> Tensor | None:
-    """The activation in a module's output: the tensor, or the first element of a tuple where that is one."""
-    if isinstance(output, tuple) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
+def layer_lists_of(model: nn.Module, config: PreTrainedConfig) -> tuple[str, ...]:
+    """Paths of the lists of layers."""
+    count = total_layers(config)
+    return tuple(
+        path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    )
 
 
-def examine(cls: type[PreTrainedModel], config: PreTrainedConfig, hooks: Sequence[str]) -> Anatomy:
+def examine(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    hooks: Sequence[str],
+    view_of: Callable[[PreTrainedModel, PreTrainedConfig, Sequence[str]], View],
+) -> Anatomy:
     """Find the hooks in a model.
 
+    Args:
+        hooks: hook keys.
+        view_of: from a model, its config and the names that are wanted to what a library shows of it.
+
     Raises:
-        InvalidInput: a hook is no module of the model, never runs, or gives no [batch, position, width] tensor.
+        InvalidInput: a hook is not in the model, is never reached, or gives no activations of tokens.
     """
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+    parsed = parse_hooks(hooks)
     # Tensors that know they are pretended: Transformers looks into the values of all others. Number formats do not
     # change shapes, and some operators have no other pretended form.
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(torch.bfloat16):
-        model = build_without_weights(cls, config)
-        modules: dict[str, nn.Module] = dict(model.named_modules())
-        count = total_layers(config)
-        lists = tuple(
-            path for path, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) == count
-        )
-        _check_names(hooks, modules, lists)
+        model = cls(copy.deepcopy(config)).eval()
+        pass_ = _PretendedPass(model, layer_lists_of(model, config))
+        view = view_of(model, config, [hook.name for hook in parsed])
+        _check_names(parsed, view)
         try:
-            shapes, layers = _pretend(model, modules, hooks, lists)
+            pass_.run(view, parsed)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise InvalidInput(
                 "ModelUnsupported",
-                f"{cls.__name__} decides by the values of its tensors what it runs, so its hooks cannot be checked",
+                f"{cls.__name__} decides by the values of its tensors what it runs, so its hooks cannot be checked; "
+                "take another model, or another loader",
                 field="spec.model.name",
             ) from error
-    d_in = {hook: _width(index, hook, shapes) for index, hook in enumerate(hooks)}
-    return Anatomy(d_in=d_in, layers=layers if lists else None, layer_lists=lists, unused_head=_head(model, hooks))
+    return Anatomy(
+        d_in={hook.key: _width(hook, pass_.shapes) for hook in parsed},
+        layers=max(1, pass_.entered) if pass_.layer_lists else None,
+        layer_lists=pass_.layer_lists,
+        unused_head=None if pass_.head_entered else pass_.head,
+        forward_width=max(pass_.widths, default=0),
+    )
+
+
+def count_parameters(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    view_of: Callable[[PreTrainedModel, PreTrainedConfig, Sequence[str]], View],
+) -> int:
+    """Numbers in a model's weights once a library shows it; weights that are tied count once."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(torch.bfloat16):
+        model = cls(copy.deepcopy(config)).eval()
+        view_of(model, config, [])
+        return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
@@ -134,67 +178,108 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _check_names(hooks: Sequence[str], modules: dict[str, nn.Module], lists: Sequence[str]) -> None:
-    names = [name for name in modules if name]
-    for index, hook in enumerate(hooks):
-        if hook not in modules:
-            nearest = ", ".join(nearest_names(hook, names, layers=lists))
+@dataclass
+class _PretendedPass:
+    """A run of a model until its last hook, and what was seen on the way. Made before a library changes the model.
+
+    Attributes:
+        entered: layers that were entered.
+        shapes: of each name's activation.
+        head: path of an output head that has weights of its own.
+        head_entered: whether it ran.
+        widths: numbers per token that the modules of each layer gave.
+    """
+
+    model: PreTrainedModel
+    layer_lists: tuple[str, ...]
+    entered: int = 0
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    head: str | None = None
+    head_entered: bool = False
+    widths: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        head = self.model.get_output_embeddings()
+        if head is not None and not self.model.config.get_text_config().tie_word_embeddings:
+            self.head = next((name for name, module in self.model.named_modules() if module is head), None)
+        for module in self.model.modules():
+            if not any(True for _ in module.children()):
+                module.register_forward_hook(lambda _module, _inputs, output: self._add_width(output))
+
+    def run(self, view: View, hooks: Sequence[HookName]) -> None:
+        """Run the model, with hooks at these places."""
+        for path in self.layer_lists:
+            for layer, module in enumerate(self.model.get_submodule(path).children()):
+                module.register_forward_pre_hook(partial(lambda layer, _module, _inputs: self._enter(layer), layer))
+        if self.head is not None:
+            self.model.get_submodule(self.head).register_forward_pre_hook(lambda _module, _inputs: self._enter_head())
+        names = {hook.name for hook in hooks}
+        for name in names:
+            view.sites[name].watch(partial(self._leave, name, len(names)))
+        tokens = torch.zeros(_SHAPE, dtype=torch.int64)
+        try:
+            with torch.no_grad(), suppress(LastHookReached):
+                view.run(tokens)
+        except NoTensor as error:
+            hook = next(hook for hook in hooks if hook.name == error.name)
+            raise InvalidInput("HookShape", f"{error}; take a layer", field=hook.name_field) from error
+
+    def _enter(self, layer: int) -> None:
+        if layer + 1 > self.entered:
+            self.widths.append(0)
+        self.entered = max(self.entered, layer + 1)
+
+    def _enter_head(self) -> None:
+        self.head_entered = True
+
+    def _leave(self, name: str, names: int, activation: Tensor) -> None:
+        self.shapes.setdefault(name, tuple(activation.shape))
+        if len(self.shapes) == names:
+            raise LastHookReached
+
+    def _add_width(self, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is not None:
+            self.widths[-1] += tensor.numel() // math.prod(_SHAPE)
+
+
+def _check_names(hooks: Sequence[HookName], view: View) -> None:
+    names = [name for name in view.sites if name]
+    for hook in hooks:
+        if hook.name not in view.sites:
+            nearest = ", ".join(nearest_names(hook.name, names, layers=view.layer_names))
             raise InvalidInput(
-                "HookNotFound",
-                f"the model has no module {hook!r}; nearest: {nearest}",
-                field=f"spec.hooks[{index}].name",
+                "HookNotFound", f"the model has no {hook.name!r}; nearest: {nearest}", field=hook.name_field
             )
 
 
-def _pretend(
-    model: PreTrainedModel, modules: dict[str, nn.Module], hooks: Sequence[str], lists: Sequence[str]
-) -> tuple[dict[str, tuple[int, ...] | None], int]:
-    """Run the model until the last hook; returns the shapes that hooks saw, and how many layers were entered."""
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    entered = 1
-
-    def enter(layer: int) -> None:
-        nonlocal entered
-        entered = max(entered, layer + 1)
-
-    def leave(hook: str, output: Any) -> None:
-        tensor = first_tensor(output)
-        shapes[hook] = None if tensor is None else tuple(tensor.shape)
-        if len(shapes) == len(set(hooks)):
-            raise LastHookReached
-
-    for path in lists:
-        for layer, module in enumerate(modules[path].children()):
-            module.register_forward_pre_hook(partial(lambda layer, _module, _inputs: enter(layer), layer))
-    for hook in hooks:
-        modules[hook].register_forward_hook(partial(lambda hook, _module, _inputs, output: leave(hook, output), hook))
-    tokens = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
-    with torch.no_grad(), suppress(LastHookReached):
-        model(tokens)
-    return shapes, entered
-
-
-def _width(index: int, hook: str, shapes: dict[str, tuple[int, ...] | None]) -> int:
-    field = f"spec.hooks[{index}].name"
-    if hook not in shapes:
-        raise InvalidInput("HookNotCalled", f"module {hook!r} does not run in a forward pass on text", field=field)
-    shape = shapes[hook]
-    if shape is None or len(shape) != 3 or shape[:2] != (1, _TOKENS):
-        given = "no tensor" if shape is None else f"a tensor of shape {list(shape)}"
+def _width(hook: HookName, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Width of what a hook makes of an activation of this shape."""
+    if hook.name not in shapes:
+        raise InvalidInput(
+            "HookNotCalled", f"{hook.name!r} does not run in a forward pass on text", field=hook.name_field
+        )
+    shape = shapes[hook.name]
+    if len(shape) not in (3, 4) or shape[:2] != _SHAPE:
         raise InvalidInput(
             "HookShape",
-            f"module {hook!r} gives {given} for a context of {_TOKENS} tokens, not [1, {_TOKENS}, width]; take a layer",
-            field=field,
+            f"{hook.name!r} gives a tensor of shape {list(shape)} for {_SHAPE[0]} contexts of {_SHAPE[1]} tokens, not "
+            "[batch, context, width] or [batch, context, heads, width]; take a layer",
+            field=hook.name_field,
         )
-    return shape[2]
-
-
-def _head(model: PreTrainedModel, hooks: Sequence[str]) -> str | None:
-    """Path of the output head, where it has weights of its own and no hook lies at or below it."""
-    head = model.get_output_embeddings()
-    if head is None or model.config.get_text_config().tie_word_embeddings:
-        return None
-    path = next((name for name, module in model.named_modules() if module is head), None)
-    if path is None or any(hook == path or hook.startswith(f"{path}.") for hook in hooks):
-        return None
-    return path
+    if hook.head is None:
+        return math.prod(shape[2:])
+    if len(shape) == 3:
+        raise InvalidInput(
+            "HookHasNoHeads",
+            f"{hook.name!r} gives [batch, context, {shape[2]}], which is not split into attention heads: leave "
+            "headIndex out, or take a hook that is",
+            field=hook.head_field,
+        )
+    if hook.head >= shape[2]:
+        raise InvalidInput(
+            "HeadOutOfRange",
+            f"{hook.name!r} has {shape[2]} heads, 0 to {shape[2] - 1}: there is no head {hook.head}",
+            field=hook.head_field,
+        )
+    return shape[3]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sae_job.errors import InvalidInput
-from sae_job.text.plan import contexts_per_block
+from sae_job.text.plan import ITEM_BYTES, contexts_per_block
 from sae_operator.api.activation_cache import ModelSource
 
 
@@ -25,6 +24,8 @@ class ModelFacts:
         predicts_tokens: whether it has an output head.
         layers: layers that are loaded.
         total_layers: layers of the whole model; None when it has no list of layers.
+        forward_width: numbers per token that the modules of the widest layer give, all together.
+        attention_heads: 0 for a model without attention.
     """
 
     name: str
@@ -37,6 +38,8 @@ class ModelFacts:
     predicts_tokens: bool
     layers: int | None
     total_layers: int | None
+    forward_width: int = 0
+    attention_heads: int = 0
 
 
 def check_context_size(facts: ModelFacts, context_size: int, *, field: str = "spec.contextSize") -> None:
@@ -63,17 +66,23 @@ def check_batch_size(source: ModelSource, context_size: int, *, field: str = "sp
         )
 
 
-def nearest_names(name: str, names: Sequence[str], *, layers: Sequence[str] = (), count: int = 3) -> list[str]:
-    """Names that are most like a wrong one, best first.
+def forward_bytes(facts: ModelFacts, source: ModelSource, context_size: int) -> int:
+    """Memory that a forward pass needs at most, beside the weights: what a layer's modules give, and what hooks keep.
 
-    Args:
-        layers: paths of the lists of layers; TransformerLens' `blocks.8.hook_resid_post` stands for `<list>.8`.
+    Attention kernels other than the plain one keep no scores. The plain one is TransformerLens' default; where it is
+    another model's, the spec says so.
     """
-    import difflib
-    import re
+    # Autocast keeps float32 beside bfloat16.
+    item = 6 if source.autocast else ITEM_BYTES[source.dtype]
+    per_token = (facts.forward_width + sum(facts.d_in.values())) * item
+    # Scores in float32 for the softmax, and rounded.
+    per_pair = facts.attention_heads * (4 + item) if keeps_scores(source) else 0
+    return source.batch_size * context_size * (per_token + per_pair * context_size)
 
-    nearest: list[str] = []
-    if numbered := re.search(r"\.(\d+)(\.|$)", name):
-        nearest = [there for path in layers if (there := f"{path}.{numbered[1]}") in names]
-    nearest += difflib.get_close_matches(name, [there for there in names if there not in nearest], n=count, cutoff=0)
-    return nearest[:count]
+
+def keeps_scores(source: ModelSource) -> bool:
+    """Whether the attention kernel holds a number per head and pair of positions."""
+    return (source.attention_implementation or _DEFAULT_ATTENTION[source.loader]) == "eager"
+
+
+_DEFAULT_ATTENTION = {"HuggingFace": "sdpa", "TransformerLens": "eager"}

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sae_job.models.anatomy import first_tensor
+from sae_job.models.forward import Forward
+from sae_job.models.hook_names import parse_hook
+from sae_job.models.sites import Site, first_tensor, put, take
 
 Replacement = Callable[[Tensor], Tensor]
-
-
-def zero_ablation(activations: Tensor) -> Tensor:
-    """The replacement that removes what a hook carries."""
-    return torch.zeros_like(activations)
 
 
 class FullModel:
     """Next-token cross entropy of a model, clean or spliced."""
 
-    def __init__(self, model: nn.Module, *, device: torch.device) -> None:
-        self._model = model
-        self.device = device
+    def __init__(self, forward: Forward, sites: Mapping[str, Site]) -> None:
+        """
+        Args:
+            forward: the model's forward pass, which gives logits.
+            sites: the place of each name that a hook may have.
+        """
+        self._forward = forward
+        self._sites = sites
+
+    @property
+    def device(self) -> torch.device:
+        return self._forward.device
 
     @torch.no_grad()
     def cross_entropy(
@@ -41,20 +48,18 @@ class FullModel:
 
         Args:
             tokens: integer [batch, context].
-            replace: hook -> function from its activations [n, d_in] to what the model goes on with, in any number
+            replace: hook key -> function from its activations [n, d_in] to what the model goes on with, in any number
                 format; positions are flattened.
             ignore_token_ids: special tokens.
         """
         tokens = tokens.to(self.device, torch.int64)
         ignored = torch.isin(tokens, torch.tensor(sorted(ignore_token_ids), dtype=torch.int64, device=self.device))
         with ExitStack() as stack:
-            for hook, replacement in (replace or {}).items():
-                module = self._model.get_submodule(hook)
-                handle = module.register_forward_hook(
-                    lambda _module, _inputs, output, replacement=replacement: splice(output, replacement, ignored)
-                )
-                stack.callback(handle.remove)
-            logits = _logits(self._model(tokens))
+            for key, replacement in (replace or {}).items():
+                hook = parse_hook(key)
+                look = partial(splice, replacement=replacement, keep=ignored, head=hook.head)
+                stack.callback(self._sites[hook.name].watch(self._forward.outside(look)).remove)
+            logits = _logits(self._forward(tokens)).to(self.device)
         total, count = 0.0, 0
         # One context at a time: logits in float32 of a whole batch can be larger than the model.
         for row, predicted, skip in zip(logits[:, :-1], tokens[:, 1:], ignored[:, 1:], strict=True):
@@ -64,19 +69,19 @@ class FullModel:
         return total, count
 
 
-def splice(output: Any, replacement: Replacement, keep: Tensor) -> Any:
-    """A module's output with its activation replaced, but for positions to keep; cast back to its number format.
+def splice(activation: Tensor, replacement: Replacement, keep: Tensor, *, head: int | None = None) -> Tensor:
+    """An activation with a hook's part replaced, but for positions to keep; cast back to its number format.
 
     Args:
-        output: a tensor [batch, context, d_in], or a tuple that begins with one.
+        activation: [batch, context, width] or [batch, context, heads, width].
+        replacement: from [n, d_in] on the positions that are not kept, in order.
         keep: bool [batch, context].
+        head: the head that the hook takes alone.
     """
-    activation = first_tensor(output)
-    if activation is None:
-        raise TypeError(f"cannot replace an output of type {type(output).__name__}")
-    replaced = activation.clone()
-    replaced[~keep] = replacement(activation[~keep]).to(activation)
-    return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+    there = ~keep.to(activation.device)
+    changed = take(activation, head).clone()
+    changed[there] = replacement(changed[there]).to(changed)
+    return put(activation, head, changed)
 
 
 def _logits(output: Any) -> Tensor:

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from sae_job.models import huggingface
+from sae_job.models import huggingface, transformer_lens
 from sae_job.models.facts import ModelFacts
 from sae_job.models.full import FullModel
 from sae_job.models.hooked import HookedModel
+from sae_job.models.loader import CheckpointLoader
 
 if TYPE_CHECKING:
     from sae_operator.api.activation_cache import ModelSource
 
 
 class Loader(Protocol):
-    """What a module that loads models offers."""
+    """What loads models."""
 
     def inspect(self, source: ModelSource, hooks: Sequence[str], *, revision: str | None) -> ModelFacts: ...
 
@@ -29,7 +30,10 @@ class Loader(Protocol):
 
 
 # Adding a loader is one row here and its name in the API.
-LOADERS: dict[str, Loader] = {"HuggingFace": huggingface}
+LOADERS: dict[str, Loader] = {
+    "HuggingFace": CheckpointLoader(huggingface),
+    "TransformerLens": CheckpointLoader(transformer_lens),
+}
 
 
 def default_device() -> torch.device:
@@ -41,6 +45,7 @@ def inspect_model(source: ModelSource, hooks: Sequence[str], *, revision: str | 
     """Facts of a model without its weights.
 
     Args:
+        hooks: hook keys: `name`, or `name:head` for one attention head.
         revision: commit on the Hub; what the source's own revision stands for when None.
 
     Raises:
@@ -55,6 +60,7 @@ def load_hooked_model(
     """Load a model's layers up to the last hook, and nothing more.
 
     Args:
+        hooks: hook keys, as in `inspect_model`.
         device: a GPU where there is one, when None.
         revision: as in `inspect_model`.
 

@@ -19,13 +19,20 @@ TOKENS = torch.arange(16).reshape(2, 8)
 
 @dataclass(frozen=True)
 class Case:
-    """Where a kind of model keeps its layers, and whether its head has weights of its own."""
+    """A kind of model.
+
+    Attributes:
+        layers: where it keeps its layers.
+        own_head: whether its head has weights of its own.
+        embeddings_first: whether its hidden states begin with the embeddings.
+    """
 
     layers: str
     own_head: bool
     config: str
     model: str
     options: dict[str, Any]
+    embeddings_first: bool = True
 
 
 COMMON = {"vocab_size": VOCABULARY, "num_hidden_layers": 4, "hidden_size": 16, "num_attention_heads": 2}
@@ -57,6 +64,14 @@ CASES = {
     "bert, an encoder without a head": Case(
         "encoder.layer", False, "BertConfig", "BertModel", {**COMMON, "intermediate_size": 32}
     ),
+    "mamba, a state-space model": Case(
+        "backbone.layers",
+        False,
+        "MambaConfig",
+        "MambaForCausalLM",
+        {"vocab_size": VOCABULARY, "num_hidden_layers": 4, "hidden_size": 16, "state_size": 4},
+        embeddings_first=False,
+    ),
 }
 
 
@@ -86,8 +101,29 @@ def test_a_layer_in_the_middle(case: tuple[Case, Path, nn.Module]) -> None:
     with torch.no_grad():
         hidden = model(TOKENS, output_hidden_states=True).hidden_states
     activations = hooked.activations(TOKENS)
-    assert torch.equal(activations[hooks[0]], hidden[1])
-    assert torch.equal(activations[hooks[1]], hidden[2])
+    after_first = int(chosen.embeddings_first)
+    assert torch.equal(activations[hooks[0]], hidden[after_first])
+    assert torch.equal(activations[hooks[1]], hidden[after_first + 1])
+
+
+def test_nothing_behind_the_last_hook_runs(case: tuple[Case, Path, nn.Module]) -> None:
+    chosen, path, _ = case
+    hooked = load_hooked_model(ModelSource(name=str(path), dtype="float32"), [f"{chosen.layers}.0"], device="cpu")
+    ran: list[str] = []
+    for name, module in hooked.module.named_modules():
+        module.register_forward_pre_hook(lambda _module, _inputs, name=name: ran.append(name))
+    hooked.activations(TOKENS)
+    assert [name for name in ran if name.startswith(f"{chosen.layers}.0.")]
+    assert not {"lm_head", "embed_out", "model.norm", "transformer.ln_f", "backbone.norm_f"} & set(ran)
+
+
+def test_contexts_do_not_see_each_other(case: tuple[Case, Path, nn.Module]) -> None:
+    chosen, path, _ = case
+    hook = f"{chosen.layers}.1"
+    hooked = load_hooked_model(ModelSource(name=str(path), dtype="float32"), [hook], device="cpu")
+    together = hooked.activations(TOKENS)[hook]
+    alone = torch.cat([hooked.activations(row[None])[hook] for row in TOKENS])
+    torch.testing.assert_close(together, alone)
 
 
 def test_no_more_weights_than_needed(case: tuple[Case, Path, nn.Module]) -> None:
