@@ -179,7 +179,8 @@ def _join(
     }
     if rearm:
         changes |= {"retry": (cache.status.observed_retry or 0) + 1, "run": mine.run}
-        event = EventWanted("Normal", "CacheRetried", f"runs the failed ActivationCache {cache.name} again")
+        text = "; ".join([f"runs the failed ActivationCache {cache.name} again", *extensions])
+        event = EventWanted("Normal", "CacheRetried", text)
     elif extensions:
         text = f"extends ActivationCache {cache.name}: {' and '.join(extensions)}"
         event = EventWanted("Normal", "CacheExtended", text)

@@ -146,7 +146,9 @@ def test_a_job_with_another_hook_re_arms_a_failed_inline_cache_and_waits_for_it(
     cluster.create(JOB, "second", job_on(B, of="model.layers.1"))
     cluster.run()
     assert cluster.phase(JOB, "second") == "Succeeded"
-    assert cluster.resources[CACHE, inline_cache_of(cluster)]["spec"]["hooks"] == [A, B]
+    name = inline_cache_of(cluster)
+    assert cluster.resources[CACHE, name]["spec"]["hooks"] == [A, B]
+    assert told(cluster, "CacheRetried") == [f"runs the failed ActivationCache {name} again; adds model.layers.1"]
 
 
 def test_an_extension_that_failed_leaves_what_was_there_to_jobs_that_need_no_more() -> None:
