@@ -57,10 +57,10 @@ class CachingRates:
 class Ours:
     """The product's steps on an S3 server, with the model loaded once."""
 
-    def __init__(self, place: S3Place, contexts: int) -> None:
+    def __init__(self, place: S3Place, model: str, contexts: int) -> None:
         self._store = place.store("real-model")
         self._spec = ActivationCacheSpec(
-            model=ModelSource(name=os.fspath(ensure_small_model()), dtype="float32", batch_size=BATCH_SIZE),
+            model=ModelSource(name=model, dtype="float32", batch_size=BATCH_SIZE),
             dataset=DatasetSource(path=os.fspath(ensure_english_text())),
             hooks=[Hook(name=HOOK)],
             context_size=CONTEXT_SIZE,
@@ -115,9 +115,9 @@ def compare_caching(peer: Peer, place: S3Place, directory: Path, *, contexts: in
     """
     folder = directory / peer.name
     folder.mkdir()
-    ours = Ours(place, contexts)
-    save_file({"contexts": ours.contexts.to(torch.int64)}, folder / "contexts.safetensors")
     model = os.fspath(ensure_small_model())
+    ours = Ours(place, model, contexts)
+    save_file({"contexts": ours.contexts.to(torch.int64)}, folder / "contexts.safetensors")
     arguments = ["caching", model, os.fspath(folder / "contexts.safetensors"), HOOK, str(WIDTH), str(BATCH_SIZE)]
     with Worker(peer.name, peer.python(), "saelens_worker.py", arguments, peer_environment()) as theirs:
         theirs.answer()

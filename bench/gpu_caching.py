@@ -215,7 +215,8 @@ def n8_file_vs_memory(directory: Path, sizes: Sizes) -> float:
         }
     )
     manifest = read_manifest(store)
-    plan = resolve_plan(spec, cache_rows=manifest.tokens, statistics={hook: manifest.hook(hook)})
+    plan = resolve_plan(spec, cache_rows=manifest.tokens, widths={hook: manifest.hook(hook).d_in})
+    plan = plan.scaled_by({hook: manifest.hook(hook)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = CachedActivations.open(store, hooks=[hook], batch_size=sizes.batch, seed=0, held_out_contexts=0)
     memory = MemoryStream(hook, [reader.next_batch()[hook].clone() for _ in range(8)])

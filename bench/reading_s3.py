@@ -63,7 +63,8 @@ class RemoteCache:
 
         def fetch(key: str, first: int, last: int, into: memoryview) -> None:
             answer = self._client.get_object(Bucket=BUCKET, Key=f"{PREFIX}/{key}", Range=f"bytes={first}-{last - 1}")
-            answer["Body"].readinto(into)
+            if answer["Body"].readinto(into) != len(into):
+                raise RuntimeError(f"{key} is shorter than it was")
 
         with ThreadPoolExecutor(RANGE_THREADS) as threads:
             start = time.perf_counter()

@@ -50,10 +50,7 @@ class Ours:
         from sae_job.training.sae_training import SaeTraining
         from sae_operator.api.training_job import SAETrainingJobSpec
 
-        class Facts:
-            d_in = start["W_dec"].shape[1]
-            mean, mean_norm, mean_squared_norm = (0.0,) * d_in, float(d_in) ** 0.5, float(d_in)
-
+        d_in = start["W_dec"].shape[1]
         kind: dict[str, Any] = {"type": "topk", "k": k}
         if architecture == "standard":
             kind = {"type": "standard", "l1Coefficient": L1_COEFFICIENT}
@@ -67,14 +64,14 @@ class Ours:
                 "output": {"uri": "file://unused"},
             }
         )
-        plan = resolve_plan(spec, cache_rows=tokens, statistics={"layer": Facts()})
+        plan = resolve_plan(spec, cache_rows=tokens, widths={"layer": d_in})
         weights = {name: start[name] for name in ("b_enc", "W_dec", "b_dec")} | {"W_enc_T": start["W_enc"].T}
         self._training = SaeTraining(plan.saes[0], plan, 0, provenance=Provenance(), device=torch.device("cpu"))
         loaded = {f"weights.{name}": tensor for name, tensor in weights.items()}
         self._training.restore(self._training.tensors() | loaded, None)
         self._steps = 0
         # Its gradients alone, for the comparison.
-        self._plain = build_trainable(plan.saes[0].spec, Facts.d_in, device="cpu")
+        self._plain = build_trainable(plan.saes[0].spec, d_in, device="cpu")
         with torch.no_grad():
             for name, tensor in weights.items():
                 self._plain.parameters_by_name[name].copy_(tensor)
