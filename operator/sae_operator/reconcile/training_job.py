@@ -103,6 +103,7 @@ def _work(scene: TrainingScene, draft: Draft, spec: SAETrainingJobSpec, observed
     # Past preflight, its Job may be deleted by anybody without being missed.
     if step == "preflight" and scene.previous.phase != "WaitingForCache":
         view = drive_step(scene, draft, _plan(scene, draft, spec, source, "preflight"))
+        _take_preparation(scene, draft, view)
         if view.state != "succeeded":
             return
         if view.result is not None and view.result.adopted:
@@ -200,6 +201,14 @@ def _given(scene: TrainingScene, spec: SAETrainingJobSpec, source: Source, step:
         activations=resolve_location(location, scene.defaults),
         cache=resolve_cache(cache, scene.defaults) if cache is not None else None,
     )
+
+
+def _take_preparation(scene: TrainingScene, draft: Draft, view: StepView) -> None:
+    """How far preflight is with the contexts of a live source; of other jobs it has nothing to tell."""
+    before = scene.previous.progress if scene.previous_step == "preflight" else None
+    merged = merge_progress(view.pods, scene.children.progress, before, total_tokens=None, now=scene.now)
+    if merged.total_tokens is not None:
+        draft.updates["progress"] = merged
 
 
 def _take_figures(scene: TrainingScene, draft: Draft, spec: SAETrainingJobSpec, view: StepView) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from sae_operator.api.identity import cache_identity
 from sae_operator.api.steps import TrainStep
 from sae_operator.reconcile.observed import Defaults
-from tests.unit.reconcile.fake_cluster import CACHE, JOB, FakeCluster
+from tests.unit.reconcile.fake_cluster import CACHE, JOB, FakeCluster, PodScript
 from tests.unit.reconcile.specs import cache_spec, job_spec
 from tests.unit.reconcile.test_children import container_of, job_of, pod_of
 from tests.unit.reconcile.test_lives import steps_of
@@ -50,6 +50,27 @@ def test_both_steps_are_given_the_folder_of_the_contexts_and_the_source_as_a_cac
         assert given.cache.storage.shard_bytes == 2**30 // 10
         assert given.cache.storage.uri == given.activations.uri
         assert [hook.key for hook in given.cache.hooks] == ["model.layers.0"]
+
+
+def test_the_preparation_of_its_contexts_tells_how_far_it_is() -> None:
+    def script(step: str, index: int, earlier: int) -> PodScript:
+        def progress(second: int) -> dict[str, Any]:
+            return {"tokens": 100 * second, "totalTokens": 2000, "tokensPerSecond": 100.0}
+
+        return PodScript(seconds=20, progress=progress if step == "preflight" else None)
+
+    cluster = FakeCluster(script)
+    cluster.create(JOB, "sae", live_spec())
+    cluster.run()
+    told = [
+        status.get("progress", {}).get("percent") for _, status in cluster.statuses if status["phase"] == "Preflight"
+    ]
+    assert len(told) >= 3
+    assert max(percent or 0 for percent in told) >= 50
+    # What is trained is counted anew.
+    queued = [status for _, status in cluster.statuses if status["phase"] == "Queued"]
+    assert queued[-1]["progress"]["tokens"] == 0
+    assert cluster.status(JOB, "sae")["progress"]["tokens"] == 500
 
 
 def test_only_the_training_pod_takes_a_gpu_and_the_memory_of_the_plan() -> None:
