@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for caches and SAEs; a temporary one when left out")
     parser.add_argument("--tokens", type=int, help="rows of each cache")
     options = parser.parse_args()
-    sizes = Sizes(6_000, 1_000, 512, 1) if options.quick else Sizes(options.tokens or 120_000, 10_000, 4_096, 3)
+    sizes = Sizes(6_000, 1_000, 512, 1) if options.quick else Sizes(options.tokens or 150_000, 10_000, 4_096, 3)
     with tempfile.TemporaryDirectory(prefix="sae-bench-") as scratch:
         work = (options.work or Path(scratch)).absolute()
         start = time.perf_counter()
