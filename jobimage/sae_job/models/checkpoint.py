@@ -57,6 +57,7 @@ class Checkpoint:
         Raises:
             InvalidInput: weights that cannot be read or are not complete; an attention kernel that is not there.
         """
+        from safetensors import SafetensorError
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -80,7 +81,7 @@ class Checkpoint:
             )
         except ImportError as error:
             raise _attention_missing(attention, first_line(error)) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             if not is_local(source.name) and is_connection_trouble(error):
                 raise
             raise InvalidInput(

@@ -141,6 +141,15 @@ def test_missing_weights_are_told_instead_of_made_up(tmp_path: Path) -> None:
     assert caught.value.reason == "WeightsMissing"
 
 
+def test_damaged_weights_are_told(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InvalidInput, match="cannot be read") as caught:
+        load_hooked_model(ModelSource(name=str(tmp_path)), ["model.layers.1"], device="cpu")
+    assert (caught.value.reason, caught.value.field) == ("ModelUnreadable", "spec.model.name")
+
+
 def test_contexts_must_fit_the_model(llama: ModelSource) -> None:
     facts = inspect_model(llama, ["model.layers.0"])
     check_context_size(facts, CONTEXT_LIMIT)
