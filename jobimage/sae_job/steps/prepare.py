@@ -64,6 +64,35 @@ def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult
     manifest = finished_manifest(store, spec)
     if manifest is not None and manifest.tokens >= spec.tokens:
         return _adopt(manifest)
+    facts, index = prepare_contexts_for(spec, store, context)
+    context.reporter.update(tokens=spec.tokens)
+    complete = _complete_shards(store, index)
+    logger.info("%d contexts, %d shards, of which %d are stored", index.contexts, len(index.shards), complete)
+    return StepResult(
+        step="prepare",
+        exit_code=ExitCode.DONE,
+        reason="Completed",
+        message=f"{len(index.shards)} shards from {index.contexts} contexts, of which {complete} are stored already",
+        adopted=False,
+        shards_total=len(index.shards),
+        shards_complete=complete,
+        plan={"bytes": cache_bytes(spec, facts), "gpuSeconds": None, "memoryBytes": memory_bytes(spec, facts)},
+    )
+
+
+def prepare_contexts_for(
+    spec: ActivationCacheSpec, store: ObjectStore, context: StepContext
+) -> tuple[ModelFacts, CacheIndex]:
+    """Store contexts for `spec.tokens` rows and the plan of their shards, after those that are stored already.
+
+    Args:
+        spec: the cache, or what a live source would be as a cache.
+        store: its folder, which is marked as ours.
+        context: for stopping, and for progress.
+
+    Raises:
+        InvalidInput, Stopped: as `run_prepare`.
+    """
     _mark(store, spec)
     earlier = CacheIndex.load(store)
     facts = inspect_model(
@@ -78,19 +107,7 @@ def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult
     index = _index(spec, facts, records, plan)
     if index != earlier:
         index.save(store)
-    context.reporter.update(tokens=spec.tokens)
-    complete = _complete_shards(store, index)
-    logger.info("%d contexts, %d shards, of which %d are stored", index.contexts, len(index.shards), complete)
-    return StepResult(
-        step="prepare",
-        exit_code=ExitCode.DONE,
-        reason="Completed",
-        message=f"{len(index.shards)} shards from {index.contexts} contexts, of which {complete} are stored already",
-        adopted=False,
-        shards_total=len(index.shards),
-        shards_complete=complete,
-        plan={"bytes": cache_bytes(spec, facts), "gpuSeconds": None, "memoryBytes": memory_bytes(spec, facts)},
-    )
+    return facts, index
 
 
 def finished_manifest(store: ObjectStore, spec: ActivationCacheSpec) -> CacheManifest | None:
