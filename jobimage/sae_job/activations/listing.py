@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,12 +147,17 @@ def remove(removal: Removal, *, progress: Callable[[int], None] = lambda done: N
         StoreError: the store failed; what is left still carries the marker.
     """
     done = 0
-    store = removal.cache.store
+    lock = threading.Lock()
+
+    def delete(key: str) -> None:
+        nonlocal done
+        removal.cache.store.delete(key)
+        with lock:
+            done += 1
+            progress(done)
+
     for _, stage in groupby(removal.keys, key=lambda key: _removal_order(key)[0]):
-        keys = list(stage)
-        _in_parallel(store.delete, keys)
-        done += len(keys)
-        progress(done)
+        _in_parallel(delete, stage)
 
 
 def _removal_order(key: str) -> tuple[int, str]:
