@@ -69,20 +69,13 @@ def check_batch_size(source: ModelSource, context_size: int, *, field: str = "sp
 def forward_bytes(facts: ModelFacts, source: ModelSource, context_size: int) -> int:
     """Memory that a forward pass needs at most, beside the weights: what a layer's modules give, and what hooks keep.
 
-    Attention kernels other than the plain one keep no scores. The plain one is TransformerLens' default; where it is
-    another model's, the spec says so.
+    Attention kernels other than the plain one keep no scores. The plain one is that of TransformerLens; where it is a
+    model's own, the spec should say so.
     """
     # Autocast keeps float32 beside bfloat16.
     item = 6 if source.autocast else ITEM_BYTES[source.dtype]
     per_token = (facts.forward_width + sum(facts.d_in.values())) * item
+    plain = source.loader == "TransformerLens" or source.attention_implementation == "eager"
     # Scores in float32 for the softmax, and rounded.
-    per_pair = facts.attention_heads * (4 + item) if keeps_scores(source) else 0
+    per_pair = facts.attention_heads * (4 + item) if plain else 0
     return source.batch_size * context_size * (per_token + per_pair * context_size)
-
-
-def keeps_scores(source: ModelSource) -> bool:
-    """Whether the attention kernel holds a number per head and pair of positions."""
-    return (source.attention_implementation or _DEFAULT_ATTENTION[source.loader]) == "eager"
-
-
-_DEFAULT_ATTENTION = {"HuggingFace": "sdpa", "TransformerLens": "eager"}

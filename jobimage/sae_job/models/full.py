@@ -75,12 +75,15 @@ def splice(activation: Tensor, replacement: Replacement, keep: Tensor, *, head: 
     Args:
         activation: [batch, context, width] or [batch, context, heads, width].
         replacement: from [n, d_in] on the positions that are not kept, in order.
-        keep: bool [batch, context].
+        keep: bool [batch, context], where the replacement is computed.
         head: the head that the hook takes alone.
     """
     there = ~keep.to(activation.device)
     changed = take(activation, head).clone()
-    changed[there] = replacement(changed[there]).to(changed)
+    # Of a model that is spread over several devices the activation may lie on another; the replacement is exact where
+    # the model is cast.
+    with torch.autocast(keep.device.type, enabled=False):
+        changed[there] = replacement(changed[there].to(keep.device)).to(changed)
     return put(activation, head, changed)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae_job.errors import InvalidInput
 from sae_job.models.anatomy import View
+from sae_job.models.checkpoint import ATTENTION_FIELD
 from sae_job.models.sites import Look, Removable, Site
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ class LensHook:
 
 
 def check(source: ModelSource) -> str:
-    """The attention kernel to use: the plain one unless the spec names another, since others give no scores to hook.
+    """The attention kernel: the plain one, which the bridge computes itself so that its scores can be hooked.
 
     Raises:
-        InvalidInput: TransformerLens is not installed, or the model is to be compiled.
+        InvalidInput: TransformerLens is not installed; the model is to be compiled, or to use another kernel.
     """
     if importlib.util.find_spec("transformer_lens") is None:
         raise InvalidInput(
@@ -66,7 +67,13 @@ def check(source: ModelSource) -> str:
             "the hook points of TransformerLens cannot be compiled; set compile false, or use loader HuggingFace",
             field="spec.model.compile",
         )
-    return source.attention_implementation or "eager"
+    if source.attention_implementation not in (None, "eager"):
+        raise InvalidInput(
+            "AttentionUnsupported",
+            "TransformerLens computes attention itself, in the plain way; leave it empty, or use loader HuggingFace",
+            field=ATTENTION_FIELD,
+        )
+    return "eager"
 
 
 def view(

@@ -89,6 +89,17 @@ def test_autocast_changes_the_loss_a_little(folder: str) -> None:
     assert rounded == pytest.approx(exact, rel=0.02)
 
 
+def test_a_replacement_is_not_cast_with_the_model(folder: str) -> None:
+    casts: list[bool] = []
+
+    def look(activations: torch.Tensor) -> torch.Tensor:
+        casts.append(torch.is_autocast_enabled("cpu"))
+        return activations
+
+    load_full_model(source_of(folder, autocast=True), device="cpu").cross_entropy(TOKENS, replace={HOOK: look})
+    assert casts == [False]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_model_gives_the_same_and_still_ends_at_its_last_hook(folder: str) -> None:
     hooks = [INSIDE, HOOK]

@@ -104,8 +104,8 @@ def test_facts_come_without_weights(llama: str, tmp_path: Path) -> None:
     assert facts.d_in == {RESIDUAL: WIDTH, HEAD_OUTPUTS: WIDTH, f"{HEAD_OUTPUTS}:3": 8, "blocks.0.mlp.hook_post": 64}
     assert (facts.layers, facts.total_layers, facts.predicts_tokens) == (2, LAYERS, True)
     # Its attention keeps the scores of 4 heads, in float32 for the softmax and in the model's own format.
-    kernels = [lens(llama), lens(llama, attentionImplementation="sdpa")]
-    with_scores, without = (forward_bytes(facts, source, 32) for source in kernels)
+    sources = [lens(llama), ModelSource(name=llama, dtype="float32")]
+    with_scores, without = (forward_bytes(facts, source, 32) for source in sources)
     assert with_scores - without == 16 * 32 * 32 * 4 * (4 + 4)
 
 
@@ -234,6 +234,9 @@ def test_a_model_that_the_bridge_does_not_know(tmp_path: Path) -> None:
 
 def test_what_the_loader_cannot_do_is_told(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(lens(llama, compile=True), [RESIDUAL]).field == "spec.model.compile"
+    assert (
+        refusal(lens(llama, attentionImplementation="sdpa"), [RESIDUAL]).field == "spec.model.attentionImplementation"
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     error = refusal(lens(llama), [RESIDUAL])
     assert (error.reason, error.field) == ("PackageMissing", "spec.model.loader")
