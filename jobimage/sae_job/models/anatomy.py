@@ -1,7 +1,7 @@
 """What a Transformers model is made of, found without its weights.
 
-The model is built on torch's meta device and run on a few pretended tokens. That tells each hook's width, and in which
-layer the last hook lies, for any module and any architecture.
+The model is built of pretended tensors, which have shapes and no memory, and run on a few pretended tokens. That tells
+each hook's width, and in which layer the last hook lies, for any module and any architecture.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class View:
     run: Callable[[Tensor], Any]
     sites: Mapping[str, Site]
     layer_names: tuple[str, ...]
+
+
+ViewOf = Callable[["PreTrainedModel", "PreTrainedConfig"], View]
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,13 @@ def examine(
     cls: type[PreTrainedModel],
     config: PreTrainedConfig,
     hooks: Sequence[str],
-    view_of: Callable[[PreTrainedModel, PreTrainedConfig, Sequence[str]], View],
+    view_of: ViewOf,
 ) -> Anatomy:
     """Find the hooks in a model.
 
     Args:
         hooks: hook keys.
-        view_of: from a model, its config and the names that are wanted to what a library shows of it.
+        view_of: from a model and its config to what a library shows of it.
 
     Raises:
         InvalidInput: a hook is not in the model, is never reached, or gives no activations of tokens.
@@ -134,7 +137,7 @@ def examine(
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(torch.bfloat16):
         model = cls(copy.deepcopy(config)).eval()
         pass_ = _PretendedPass(model, layer_lists_of(model, config))
-        view = view_of(model, config, [hook.name for hook in parsed])
+        view = view_of(model, config)
         _check_names(parsed, view)
         try:
             pass_.run(view, parsed)
@@ -157,14 +160,14 @@ def examine(
 def count_parameters(
     cls: type[PreTrainedModel],
     config: PreTrainedConfig,
-    view_of: Callable[[PreTrainedModel, PreTrainedConfig, Sequence[str]], View],
+    view_of: ViewOf,
 ) -> int:
     """Numbers in a model's weights once a library shows it; weights that are tied count once."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(torch.bfloat16):
         model = cls(copy.deepcopy(config)).eval()
-        view_of(model, config, [])
+        view_of(model, config)
         return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -28,6 +28,7 @@ class FullModel:
         """
         self._forward = forward
         self._sites = sites
+        self._replaced: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -51,15 +52,21 @@ class FullModel:
             replace: hook key -> function from its activations [n, d_in] to what the model goes on with, in any number
                 format; positions are flattened.
             ignore_token_ids: special tokens.
+
+        Raises:
+            ValueError: the model never comes to a hook, so that nothing was replaced.
         """
         tokens = tokens.to(self.device, torch.int64)
         ignored = torch.isin(tokens, torch.tensor(sorted(ignore_token_ids), dtype=torch.int64, device=self.device))
         with ExitStack() as stack:
             for key, replacement in (replace or {}).items():
                 hook = parse_hook(key)
-                look = partial(splice, replacement=replacement, keep=ignored, head=hook.head)
+                look = partial(self._replace, key, replacement, ignored, hook.head)
                 stack.callback(self._sites[hook.name].watch(self._forward.outside(look)).remove)
+            self._replaced = set()
             logits = _logits(self._forward(tokens)).to(self.device)
+        if missed := set(replace or {}) - self._replaced:
+            raise ValueError(f"the forward pass did not come to {sorted(missed)}")
         total, count = 0.0, 0
         # One context at a time: logits in float32 of a whole batch can be larger than the model.
         for row, predicted, skip in zip(logits[:, :-1], tokens[:, 1:], ignored[:, 1:], strict=True):
@@ -67,6 +74,12 @@ class FullModel:
             total += float(losses[~skip].double().sum())
             count += int((~skip).sum())
         return total, count
+
+    def _replace(
+        self, key: str, replacement: Replacement, keep: Tensor, head: int | None, activation: Tensor
+    ) -> Tensor:
+        self._replaced.add(key)
+        return splice(activation, replacement, keep, head=head)
 
 
 def splice(activation: Tensor, replacement: Replacement, keep: Tensor, *, head: int | None = None) -> Tensor:

@@ -32,9 +32,7 @@ def check(source: ModelSource) -> str | None:
     return source.attention_implementation
 
 
-def view(
-    model: PreTrainedModel, config: PreTrainedConfig, names: Sequence[str], source: ModelSource, *, loaded: bool
-) -> View:
+def view(model: PreTrainedModel, config: PreTrainedConfig, source: ModelSource, *, loaded: bool) -> View:
     """Every module's output and input."""
     layers = layer_lists_of(model, config)
     return View(run=model, sites=_Modules(model), layer_names=tuple(f"{path}.{{}}" for path in layers))

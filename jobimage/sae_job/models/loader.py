@@ -24,7 +24,6 @@ from sae_job.models.checkpoint import DTYPES, Checkpoint, describe
 from sae_job.models.facts import ModelFacts
 from sae_job.models.forward import Forward, compile_layers, entrance_of
 from sae_job.models.full import FullModel
-from sae_job.models.hook_names import parse_hooks
 from sae_job.models.hooked import HookedModel
 
 if TYPE_CHECKING:
@@ -49,19 +48,10 @@ class Library(Protocol):
         kernel to use, None for the model's default."""
         ...
 
-    def view(
-        self,
-        model: PreTrainedModel,
-        config: PreTrainedConfig,
-        names: Sequence[str],
-        source: ModelSource,
-        *,
-        loaded: bool,
-    ) -> View:
-        """What the library shows of a model; it may change the model.
+    def view(self, model: PreTrainedModel, config: PreTrainedConfig, source: ModelSource, *, loaded: bool) -> View:
+        """What the library shows of a model, which it may change.
 
         Args:
-            names: names of hooks that must be there.
             loaded: whether the model has weights.
         """
         ...
@@ -109,7 +99,7 @@ class CheckpointLoader:
         checkpoint = self._describe(source, revision)
         anatomy = self._examine(checkpoint, hooks)
         shortened = checkpoint.shortened(anatomy, keep_head=self.library.KEEPS_HEAD)
-        model, forward, view = self._load(shortened, list(anatomy.d_in), device)
+        model, forward, view = self._load(shortened, device)
         logger.info("loaded %s of %s layers of %s", anatomy.layers, total_layers(checkpoint.config), source.name)
         return HookedModel(model, forward, view.sites, hooks)
 
@@ -122,7 +112,7 @@ class CheckpointLoader:
                 f"{source.name!r} predicts no tokens ({checkpoint.cls.__name__}); leave ce_loss_score out",
                 field="spec.evaluation.metrics",
             )
-        _, forward, view = self._load(checkpoint, [], device)
+        _, forward, view = self._load(checkpoint, device)
         return FullModel(forward, view.sites)
 
     def _describe(self, source: ModelSource, revision: str | None) -> Checkpoint:
@@ -132,12 +122,11 @@ class CheckpointLoader:
         view = partial(self.library.view, source=checkpoint.source, loaded=False)
         return examine(checkpoint.cls, checkpoint.config, hooks, view)
 
-    def _load(self, checkpoint: Checkpoint, keys: Sequence[str], device: torch.device) -> tuple[Any, Forward, View]:
+    def _load(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Forward, View]:
         source = checkpoint.source
         model: Any = checkpoint.load(device)
         layers = layer_lists_of(model, checkpoint.config)
-        names = [hook.name for hook in parse_hooks(keys)]
-        view = self.library.view(model, checkpoint.config, names, source, loaded=True)
+        view = self.library.view(model, checkpoint.config, source, loaded=True)
         if source.compile:
             compile_layers(model, layers)
         forward = Forward(

@@ -7,7 +7,7 @@ layers than needed, weights as they are in the checkpoint unless the spec asks f
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from sae_job.errors import InvalidInput
 from sae_job.models.anatomy import View
 from sae_job.models.checkpoint import ATTENTION_FIELD
-from sae_job.models.sites import Look, Removable, Site
+from sae_job.models.sites import Look, Removable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from sae_operator.api.activation_cache import ModelSource
+    from sae_operator.api.activation_cache import ModelSource, Processing
 
 KEEPS_HEAD: bool = True
 LAYER_OUTPUT = "blocks.{}.hook_resid_post"
@@ -38,11 +38,19 @@ _ON_DEMAND = {
 
 @dataclass(frozen=True)
 class LensHook:
-    """A hook point of TransformerLens."""
+    """A hook point of TransformerLens.
+
+    Attributes:
+        switch: makes the bridge compute what is seen here; None where it does anyhow.
+    """
 
     point: Any
+    switch: Callable[[bool], None] | None
 
     def watch(self, look: Look) -> Removable:
+        if self.switch is not None:
+            self.switch(True)
+
         def see(activation: Tensor, *, hook: Any) -> Tensor | None:
             return look(activation)
 
@@ -76,9 +84,7 @@ def check(source: ModelSource) -> str:
     return "eager"
 
 
-def view(
-    model: PreTrainedModel, config: PreTrainedConfig, names: Sequence[str], source: ModelSource, *, loaded: bool
-) -> View:
+def view(model: PreTrainedModel, config: PreTrainedConfig, source: ModelSource, *, loaded: bool) -> View:
     """Every hook point, by its new name and its old one.
 
     Raises:
@@ -86,12 +92,14 @@ def view(
     """
     bridge = _bridge(model, config)
     if loaded and source.processing is not None:
-        _process(bridge, source)
-    for name in names:
-        if switch := _ON_DEMAND.get(name.rpartition(".")[2]):
-            getattr(bridge, switch)(True)
-    sites: Mapping[str, Site] = {name: LensHook(point) for name, point in bridge.hook_dict.items()}
+        _process(bridge, source.processing)
+    sites = {name: LensHook(point, _switch(bridge, name)) for name, point in bridge.hook_dict.items()}
     return View(run=bridge, sites=sites, layer_names=(LAYER_OUTPUT, "blocks.{}.hook_out"))
+
+
+def _switch(bridge: Any, name: str) -> Callable[[bool], None] | None:
+    switch = _ON_DEMAND.get(name.rpartition(".")[2])
+    return None if switch is None else getattr(bridge, switch)
 
 
 def _bridge(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
@@ -109,9 +117,8 @@ def _bridge(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
         ) from error
 
 
-def _process(bridge: Any, source: ModelSource) -> None:
-    processing = source.processing
-    assert processing is not None
+def _process(bridge: Any, processing: Processing) -> None:
+    """Change the weights as the spec says, and nothing else of them."""
     bridge.enable_compatibility_mode(
         disable_warnings=True,
         fold_ln=processing.fold_layer_norm,

@@ -64,6 +64,11 @@ def test_activations_at_ignored_tokens_are_not_given_to_the_replacement(model: F
     assert [tuple(activations.shape) for activations in seen] == [(9, 32)]
 
 
+def test_a_replacement_that_never_happens_is_no_score(model: FullModel) -> None:
+    with pytest.raises(ValueError, match=r"did not come to \['model.layers'\]"):
+        model.cross_entropy(TOKENS, replace={"model.layers": torch.zeros_like})
+
+
 def test_the_number_format_is_kept_and_the_models_own_tensor_is_not_written_to() -> None:
     activation = torch.ones(1, 2, 3, dtype=torch.bfloat16)
     replaced = splice(activation, lambda x: 2 * x.double(), torch.tensor([[True, False]]))

@@ -129,6 +129,16 @@ def test_hook_points_that_are_computed_on_demand(llama: str, hook: str) -> None:
     assert torch.equal(activations[hook][..., WIDTH : 2 * WIDTH], activations[one])
 
 
+def test_a_hook_that_is_computed_on_demand_can_be_replaced(llama: str) -> None:
+    """Without its result a head writes nothing, as without its output."""
+    model = load_full_model(lens(llama), device="cpu")
+    losses = [
+        model.cross_entropy(TOKENS, replace={hook: torch.zeros_like})
+        for hook in ("blocks.1.attn.hook_result:2", f"{HEAD_OUTPUTS}:2")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_results_of_heads_sum_up_to_the_attentions_output(llama: str) -> None:
     hooks = ["blocks.1.attn.hook_result", "blocks.1.hook_attn_out"]
     results, output = load_hooked_model(lens(llama), hooks, device="cpu").activations(TOKENS).values()
