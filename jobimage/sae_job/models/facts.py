@@ -14,8 +14,9 @@ class ModelFacts:
     """Facts of a model, as the hooks of a cache need it.
 
     Attributes:
-        name: Hub id or folder.
-        revision: commit on the Hub; None for a folder.
+        source: what tokenizer and weights are loaded from; a folder, for a model that lies in an object store.
+        name: what the spec calls it.
+        revision: commit on the Hub; what stands for one in a store; None for a folder.
         d_in: width of each hook's activations.
         context_limit: longest context that the model was made for; None when it has no limit.
         vocabulary: token ids are below this.
@@ -28,6 +29,7 @@ class ModelFacts:
         attention_heads: 0 for a model without attention.
     """
 
+    source: ModelSource
     name: str
     revision: str | None
     d_in: dict[str, int]

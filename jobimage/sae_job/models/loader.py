@@ -78,6 +78,7 @@ class CheckpointLoader:
             needed += text.vocab_size * text.hidden_size
         item = torch.empty((), dtype=DTYPES[source.dtype]).element_size()
         return ModelFacts(
+            source=source,
             name=source.name,
             revision=checkpoint.commit,
             d_in=anatomy.d_in,

@@ -106,7 +106,7 @@ def test_the_store_is_opened_as_the_source_says(bucket: Bucket) -> None:
 def test_what_is_recorded_is_the_address_and_a_digest_of_the_files(bucket: Bucket, folder: Path) -> None:
     model = localized(s3_source(), open_store=bucket.open, weights=False)
     facts = model.inspect([HOOK])
-    assert (facts.name, facts.d_in) == (S3_NAME, {HOOK: WIDTH})
+    assert (facts.name, facts.source, facts.d_in) == (S3_NAME, model.source, {HOOK: WIDTH})
     assert facts.revision is not None
     assert len(facts.revision) == 40
     again = localized(s3_source(), open_store=bucket.open, revision=facts.revision)
