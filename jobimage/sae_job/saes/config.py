@@ -43,13 +43,27 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an SAE's activations came from: what cfg.json records besides the SAE itself."""
+    """Where an SAE's activations came from: what cfg.json records besides the SAE itself.
+
+    Attributes:
+        model_name: Hub id or folder.
+        hook_name: the hook, by the name that the model's loader gives it, without a head.
+        hook_head_index: the attention head that is taken alone.
+        dataset_path: Hub id, file or folder.
+        context_size: tokens per context.
+        prepend_bos: whether contexts begin with BOS.
+        seqpos_slice: start, stop and step of the positions that became rows; (None,) for all.
+        model_from_pretrained_kwargs: what `HookedTransformer.from_pretrained_no_processing` takes to give the model.
+    """
 
     model_name: str = ""
     hook_name: str = ""
+    hook_head_index: int | None = None
     dataset_path: str = ""
     context_size: int = 128
     prepend_bos: bool = True
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    model_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def hook_layer(self) -> int:

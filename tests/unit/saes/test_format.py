@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sae_job import SAE
 from sae_job.errors import InvalidInput
 from sae_job.saes.config import Provenance, SAEConfig
+from sae_job.storage.file_store import FileStore
 from sae_job.storage.open import open_store
 from sae_operator.api.store import StoreLocation
 from tests.unit.saes.conftest import D_IN, D_SAE, STANDARD, TOPK, batch, trainable
@@ -48,6 +49,22 @@ def test_the_configuration_has_the_keys_of_the_format(saved: tuple[SAE, Path]) -
     assert config["hook_layer"] == 7
     assert config["normalize_activations"] == "none"
     assert config["activation_fn_kwargs"] == ({"k": 5} if config["architecture"] == "topk" else {})
+
+
+def test_head_positions_and_processing_are_told_apart_from_the_hook(tmp_path: Path) -> None:
+    provenance = Provenance(
+        hook_name="blocks.3.attn.hook_z",
+        hook_head_index=2,
+        seqpos_slice=(1, -2),
+        model_from_pretrained_kwargs={"fold_ln": True},
+    )
+    sae = trainable(TOPK).to_inference(scale=1.0, provenance=provenance)
+    sae.save(FileStore(tmp_path), "sae")
+    config = json.loads((tmp_path / "sae/cfg.json").read_text())
+    assert set(config) == KEYS
+    assert (config["hook_name"], config["hook_head_index"], config["hook_layer"]) == ("blocks.3.attn.hook_z", 2, 3)
+    assert (config["seqpos_slice"], config["model_from_pretrained_kwargs"]) == ([1, -2], {"fold_ln": True})
+    assert SAE.load(tmp_path / "sae").cfg == sae.cfg
 
 
 def test_tensors_have_the_names_and_shapes_of_the_format(saved: tuple[SAE, Path]) -> None:
