@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ from sae_job.errors import InvalidInput
 from sae_job.models.sites import Look
 
 COMPILE_FIELD = "spec.model.compile"
-_CPU_COMPILERS = ("g++", "clang++", "c++")
 
 
 class Forward:
@@ -82,13 +82,15 @@ def compile_layers(model: nn.Module, layer_lists: Sequence[str]) -> None:
     Layers are alike and compiled once. Hooks on a layer's output stay outside of what is compiled.
 
     Raises:
-        InvalidInput: there is no compiler for a CPU's code.
+        InvalidInput: what torch needs for it is not installed.
     """
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if on_cpu and not any(shutil.which(name) for name in _CPU_COMPILERS):
+    variable, usual = ("CXX", ("g++",)) if on_cpu else ("CC", ("gcc", "clang", "cc"))
+    names = (chosen,) if (chosen := os.environ.get(variable)) else usual
+    if not any(shutil.which(name) for name in names):
         raise InvalidInput(
             "NoCompiler",
-            "torch.compile needs a C++ compiler (g++ or clang++) on a CPU, and there is none; set compile false",
+            f"torch.compile needs a compiler ({' or '.join(names)}), and there is none here; set compile false",
             field=COMPILE_FIELD,
         )
     layers = [layer for path in layer_lists for layer in model.get_submodule(path).children()]

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sae_job.errors import InvalidInput
-from sae_job.models import forward as forward_module
 from sae_job.models.facts import forward_bytes
 from sae_job.models.forward import Forward, entrance_of
 from sae_job.models.load import inspect_model, load_full_model, load_hooked_model
@@ -120,8 +119,8 @@ def test_a_compiled_model_gives_the_same_and_still_ends_at_its_last_hook(folder:
 
 
 def test_without_a_compiler_compile_is_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward_module.shutil, "which", lambda _name: None)
-    with pytest.raises(InvalidInput, match=r"g\+\+") as caught:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InvalidInput, match=r"needs a compiler \(no-such-compiler\)") as caught:
         load_hooked_model(source_of(folder, compile=True), [HOOK], device="cpu")
     assert (caught.value.reason, caught.value.field) == ("NoCompiler", "spec.model.compile")
 
