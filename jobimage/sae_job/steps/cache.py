@@ -13,7 +13,8 @@ from sae_job.activations.harvest import ActivationModel, HostCopy, harvest
 from sae_job.activations.sink_filter import SinkFilter, usable_positions
 from sae_job.activations.writer import OpenShard, ShardWriter, is_stored
 from sae_job.errors import InvalidInput, Stopped
-from sae_job.models.load import default_device, load_hooked_model
+from sae_job.models.load import default_device
+from sae_job.models.mirror import localized
 from sae_job.steps.context import StepContext
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex
@@ -33,8 +34,14 @@ def run_cache(step: CacheStep | TrainStep, context: StepContext) -> StepResult:
         raise TypeError(f"the cache step is given a {type(step).__name__}")
 
     def load_model(index: CacheIndex) -> ActivationModel:
-        hooks = [hook.name for hook in step.spec.hooks]
-        return load_hooked_model(step.spec.model, hooks, revision=index.model.revision)
+        model = localized(
+            step.spec.model,
+            open_store=context.open_store,
+            mirror=context.open_store(step.location),
+            revision=index.model.revision,
+            should_stop=context.should_stop,
+        )
+        return model.load_hooked([hook.key for hook in step.spec.hooks])
 
     device = torch.cuda.get_device_name() if default_device().type == "cuda" else "cpu"
     return write_shards(step, context, load_model, device=device)

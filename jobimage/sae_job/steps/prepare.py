@@ -13,7 +13,7 @@ from sae_job.activations.manifest import CacheManifest, parse_manifest
 from sae_job.activations.writer import IN_FLIGHT
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size
-from sae_job.models.load import inspect_model
+from sae_job.models.mirror import localized
 from sae_job.steps.context import StepContext
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
 from sae_job.text.blocks import BlockBuilder, BlockRecord, read_block_records
@@ -95,11 +95,16 @@ def prepare_contexts_for(
     """
     _mark(store, spec)
     earlier = CacheIndex.load(store)
-    facts = inspect_model(
+    model = localized(
         spec.model,
-        [hook.name for hook in spec.hooks],
+        open_store=context.open_store,
+        mirror=store,
+        make_mirror=True,
         revision=None if earlier is None else earlier.model.revision,
+        weights=False,
+        should_stop=context.should_stop,
     )
+    facts = model.inspect([hook.key for hook in spec.hooks])
     check_context_size(facts, spec.context_size)
     check_batch_size(spec.model, spec.context_size)
     check_size(spec, facts)
@@ -239,7 +244,7 @@ def _builder(
     """
     last = records[-1] if records else None
     documents = open_documents(spec.dataset, revision=None if last is None else last.dataset.revision)
-    tokenizer = TextTokenizer(load_tokenizer(spec.model, revision=facts.revision))
+    tokenizer = TextTokenizer(load_tokenizer(facts.source, revision=facts.revision))
     record = TokenizerRecord(
         name=spec.model.name,
         sha256=tokenizer.sha256(),
