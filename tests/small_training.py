@@ -64,9 +64,9 @@ class SmallJob:
 def small_job(store: ObjectStore, spec: SAETrainingJobSpec, *, device: str = "cpu") -> SmallJob:
     """A trainer on the cache in `store`, not yet initialised."""
     manifest = read_manifest(store)
-    plan = resolve_plan(
-        spec, cache_rows=manifest.tokens, statistics={statistics.name: statistics for statistics in manifest.hooks}
-    )
+    statistics = {hook.name: hook for hook in manifest.hooks}
+    widths = {name: hook.d_in for name, hook in statistics.items()}
+    plan = resolve_plan(spec, cache_rows=manifest.tokens, widths=widths).scaled_by(statistics)
     reader = CachedActivations.open(
         store,
         hooks=plan.hooks,

@@ -21,7 +21,7 @@ from sae_job.steps.stopping import stop_on_signals
 from sae_job.storage.base import StoreError
 from sae_job.storage.open import open_store
 from sae_operator.api.activation_cache import ActivationCacheSpec
-from sae_operator.api.identity import cache_location
+from sae_operator.api.identity import cache_location, cache_of, live_location
 from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB, Resource
 from sae_operator.api.steps import CacheStep, CacheStepName, Progress, StepResult, TrainStep, TrainStepName
 from sae_operator.api.store import StoreLocation
@@ -119,20 +119,7 @@ class LocalRun:
     def training_job(
         self, name: str, namespace: str, spec: SAETrainingJobSpec, caches: dict[tuple[str, str], ActivationCacheSpec]
     ) -> JobOutcome:
-        activations = spec.activations
-        cache = activations.cache
-        if activations.cache_ref is not None:
-            cache = caches[namespace, activations.cache_ref.name]
-        if cache is not None:
-            location = cache_location(cache, namespace)
-        else:
-            assert activations.uri is not None
-            location = StoreLocation(
-                uri=activations.uri,
-                endpoint_url=activations.endpoint_url,
-                region=activations.region,
-                secret_ref=activations.secret_ref,
-            )
+        cache, location = _activations_of(spec, namespace, caches)
 
         def train_step(step: TrainStepName) -> TrainStep:
             return TrainStep(
@@ -151,8 +138,8 @@ class LocalRun:
                 logger.info("finished results are there already: %s", spec.output.uri)
                 return JobOutcome(name=name, output=spec.output, result=first)
             try:
-                if activations.cache is not None:
-                    self.cache(name, namespace, activations.cache)
+                if spec.activations.cache is not None:
+                    self.cache(name, namespace, spec.activations.cache)
                 result = self._run(train_step("train"))
             except (InvalidInput, Stopped, StoreError) as error:
                 # For log.txt alone: the caller tells the user.
@@ -161,6 +148,28 @@ class LocalRun:
             finally:
                 store_log(train_step("train"), self._open_store, tail)
         return JobOutcome(name=name, output=spec.output, result=result)
+
+
+def _activations_of(
+    spec: SAETrainingJobSpec, namespace: str, caches: dict[tuple[str, str], ActivationCacheSpec]
+) -> tuple[ActivationCacheSpec | None, StoreLocation]:
+    """The spec of a job's cache, where it is known, and the folder; of a live source, what it would be as a cache, and
+    the folder of its contexts."""
+    activations = spec.activations
+    if activations.live is not None:
+        return cache_of(spec), live_location(spec)
+    cache = activations.cache
+    if activations.cache_ref is not None:
+        cache = caches[namespace, activations.cache_ref.name]
+    if cache is not None:
+        return cache, cache_location(cache, namespace)
+    assert activations.uri is not None
+    return None, StoreLocation(
+        uri=activations.uri,
+        endpoint_url=activations.endpoint_url,
+        region=activations.region,
+        secret_ref=activations.secret_ref,
+    )
 
 
 def read_results(output: StoreLocation, *, store_root: Path | None) -> dict[str, Any]:

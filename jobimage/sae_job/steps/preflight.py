@@ -1,22 +1,28 @@
-"""The step `preflight`: can this training job work, and what will it cost? Told before anything costs GPU time."""
+"""The step `preflight`: can this training job work, and what will it cost? Told before anything costs GPU time.
+
+For a job with a live source it also stores the contexts that the model will run on.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from sae_job.activations.manifest import CacheManifest, HookStatistics, read_manifest
 from sae_job.activations.reader import reader_memory_bytes
 from sae_job.errors import InvalidInput
-from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size
-from sae_job.models.load import inspect_model
+from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size, forward_bytes
+from sae_job.models.mirror import LocalModel, localized
+from sae_job.steps.activation_sources import model_of
 from sae_job.steps.context import StepContext
 from sae_job.steps.output_marker import check_output, claim_output, finished_results, result_of
-from sae_job.steps.prepare import cache_bytes, check_size, finished_manifest
+from sae_job.steps.prepare import cache_bytes, check_size, finished_manifest, prepare_contexts_for
 from sae_job.storage.base import ObjectStore
 from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
 from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource
+from sae_operator.api.identity import LIVE_SHARDS_IN_BUFFER
 from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 from sae_operator.api.training_job import SAETrainingJobSpec
 
@@ -28,20 +34,26 @@ _BYTES_PER_PARAMETER = 16
 _CHECKPOINT_BYTES_PER_PARAMETER = 16
 # Float32 arrays of [batch, d_sae] that a step holds at a time: pre-activations, and a penalty's or auxiliary loss's.
 _LATENT_ARRAYS = 3
+# A token id in a stored context.
+TOKEN_BYTES = 4
 # Interpreter and libraries.
 _PROCESS_BYTES = 2**30
+# What a live source calls a cache's fields.
+_FIELDS_OF_LIVE = {"storage.dtype": "dtype", "storage.shardBytes": "bufferBytes"}
 # Suffixes of a Kubernetes quantity, from 10**-9 and from 2**10 on.
 _DECIMAL_SUFFIXES = ("n", "u", "m", "", "k", "M", "G", "T", "P", "E")
 _BINARY_SUFFIXES = ("Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 
 
 def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
-    """Check a training job against its output, its cache and its model; claim the output.
+    """Check a training job against its output, its activations and its model; claim the output; prepare the contexts
+    of a live source.
 
     Results that a finished job of the same spec left are adopted.
 
     Raises:
         InvalidInput: what cannot work, with the field to change.
+        Stopped: asked to stop; the next attempt goes on with the contexts.
     """
     if not isinstance(step, TrainStep):
         raise TypeError(f"the preflight step is given a {type(step).__name__}")
@@ -51,51 +63,114 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
     if finished is not None and finished["tokens"] >= tokens_asked_for(spec):
         logger.info("finished results are there already below %s", output.uri)
         return result_of("preflight", finished, adopted=True)
-    bytes_to_cache = 0
-    manifest = _manifest(step, context.open_store(step.activations))
-    if manifest is not None:
-        statistics = {hook.name: hook for hook in manifest.hooks}
-        rows = manifest.tokens if step.cache is None else step.cache.tokens
-        facts = _inspect_scored(spec, manifest)
-        reader = reader_memory_bytes(manifest.bytes, manifest.shard_bytes)
-    else:
-        assert step.cache is not None, "a cache without a spec has a manifest"
-        facts = _inspect(spec, step.cache)
-        statistics = _pretended_statistics(facts)
-        rows = step.cache.tokens
-        bytes_to_cache = cache_bytes(step.cache, facts)
-        reader = reader_memory_bytes(bytes_to_cache, step.cache.storage.shard_bytes)
-    plan = resolve_plan(spec, cache_rows=rows, statistics=statistics)
-    _check_memory(spec, plan, reader)
-    scored_model = facts.total_parameter_bytes if facts is not None and scores_with_model(spec) else 0
-    memory = memory_bytes(plan, reader + scored_model)
-    # Last, so that a spec that cannot work does not keep its mended successor from the output.
+    store = context.open_store(step.activations)
+    needs = _needs(step, store, context)
+    plan = resolve_plan(spec, cache_rows=needs.rows, widths=needs.widths)
+    if needs.statistics is not None:
+        plan = plan.scaled_by(needs.statistics)
+    _check_memory(spec, plan, needs.held_bytes)
+    memory = memory_bytes(plan, max(needs.held_bytes, needs.scored_model_bytes))
+    # After all checks, so that a spec that cannot work does not keep its mended successor from the output.
     claim_output(output, step)
+    stored_bytes = needs.bytes_to_cache
+    if spec.activations.live is not None:
+        stored_bytes = _prepare_contexts(step, store, context)
     return StepResult(
         step="preflight",
         exit_code=ExitCode.DONE,
         reason="Completed",
         message=f"{len(plan.saes)} SAEs, {plan.tokens} tokens in {plan.steps} steps of {plan.batch_size}",
         adopted=False,
-        plan={"bytes": bytes_to_cache, "gpuSeconds": None, "memoryBytes": memory},
+        plan={"bytes": stored_bytes, "gpuSeconds": None, "memoryBytes": memory},
     )
 
 
+@dataclass(frozen=True)
+class _Needs:
+    """What is known of a job's activations, and what they take.
+
+    Attributes:
+        rows: rows that the job asked for, held-out ones included.
+        widths: key of every hook -> width of its activations.
+        held_bytes: memory of the training pod for the activations.
+        scored_model_bytes: the same for the CE-loss score, which is taken when the activations are gone.
+        bytes_to_cache: size of the cache that is to be built or extended.
+        statistics: of the activations, where a finished cache tells them.
+    """
+
+    rows: int
+    widths: Mapping[str, int]
+    held_bytes: int
+    scored_model_bytes: int
+    bytes_to_cache: int = 0
+    statistics: Mapping[str, HookStatistics] | None = None
+
+
+def _needs(step: TrainStep, store: ObjectStore, context: StepContext) -> _Needs:
+    """Facts of the job's activations.
+
+    Raises:
+        InvalidInput: they are not there, or cannot be computed.
+    """
+    spec, cache = step.spec, step.cache
+    manifest = None if spec.activations.live is not None else _manifest(step, store)
+    if manifest is not None:
+        facts = _inspect_scored(step, manifest, store, context)
+        hooks = manifest.hooks if cache is None else [manifest.hook(hook.key) for hook in cache.hooks]
+        return _Needs(
+            rows=manifest.tokens if cache is None else cache.tokens,
+            widths={hook.name: hook.d_in for hook in hooks},
+            held_bytes=reader_memory_bytes(manifest.bytes, manifest.shard_bytes),
+            scored_model_bytes=0 if facts is None else facts.total_parameter_bytes,
+            statistics={hook.name: hook for hook in hooks},
+        )
+    assert cache is not None, "a cache without a spec has a manifest"
+    facts = _inspect(spec, cache, store, context)
+    size = cache_bytes(cache, facts)
+    if spec.activations.live is None:
+        held = reader_memory_bytes(size, cache.storage.shard_bytes)
+    else:
+        running = facts.parameter_bytes + forward_bytes(facts, cache.model, cache.context_size)
+        held = running + min(size, LIVE_SHARDS_IN_BUFFER * cache.storage.shard_bytes)
+    return _Needs(
+        rows=cache.tokens,
+        widths=facts.d_in,
+        held_bytes=held,
+        scored_model_bytes=facts.total_parameter_bytes if scores_with_model(spec) else 0,
+        bytes_to_cache=size if spec.activations.live is None else 0,
+    )
+
+
+def _prepare_contexts(step: TrainStep, store: ObjectStore, context: StepContext) -> int:
+    """Store the contexts of a live source; returns their bytes."""
+    assert step.cache is not None, "a live source is described as a cache"
+    context.reporter.update(total_tokens=step.cache.tokens)
+    with _fields_of_activations(step.spec):
+        _, index = prepare_contexts_for(step.cache, store, context)
+    context.reporter.update(tokens=step.cache.tokens)
+    logger.info("%d contexts are stored below %s", index.contexts, store.uri)
+    return index.contexts * index.context_size * TOKEN_BYTES
+
+
 def _manifest(step: TrainStep, store: ObjectStore) -> CacheManifest | None:
-    """The manifest of the cache; None when it is still to be built."""
+    """The manifest of the cache; None when it is still to be built, or to be extended by hooks of the job."""
     if step.cache is not None:
-        with _fields_of_cache(step.spec):
-            return finished_manifest(store, step.cache)
+        with _fields_of_activations(step.spec):
+            manifest = finished_manifest(store, step.cache)
+        held = set() if manifest is None else {hook.name for hook in manifest.hooks}
+        return manifest if {hook.key for hook in step.cache.hooks} <= held else None
     try:
         return read_manifest(store)
     except InvalidInput as error:
         raise InvalidInput(error.reason, error.message, field="spec.activations.uri") from error
 
 
-def _inspect(spec: SAETrainingJobSpec, cache: ActivationCacheSpec) -> ModelFacts:
+def _inspect(
+    spec: SAETrainingJobSpec, cache: ActivationCacheSpec, store: ObjectStore, context: StepContext
+) -> ModelFacts:
     """Facts of the model, after checking what the cache asks of it."""
-    with _fields_of_cache(spec):
-        facts = inspect_model(cache.model, [hook.name for hook in cache.hooks])
+    with _fields_of_activations(spec):
+        facts = _localized(cache.model, store, None, context).inspect([hook.key for hook in cache.hooks])
         check_context_size(facts, cache.context_size)
         check_batch_size(cache.model, cache.context_size)
         check_size(cache, facts)
@@ -103,22 +178,38 @@ def _inspect(spec: SAETrainingJobSpec, cache: ActivationCacheSpec) -> ModelFacts
     return facts
 
 
-def _inspect_scored(spec: SAETrainingJobSpec, manifest: CacheManifest) -> ModelFacts | None:
+def _inspect_scored(
+    step: TrainStep, manifest: CacheManifest, store: ObjectStore, context: StepContext
+) -> ModelFacts | None:
     """Facts of the model of a finished cache, where training will need it again: for the CE-loss score."""
-    if not scores_with_model(spec):
+    if not scores_with_model(step.spec):
         return None
-    source = ModelSource.model_validate(manifest.spec["model"])
-    hooks = [hook.name for hook in manifest.hooks]
+    source = model_of(manifest) if step.cache is None else step.cache.model
     try:
-        facts = inspect_model(source, hooks, revision=manifest.model["revision"])
+        if source is None:
+            raise InvalidInput("ModelUnknown", f"{store.uri} does not tell which it is")
+        model = _localized(source, store, manifest.model["revision"], context)
+        facts = model.inspect([hook.name for hook in manifest.hooks])
     except InvalidInput as error:
         raise InvalidInput(
             error.reason,
             f"ce_loss_score needs the model that the cache is of: {error.message}; leave it out, or bring the model",
             field="spec.evaluation.metrics",
         ) from error
-    _check_head(spec, facts)
+    _check_head(step.spec, facts)
     return facts
+
+
+def _localized(source: ModelSource, store: ObjectStore, revision: str | None, context: StepContext) -> LocalModel:
+    """The model without its weights."""
+    return localized(
+        source,
+        open_store=context.open_store,
+        mirror=store,
+        revision=revision,
+        weights=False,
+        should_stop=context.should_stop,
+    )
 
 
 def scores_with_model(spec: SAETrainingJobSpec) -> bool:
@@ -136,7 +227,7 @@ def _check_head(spec: SAETrainingJobSpec, facts: ModelFacts) -> None:
 
 
 @contextmanager
-def _fields_of_cache(spec: SAETrainingJobSpec) -> Iterator[None]:
+def _fields_of_activations(spec: SAETrainingJobSpec) -> Iterator[None]:
     """Errors about a cache's spec, told with the path that they have from the training job."""
     try:
         yield
@@ -144,27 +235,23 @@ def _fields_of_cache(spec: SAETrainingJobSpec) -> Iterator[None]:
         if not error.field:
             raise
         below = error.field.removeprefix("spec.")
-        if spec.activations.cache is not None:
-            raise InvalidInput(error.reason, error.message, field=f"spec.activations.cache.{below}") from error
-        name = spec.activations.cache_ref.name if spec.activations.cache_ref else ""
-        raise InvalidInput(
-            error.reason,
-            f"spec.{below} of ActivationCache {name!r}: {error.message}",
-            field="spec.activations.cacheRef",
-        ) from error
-
-
-def _pretended_statistics(facts: ModelFacts) -> dict[str, HookStatistics]:
-    """Statistics of activations that nobody has seen yet: widths are right; what follows from the rest is not told."""
-    return {
-        hook: HookStatistics(name=hook, d_in=d_in, mean=[0.0] * d_in, mean_norm=1.0, mean_squared_norm=1.0)
-        for hook, d_in in facts.d_in.items()
-    }
+        activations = spec.activations
+        if activations.cache_ref is not None:
+            raise InvalidInput(
+                error.reason,
+                f"spec.{below} of ActivationCache {activations.cache_ref.name!r}: {error.message}",
+                field="spec.activations.cacheRef",
+            ) from error
+        if activations.live is not None:
+            field = f"spec.activations.live.{_FIELDS_OF_LIVE.get(below, below)}"
+        else:
+            field = f"spec.activations.cache.{below}"
+        raise InvalidInput(error.reason, error.message, field=field) from error
 
 
 def memory_bytes(plan: TrainingPlan, held_bytes: int) -> int:
     """What the training pod needs, device and host together: weights with gradients and moments, a checkpoint of them,
-    a step, and `held_bytes` of the reader's shards and of a language model."""
+    a step, and `held_bytes` of what is read or computed, or of a language model."""
     weights = _parameters(plan) * (_BYTES_PER_PARAMETER + _CHECKPOINT_BYTES_PER_PARAMETER)
     return _PROCESS_BYTES + held_bytes + weights + _LATENT_ARRAYS * _latent_bytes(plan)
 
@@ -185,10 +272,11 @@ def _check_memory(spec: SAETrainingJobSpec, plan: TrainingPlan, reader: int) -> 
     training = _parameters(plan) * _BYTES_PER_PARAMETER + _latent_bytes(plan)
     limit = quantity_bytes(limits["memory"])
     if limit < training + reader:
+        lower = "the cache's shardBytes" if spec.activations.live is None else "bufferBytes of the live source"
         raise InvalidInput(
             "NotEnoughMemory",
-            f"weights and one step alone take {training >> 20} MiB and the shards in use {reader >> 20} MiB, the limit "
-            f"is {limit >> 20} MiB; raise it, or lower batchSize, dSae, the number of SAEs or the cache's shardBytes",
+            f"weights and one step alone take {training >> 20} MiB and the activations in use {reader >> 20} MiB, the "
+            f"limit is {limit >> 20} MiB; raise it, or lower batchSize, dSae, the number of SAEs or {lower}",
             field="spec.run.resources.limits.memory",
         )
 

@@ -1,55 +1,42 @@
-"""The step `train`: a finished cache in, trained SAEs, results and a report out."""
+"""The step `train`: activations in, trained SAEs, results and a report out."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from sae_job.activations.contexts import ContextReader
-from sae_job.activations.manifest import CacheManifest, read_manifest
-from sae_job.activations.reader import CachedActivations, HeldOut, held_out_contexts_for
+from sae_job.activations.reader import HeldOut
+from sae_job.activations.usage import note_use
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.evaluation.cross_entropy import CrossEntropy, cross_entropies
 from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.reporting.report import render_report
-from sae_job.saes.config import Provenance
+from sae_job.steps.activation_sources import ActivationSource, open_source
 from sae_job.steps.context import StepContext
 from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_results, result_of
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex
-from sae_job.training.checkpoints import Checkpoints, metrics_lines
+from sae_job.text.usable import excluded_token_ids
+from sae_job.training.checkpoints import Checkpoints, Snapshot, metrics_lines
 from sae_job.training.loop import TrainingLoop
 from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
 from sae_job.training.trainer import Trainer, continues
-from sae_operator.api.activation_cache import ModelSource
 from sae_operator.api.steps import CacheStep, StepResult, TrainStep
 from sae_operator.api.training_job import SAETrainingJobSpec
 
 logger = logging.getLogger(__name__)
 
 METRICS_KEY, REPORT_KEY = "metrics.jsonl", "report.html"
-# Order in which rows are read: one for every job, so that SAEs of different jobs see the same batches.
-ORDER_SEED = 0
 # Tokens that the CE-loss score runs the whole model on, several times: enough for two digits, minutes on a CPU.
 CROSS_ENTROPY_TOKENS = 8192
 CROSS_ENTROPY_BATCH_TOKENS = 2048
 PACKAGES = ("sae-operator", "torch", "safetensors")
-
-
-@dataclass(frozen=True)
-class _Data:
-    """What is trained on."""
-
-    store: ObjectStore
-    manifest: CacheManifest
-    reader: CachedActivations
-    held_out: HeldOut
 
 
 def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
@@ -72,30 +59,28 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
         checkpoints.remove_all()
         return result_of("train", finished, adopted=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cache_store = context.open_store(step.activations)
-    manifest = read_manifest(cache_store)
-    plan = _plan(step, manifest)
-
-    def fits(state: Mapping[str, Any]) -> bool:
-        left_over = finished is not None and state["plan"]["tokens"] == finished["tokens"]
-        return not left_over and continues(plan, state)
-
-    snapshot = checkpoints.newest(fits)
+    source = open_source(step, context, device=device)
+    note_use(source.store, context.now())
+    plan = resolve_plan(spec, cache_rows=source.rows, widths=source.widths)
+    left_over = None if finished is None else finished["tokens"]
+    snapshot = _checkpoint(checkpoints, plan, left_over=left_over)
     if snapshot is not None:
         plan = plan.with_scales_of(snapshot.state["plan"])
-    data = _open(cache_store, manifest, plan, rows=_cache_rows(step, manifest))
+    elif plan.needs_statistics:
+        plan = plan.scaled_by(source.statistics())
     try:
+        data = source.open(plan)
         trainer = Trainer(
             plan,
-            data.reader,
+            data.stream,
             {hook: HeldOutRows(rows, device=device) for hook, rows in data.held_out.activations.items()},
             metrics=frozenset(spec.evaluation.metrics),
-            provenance={hook: _provenance(manifest, hook) for hook in plan.hooks},
+            provenance={hook: source.provenance(hook) for hook in plan.hooks},
             device=device,
         )
         if snapshot is None:
-            if finished is not None:
-                logger.info("the results there are of %d tokens: training again from the start", finished["tokens"])
+            if left_over is not None:
+                logger.info("the results there are of %d tokens: training again from the start", left_over)
             trainer.initialize()
         else:
             logger.info("continuing from the checkpoint of %d tokens", snapshot.tokens)
@@ -115,11 +100,11 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
         if "ce_loss_score" in spec.evaluation.metrics:
             # The score takes minutes that must not cost the training when they are interrupted.
             checkpoints.write(trainer.snapshot({"seconds": seconds}))
-        densities = _leave_saes(output, trainer)
-        scores = _cross_entropies(spec, trainer, data, device, should_stop=context.should_stop)
     finally:
-        data.reader.close()
-    results = _results(step, trainer, data, scores, seconds=seconds, device=device)
+        source.close()
+    densities = _leave_saes(output, trainer)
+    scores = _cross_entropies(spec, trainer, source, data.held_out, device, should_stop=context.should_stop)
+    results = _results(step, trainer, source, data.held_out, scores, seconds=seconds, device=device)
     _leave_results(output, spec, trainer, results, densities)
     checkpoints.remove_all()
     result = result_of("train", results, adopted=False)
@@ -127,43 +112,24 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
     return result
 
 
-def _cache_rows(step: TrainStep, manifest: CacheManifest) -> int:
-    """Rows of the cache that the job asked for: others may have extended it since."""
-    return manifest.tokens if step.cache is None else min(step.cache.tokens, manifest.tokens)
+def _checkpoint(checkpoints: Checkpoints, plan: TrainingPlan, *, left_over: int | None) -> Snapshot | None:
+    """The checkpoint to go on from.
 
+    Args:
+        left_over: tokens of finished results: a checkpoint of as many is what their training left.
+    """
 
-def _plan(step: TrainStep, manifest: CacheManifest) -> TrainingPlan:
-    statistics = {hook.name: hook for hook in manifest.hooks}
-    return resolve_plan(step.spec, cache_rows=_cache_rows(step, manifest), statistics=statistics)
+    def fits(state: Mapping[str, Any]) -> bool:
+        return state["plan"]["tokens"] != left_over and continues(plan, state)
 
-
-def _open(store: ObjectStore, manifest: CacheManifest, plan: TrainingPlan, *, rows: int) -> _Data:
-    reader = CachedActivations.open(
-        store,
-        hooks=plan.hooks,
-        batch_size=plan.batch_size,
-        seed=ORDER_SEED,
-        held_out_contexts=held_out_contexts_for(store, manifest, plan.held_out_rows),
-        total_rows=rows,
-    )
-    return _Data(store, manifest, reader, reader.held_out(plan.held_out_rows))
-
-
-def _provenance(manifest: CacheManifest, hook: str) -> Provenance:
-    sampling = manifest.spec.get("sampling", {})
-    return Provenance(
-        model_name=manifest.model["name"],
-        hook_name=hook,
-        dataset_path=manifest.dataset["path"],
-        context_size=manifest.context_size,
-        prepend_bos=sampling.get("prependBos", True),
-    )
+    return checkpoints.newest(fits)
 
 
 def _cross_entropies(
     spec: SAETrainingJobSpec,
     trainer: Trainer,
-    data: _Data,
+    source: ActivationSource,
+    held_out: HeldOut,
     device: torch.device,
     *,
     should_stop: Callable[[], bool],
@@ -175,24 +141,21 @@ def _cross_entropies(
     """
     if "ce_loss_score" not in spec.evaluation.metrics or not trainer.sound():
         return {}
-    from sae_job.models.load import load_full_model
-
-    index = CacheIndex.load(data.store)
-    size = data.manifest.context_size
-    sequence, position = data.held_out.sequence.long(), data.held_out.position.long()
-    count = min(int(sequence.max()) + 1 if len(sequence) else 0, max(1, CROSS_ENTROPY_TOKENS // size))
-    if index is None or count == 0:
+    index = CacheIndex.load(source.store)
+    sequence, position = held_out.sequence.long(), held_out.position.long()
+    if index is None or len(sequence) == 0:
         raise InvalidInput(
             "NoHeldOutContexts",
             "ce_loss_score needs held-out contexts and the cache's tokens/ folder; hold out more, or drop the metric",
             field="spec.evaluation.metrics",
         )
-    contexts = ContextReader(data.store, index).read(0, count)
+    size = index.context_size
+    count = min(int(sequence.max()) + 1, max(1, CROSS_ENTROPY_TOKENS // size))
+    contexts = ContextReader(source.store, index).read(0, count)
     replaced = torch.zeros(contexts.shape, dtype=torch.bool)
     inside = sequence < count
     replaced[sequence[inside], position[inside]] = True
-    source = ModelSource.model_validate(data.manifest.spec["model"])
-    model = load_full_model(source, device=device, revision=data.manifest.model["revision"])
+    model = source.whole_model()
 
     def stop_if_asked() -> None:
         if should_stop():
@@ -207,7 +170,8 @@ def _cross_entropies(
         contexts,
         replaced,
         {sae.name: (sae.plan.hook, sae.inference()) for sae in trainer.sound()},
-        ignore_token_ids=index.tokenizer.special_token_ids,
+        # What no SAE is trained on, where the spec names tokens.
+        ignore_token_ids=excluded_token_ids(source.sampling, index.tokenizer.special_token_ids),
         batch_size=max(1, CROSS_ENTROPY_BATCH_TOKENS // size),
         between_batches=stop_if_asked,
     )
@@ -216,29 +180,23 @@ def _cross_entropies(
 def _results(
     step: TrainStep,
     trainer: Trainer,
-    data: _Data,
+    source: ActivationSource,
+    held_out: HeldOut,
     scores: Mapping[str, CrossEntropy],
     *,
     seconds: float,
     device: torch.device,
 ) -> dict[str, Any]:
-    plan, manifest = trainer.plan, data.manifest
+    plan = trainer.plan
     return {
         "name": step.name,
         "namespace": step.namespace,
         "saes": [_sae_results(trainer, index, scores) for index in range(len(trainer.saes))],
         "tokens": plan.tokens,
-        "held_out_tokens": len(data.held_out.sequence),
+        "held_out_tokens": len(held_out.sequence),
         "tokens_per_second": plan.tokens / seconds if seconds > 0 else None,
         "provenance": {
-            "cache": {
-                "uri": data.store.uri,
-                "identity": manifest.identity,
-                "manifest_sha256": manifest.sha256,
-                "tokens": manifest.tokens,
-                "model": manifest.model,
-                "dataset": manifest.dataset,
-            },
+            **source.facts(),
             "spec": step.spec.to_manifest(),
             "resolved": plan.record(),
             "versions": {package: version(package) for package in PACKAGES},

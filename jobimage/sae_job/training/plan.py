@@ -1,4 +1,4 @@
-"""What a training job comes to: every default resolved, from its spec and the facts of its cache."""
+"""What a training job comes to: every default resolved, from its spec and the facts of its activations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sae_job.errors import InvalidInput
-from sae_job.training.scaling import ActivationStatistics, Normalization, activation_scale
+from sae_job.saes.normalization import LAYER_NORM
+from sae_job.training.scaling import (
+    STATISTICAL_NORMALIZATIONS,
+    ActivationStatistics,
+    Normalization,
+    activation_scale,
+)
 from sae_job.training.schedules import LearningRateSchedule
 from sae_operator.api.training_job import SaeSpec, SAETrainingJobSpec, Training
 
@@ -33,7 +39,7 @@ class SaePlan:
         hook: the hook that it trains on.
         d_in: width of its activations.
         d_sae: number of latents.
-        scale: factor that its activations are multiplied by for training.
+        scale: factor that its activations are multiplied by for training; 1 until `TrainingPlan.scaled_by`.
         learning_rate: the rate of each step.
         betas: Adam's decay rates.
     """
@@ -117,9 +123,25 @@ class TrainingPlan:
     def _crosses(self, every: int, steps_done: int) -> bool:
         return steps_done * self.batch_size // every > (steps_done - 1) * self.batch_size // every
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether scales depend on the activations."""
+        return self.normalization in STATISTICAL_NORMALIZATIONS
+
+    def scaled_by(self, statistics: Mapping[str, ActivationStatistics]) -> TrainingPlan:
+        """The same plan with the scales that follow from statistics of every hook that SAEs are trained on.
+
+        Raises:
+            InvalidInput: the activations of one cannot be scaled.
+        """
+        saes = tuple(
+            replace(sae, scale=activation_scale(statistics[sae.hook], self.normalization)) for sae in self.saes
+        )
+        return replace(self, saes=saes)
+
     def with_scales_of(self, record: Mapping[str, Any]) -> TrainingPlan:
-        """The same plan with the scales of an earlier `record`: a cache that has grown since has other statistics, but
-        a training that goes on must see its activations as before."""
+        """The same plan with the scales of an earlier `record`: what is measured anew may differ, but a training that
+        goes on must see its activations as before."""
         saes = tuple(replace(sae, scale=record["saes"][sae.name]["scale"]) for sae in self.saes)
         return replace(self, saes=saes)
 
@@ -168,7 +190,7 @@ def default_learning_rate(batch_size: int, steps: int) -> float:
 
 
 def held_out_rows(spec: SAETrainingJobSpec, cache_rows: int) -> int:
-    """Rows to hold out: as asked, else the smaller of 20,000 and a tenth of the cache.
+    """Rows to hold out: as asked, else the smaller of 20,000 and a tenth of the rows there are.
 
     Raises:
         InvalidInput: nothing would be left to train on.
@@ -178,25 +200,23 @@ def held_out_rows(spec: SAETrainingJobSpec, cache_rows: int) -> int:
     if rows >= cache_rows:
         raise InvalidInput(
             "TooFewRows",
-            f"the cache has {cache_rows} rows, of which {rows} are held out: none is left to train on; "
-            "hold out fewer, or cache more tokens",
+            f"the activations have {cache_rows} rows, of which {rows} are held out: none is left to train on; "
+            "hold out fewer, or raise the tokens of the activations",
             field="spec.evaluation.heldOutTokens",
         )
     return rows
 
 
-def resolve_plan(
-    spec: SAETrainingJobSpec, *, cache_rows: int, statistics: Mapping[str, ActivationStatistics]
-) -> TrainingPlan:
-    """Resolve every default.
+def resolve_plan(spec: SAETrainingJobSpec, *, cache_rows: int, widths: Mapping[str, int]) -> TrainingPlan:
+    """Resolve every default but the scales, which `TrainingPlan.scaled_by` adds.
 
     Args:
         spec: the job's spec.
-        cache_rows: rows of the cache that the job uses, held-out ones included.
-        statistics: hook -> what the manifest says of it, for every hook of the cache.
+        cache_rows: rows of the cache, or of one pass of a live source, that the job uses, held-out ones included.
+        widths: key of every hook that SAEs can be trained on -> width of its activations.
 
     Raises:
-        InvalidInput: the spec does not fit the cache; the message names the field.
+        InvalidInput: the spec does not fit the activations; the message names the field.
     """
     training = spec.training
     tokens = _tokens(spec, cache_rows)
@@ -217,16 +237,15 @@ def resolve_plan(
         dead_after_tokens=training.dead_after_tokens,
         normalization=spec.normalization,
         saes=tuple(
-            _sae_plan(spec, index, batch_size=batch_size, steps=steps, statistics=statistics)
-            for index in range(len(spec.saes))
+            _sae_plan(spec, index, batch_size=batch_size, steps=steps, widths=widths) for index in range(len(spec.saes))
         ),
     )
 
 
 def tokens_asked_for(spec: SAETrainingJobSpec) -> int:
     """Tokens that the spec alone asks to train on; 0 where the length of somebody else's cache decides."""
-    cache = spec.activations.cache
-    return spec.training.tokens or (0 if cache is None else _tokens(spec, cache.tokens))
+    source = spec.activations.cache or spec.activations.live
+    return spec.training.tokens or (0 if source is None else _tokens(spec, source.tokens))
 
 
 def _tokens(spec: SAETrainingJobSpec, cache_rows: int) -> int:
@@ -236,18 +255,19 @@ def _tokens(spec: SAETrainingJobSpec, cache_rows: int) -> int:
 
 
 def _sae_plan(
-    spec: SAETrainingJobSpec,
-    index: int,
-    *,
-    batch_size: int,
-    steps: int,
-    statistics: Mapping[str, ActivationStatistics],
+    spec: SAETrainingJobSpec, index: int, *, batch_size: int, steps: int, widths: Mapping[str, int]
 ) -> SaePlan:
     sae = spec.saes[index]
     field = f"spec.saes[{index}]"
-    hook = resolve_hook(sae, index, list(statistics))
-    facts = statistics[hook]
-    d_sae = sae.d_sae or (sae.expansion_factor or DEFAULT_EXPANSION_FACTOR) * facts.d_in
+    hook = resolve_hook(sae, index, list(widths))
+    d_in = widths[hook]
+    if spec.normalization == LAYER_NORM and d_in < 2:
+        raise InvalidInput(
+            "NoVariance",
+            "layer_norm leaves nothing of activations of one dimension; choose another",
+            field="spec.normalization",
+        )
+    d_sae = sae.d_sae or (sae.expansion_factor or DEFAULT_EXPANSION_FACTOR) * d_in
     k = sae.architecture.k
     if k is not None and k > d_sae:
         raise InvalidInput(
@@ -258,9 +278,9 @@ def _sae_plan(
     return SaePlan(
         spec=sae.model_copy(update={"d_sae": d_sae, "expansion_factor": None}),
         hook=hook,
-        d_in=facts.d_in,
+        d_in=d_in,
         d_sae=d_sae,
-        scale=activation_scale(facts, spec.normalization),
+        scale=1.0,
         learning_rate=_schedule(spec.training, rate, steps),
         betas=(
             spec.training.adam_beta1 if beta1 is None else beta1,
@@ -270,21 +290,21 @@ def _sae_plan(
 
 
 def resolve_hook(sae: SaeSpec, index: int, hooks: list[str]) -> str:
-    """The hook that an SAE trains on: the one it names, or the cache's only one.
+    """The key of the hook that an SAE trains on: the one it names, or the only one.
 
     Raises:
-        InvalidInput: the cache does not have it, or has several and the SAE names none.
+        InvalidInput: it is not there, or there are several and the SAE names none.
     """
     field = f"spec.saes[{index}].hook"
     if sae.hook is None:
         if len(hooks) != 1:
             raise InvalidInput(
-                "HookMissing", f"the cache has several hooks; name one of {', '.join(hooks)}", field=field
+                "HookMissing", f"the activations are of several hooks; name one of {', '.join(hooks)}", field=field
             )
         return hooks[0]
     if sae.hook not in hooks:
         raise InvalidInput(
-            "HookNotFound", f"the cache has no hook {sae.hook!r}; it has {', '.join(hooks)}", field=field
+            "HookNotFound", f"there are no activations of {sae.hook!r}, but of {', '.join(hooks)}", field=field
         )
     return sae.hook
 

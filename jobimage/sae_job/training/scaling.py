@@ -1,4 +1,4 @@
-"""The factor that activations are multiplied by for training, from a cache's exact statistics.
+"""The factor that activations are multiplied by for training, from their exact or measured statistics.
 
 Normalisations that are of each activation on its own have none: they are `saes.normalization`'s.
 """
@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from sae_job.errors import InvalidInput
-from sae_job.saes.normalization import LAYER_NORM, RUN_TIME_NORMALIZATIONS
 
 Normalization = Literal["centered_rms", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "none"]
+# Those whose scale follows from the activations.
+STATISTICAL_NORMALIZATIONS = ("centered_rms", "expected_average_only_in")
 
 
 class ActivationStatistics(Protocol):
-    """What a cache's manifest says of one hook: exact means over all its rows."""
+    """What is known of one hook's activations: means over rows."""
 
     @property
     def d_in(self) -> int: ...
@@ -37,15 +38,9 @@ def activation_scale(statistics: ActivationStatistics, normalization: Normalizat
     - `none`, and what is done with each activation: 1.
 
     Raises:
-        InvalidInput: the activations do not vary, or are all 0; layer_norm of one dimension.
+        InvalidInput: the activations do not vary, or are all 0.
     """
-    if normalization == LAYER_NORM and statistics.d_in < 2:
-        raise InvalidInput(
-            "NoVariance",
-            "layer_norm leaves nothing of activations with one dimension; choose another normalization",
-            field="spec.normalization",
-        )
-    if normalization == "none" or normalization in RUN_TIME_NORMALIZATIONS:
+    if normalization not in STATISTICAL_NORMALIZATIONS:
         return 1.0
     if normalization == "expected_average_only_in":
         spread = statistics.mean_norm

@@ -15,12 +15,14 @@ from sae_job.steps.context import StepContext
 from sae_job.steps.output_marker import claim_output
 from sae_job.steps.preflight import quantity_bytes, run_preflight
 from sae_job.storage.file_store import FileStore, path_of_file_uri
-from sae_operator.api.identity import cache_location
+from sae_job.text.plan import CacheIndex
+from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.identity import cache_identity, cache_location, cache_of, live_location
 from sae_operator.api.steps import Progress, StepResult, TrainStep
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
 from tests.small_cache import write_small_cache
-from tests.tiny_model import CONTEXT_LIMIT, write_tiny_model
+from tests.tiny_model import CONTEXT_LIMIT, write_tiny_model, write_tiny_text
 
 HOOK = "model.layers.1"
 
@@ -49,6 +51,14 @@ class Bench:
             **fields,
         }
 
+    def live(self, **fields: Any) -> dict[str, Any]:
+        """Activations of a model that runs beside the training, on a text that is there."""
+        text = self.root / "text"
+        if not text.exists():
+            write_tiny_text(text, documents=120)
+        source = self.cache(dataset={"path": str(text)}, **fields)
+        return {"live": {key: value for key, value in source.items() if key != "storage"}}
+
     def sae(self, **fields: Any) -> dict[str, Any]:
         return {"name": "k4", "architecture": {"type": "topk", "k": 4}, **fields}
 
@@ -62,7 +72,9 @@ class Bench:
             }
         )
         activations = spec.activations
-        if activations.cache is not None:
+        if activations.live is not None:
+            location = live_location(spec)
+        elif activations.cache is not None:
             location = cache_location(activations.cache, "team")
         else:
             location = StoreLocation(uri=activations.uri or f"file://{self.root}/nothing")
@@ -73,7 +85,7 @@ class Bench:
             uid=f"uid-of-{name}",
             spec=spec,
             activations=location,
-            cache=activations.cache,
+            cache=cache_of(spec),
         )
 
     def run(self, step: TrainStep) -> StepResult:
@@ -286,3 +298,110 @@ def test_ce_loss_needs_a_model_that_predicts_tokens(bench: Bench, tmp_path: Path
     cache = bench.cache(model={"name": str(tmp_path / "bert")}, hooks=[{"name": "encoder.layer.0"}])
     told = bench.refusal(bench.job(activations={"cache": cache}, evaluation={"metrics": ["ce_loss_score"]}))
     assert told[:2] == ("NoLanguageModelHead", "spec.evaluation.metrics")
+
+
+def test_the_contexts_of_a_live_source_are_prepared_below_the_output(bench: Bench) -> None:
+    result = bench.run(bench.job(activations=bench.live()))
+    assert (result.exit_code, result.adopted, result.tokens) == (0, False, None)
+    store = FileStore(bench.root / "out/activations")
+    index = CacheIndex.load(store)
+    assert index is not None
+    assert (index.tokens, index.context_size, index.model.d_in) == (10_000, 16, {HOOK: 32})
+    assert json.loads(bench.output.get("sae-operator.json"))["kind"] == "SAETrainingJob"
+    assert result.plan is not None
+    assert result.plan["bytes"] == 4 * index.contexts * 16
+    assert [state.total_tokens for state in bench.states][-1] == 10_000
+    assert bench.states[-1].tokens == 10_000
+
+
+def test_more_rows_of_a_live_source_go_on_after_its_contexts(bench: Bench) -> None:
+    bench.run(bench.job(activations=bench.live(tokens=2000)))
+    folder = bench.root / "out/activations/tokens"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    bench.run(bench.job(activations=bench.live(tokens=12_000)))
+    index = CacheIndex.load(FileStore(bench.root / "out/activations"))
+    assert index is not None
+    assert index.tokens == 12_000
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}.items()
+
+
+def test_finished_results_of_a_live_job_are_adopted_without_contexts(bench: Bench) -> None:
+    step = bench.job(activations=bench.live(), training={"tokens": 5000})
+    claim_output(bench.output, step)
+    saes = [{"name": "k4", "phase": "Succeeded"}]
+    bench.output.put("results.json", json.dumps({"tokens": 5000, "saes": saes}).encode())
+    assert bench.run(step).adopted
+    assert not (bench.root / "out/activations").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason", "field"),
+    [
+        ({"hooks": [{"name": "model.layer.1"}]}, "HookNotFound", "hooks[0].name"),
+        ({"contextSize": CONTEXT_LIMIT + 1}, "ContextTooLong", "contextSize"),
+        ({"tokens": 10**7}, "NotEnoughText", "tokens"),
+    ],
+)
+def test_what_is_wrong_with_a_live_source_is_told_with_its_path_in_the_job(
+    bench: Bench, source: dict[str, Any], reason: str, field: str
+) -> None:
+    told = bench.refusal(bench.job(activations=bench.live(**source)))
+    assert told[:2] == (reason, f"spec.activations.live.{field}")
+
+
+def test_the_memory_of_a_live_job_counts_its_model_and_its_buffer(bench: Bench) -> None:
+    def planned(buffer_bytes: int, **fields: Any) -> int:
+        source = bench.live(bufferBytes=buffer_bytes, tokens=20_000)
+        output = {"uri": f"file://{bench.root}/out-{buffer_bytes}-{len(fields)}"}
+        plan = bench.run(bench.job(activations=source, output=output, **fields)).plan
+        assert plan is not None
+        return plan["memoryBytes"]
+
+    # 20,000 rows of 32 numbers in bfloat16 are 1.5 MB.
+    small, whole = planned(2**20), planned(2**30)
+    assert whole - small == 20_000 * (32 * 2 + 12) - 10 * (2**20 // 10)
+    # The model and its forward pass are gone when the score is taken; the whole of it must fit then.
+    scored = planned(2**30, evaluation={"metrics": ["ce_loss_score"]})
+    assert scored == whole, "this model is smaller than the buffer"
+
+
+def test_a_cpu_pod_too_small_for_the_buffer_of_a_live_source_is_told(bench: Bench) -> None:
+    source = bench.live(bufferBytes=2**32, tokens=10**9)
+    told = bench.refusal(bench.job(activations=source, run={"resources": {"limits": {"memory": "2Gi"}}}))
+    assert told[:2] == ("NotEnoughMemory", "spec.run.resources.limits.memory")
+    assert "bufferBytes" in told[2]
+
+
+def test_a_live_source_of_a_model_without_a_head_gets_no_score(bench: Bench, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    source = bench.live(model={"name": str(tmp_path / "bert")}, hooks=[{"name": "encoder.layer.0"}])
+    told = bench.refusal(bench.job(activations=source, evaluation={"metrics": ["ce_loss_score"]}))
+    assert told[:2] == ("NoLanguageModelHead", "spec.evaluation.metrics")
+
+
+def finished_cache_of(bench: Bench, hooks: list[str]) -> Path:
+    """A finished cache in the place of the bench's inline one, with more than it asks for."""
+    spec = ActivationCacheSpec.model_validate(bench.cache())
+    store = FileStore(path_of_file_uri(cache_location(spec, "team").uri))
+    manifest = write_small_cache(store, hooks=hooks, d_in=32, contexts_per_shard=400)
+    store.put("manifest.json", manifest.model_copy(update={"identity": cache_identity(spec)}).to_bytes())
+    return path_of_file_uri(store.uri)
+
+
+def test_a_job_takes_its_hook_from_a_larger_cache(bench: Bench) -> None:
+    finished_cache_of(bench, ["model.layers.0", HOOK])
+    # The SAE names no hook: the only one that the job asks for is meant.
+    result = bench.run(bench.job())
+    assert result.plan is not None
+    assert result.plan["bytes"] == 0
+
+
+def test_a_cache_that_is_to_be_extended_by_the_jobs_hook_is_planned_from_the_model(bench: Bench) -> None:
+    finished_cache_of(bench, ["model.layers.0"])
+    assert bench.run(bench.job()).exit_code == 0
+    wrong = bench.cache(hooks=[{"name": "model.layer.1"}])
+    told = bench.refusal(bench.job(activations={"cache": wrong}, output={"uri": f"file://{bench.root}/other"}))
+    assert told[:2] == ("HookNotFound", "spec.activations.cache.hooks[0].name")

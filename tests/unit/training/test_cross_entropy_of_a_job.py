@@ -101,7 +101,7 @@ def test_the_score_is_of_the_loss_with_the_sae_spliced_in(tmp_path: Path, monkey
         def interrupted(*arguments: object, **options: object) -> None:
             raise StoreError("interrupted")
 
-        without_model.setattr("sae_job.models.load.load_full_model", interrupted)
+        without_model.setattr("sae_job.models.mirror.load_full_model", interrupted)
         with pytest.raises(StoreError, match="interrupted"):
             run_train(step, context)
     # The training is done and safe: what is left is the score.

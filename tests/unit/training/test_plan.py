@@ -24,7 +24,9 @@ class Statistics:
     mean_squared_norm: float = 25.0
 
 
-def plan(cache_rows: int = 1_000_000, hooks: tuple[str, ...] = ("layer",), **spec: Any) -> TrainingPlan:
+def plan(
+    cache_rows: int = 1_000_000, hooks: tuple[str, ...] = ("layer",), *, width: int = 4, **spec: Any
+) -> TrainingPlan:
     document = {
         "activations": {"uri": "file://cache"},
         "saes": [{"name": "a", "architecture": {"type": "topk", "k": 2}}],
@@ -34,7 +36,7 @@ def plan(cache_rows: int = 1_000_000, hooks: tuple[str, ...] = ("layer",), **spe
     return resolve_plan(
         SAETrainingJobSpec.model_validate(document),
         cache_rows=cache_rows,
-        statistics={hook: Statistics() for hook in hooks},
+        widths=dict.fromkeys(hooks, width),
     )
 
 
@@ -167,6 +169,26 @@ def test_scales() -> None:
     assert activation_scale(Statistics(), "expected_average_only_in") == pytest.approx(0.5)
     assert activation_scale(Statistics(mean_norm=8.0), "expected_average_only_in") == pytest.approx(0.25)
     assert activation_scale(Statistics(), "none") == 1.0
+
+
+def test_scales_follow_from_the_statistics_of_each_hook() -> None:
+    saes = [{"name": hook, "hook": hook, "architecture": {"type": "topk", "k": 2}} for hook in "xy"]
+    statistics = {"x": Statistics(), "y": Statistics(mean_norm=8.0)}
+    resolved = plan(hooks=("x", "y"), saes=saes, normalization="expected_average_only_in")
+    assert resolved.needs_statistics
+    assert [sae.scale for sae in resolved.scaled_by(statistics).saes] == pytest.approx([0.5, 0.25])
+
+
+@pytest.mark.parametrize("mode", ["none", "constant_norm_rescale", "layer_norm"])
+def test_what_needs_no_statistics_has_no_scale(mode: Any) -> None:
+    resolved = plan(normalization=mode)
+    assert not resolved.needs_statistics
+    assert resolved.scaled_by({"layer": Statistics()}).saes[0].scale == 1.0
+
+
+def test_layer_norm_of_one_dimension_is_refused() -> None:
+    assert refused(width=1, normalization="layer_norm").field == "spec.normalization"
+    assert plan(width=2, normalization="layer_norm").saes[0].scale == 1.0
 
 
 def test_a_plan_takes_over_the_scales_that_a_training_began_with() -> None:

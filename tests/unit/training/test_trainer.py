@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from sae_job.activations.manifest import read_manifest
+from sae_job.activations.reader import CachedActivations
 from sae_job.errors import InvalidInput
+from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS, denormalize_rows, normalize_rows
 from sae_job.storage.file_store import FileStore
 from sae_job.training.trainer import Trainer
 from tests.small_cache import write_small_cache
@@ -94,6 +97,51 @@ def test_decoder_rows_keep_unit_norm_and_the_saved_sae_sees_raw_activations(
     folded = sae.inference()
     assert sae.plan.scale != 1
     torch.testing.assert_close(folded.W_dec * sae.plan.scale, rows)
+    assert folded.cfg.normalize_activations == "none"
+
+
+@pytest.mark.parametrize("mode", RUN_TIME_NORMALIZATIONS)
+def test_rows_are_normalised_before_each_step_and_by_the_saved_sae(
+    cache: FileStore, open_jobs: list[SmallJob], mode: str
+) -> None:
+    """The same weights come from plain training on a stream of rows that are normalised already."""
+
+    class Normalized:
+        def __init__(self, stream: CachedActivations) -> None:
+            self._stream = stream
+            self.training_rows, self.state, self.restore = stream.training_rows, stream.state, stream.restore
+
+        def next_batch(self) -> dict[str, torch.Tensor]:
+            return {hook: normalize_rows(rows, mode)[0] for hook, rows in self._stream.next_batch().items()}
+
+    trainer = trained(cache, open_jobs, [on("layer", TOPK), on("layer", STANDARD)], normalization=mode)
+    job = small_job(cache, small_spec([on("layer", TOPK), on("layer", STANDARD)], normalization="none"))
+    open_jobs.append(job)
+    job.trainer._stream = Normalized(job.reader)
+    job.trainer.initialize()
+    while not job.trainer.finished:
+        job.trainer.step()
+    rows = job.reader.held_out(40).activations["layer"]
+    normalized, statistics = normalize_rows(rows, mode)
+    for sae, plain in zip(trainer.saes, job.trainer.saes, strict=True):
+        assert same_tensors(sae.tensors(), plain.tensors())
+        saved = sae.inference()
+        assert saved.cfg.normalize_activations == mode
+        reconstruction = denormalize_rows(plain.inference()(normalized), statistics)
+        assert torch.equal(saved(rows), reconstruction)
+        # What is told is of raw activations.
+        squared_error = float((reconstruction - rows).double().square().sum())
+        told = trainer.evaluation_after(trainer.plan.steps, sae.name)
+        assert told["mse"] == pytest.approx(squared_error / 40, rel=1e-6)
+
+
+def test_expected_average_is_folded_like_any_other_scale(cache: FileStore, open_jobs: list[SmallJob]) -> None:
+    trainer = trained(cache, open_jobs, [on("layer", TOPK)], normalization="expected_average_only_in")
+    (sae,) = trainer.saes
+    mean_norm = read_manifest(cache).hook("layer").mean_norm
+    assert sae.plan.scale == pytest.approx(6**0.5 / mean_norm)
+    folded = sae.inference()
+    torch.testing.assert_close(folded.W_dec * sae.plan.scale, sae.tensors()["weights.W_dec"])
     assert folded.cfg.normalize_activations == "none"
 
 
