@@ -122,7 +122,7 @@ def localized(
             return local
         mirror_model(source.name, commit, mirror, should_stop=should_stop)
     if commit is None:
-        logger.warning("%s holds no copy of %s: asking the Hub", mirror.uri, source.name)
+        logger.info("%s holds no copy of %s: asking the Hub", mirror.uri, source.name)
         return local
     if revision is not None and revision != commit:
         raise InvalidInput(
