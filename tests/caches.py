@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sae_job.activations.format import STORAGE_DTYPES, layout_of
+from sae_job.activations.format import layout_of
 from sae_job.activations.manifest import CacheManifest
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.steps.cache import write_shards
@@ -21,20 +21,22 @@ from sae_job.text.plan import (
     BlockEntry,
     CacheIndex,
     DatasetRecord,
+    HookGroup,
     ModelRecord,
     TokenizerRecord,
     block_key,
     plan_shards,
     rows_per_shard,
 )
+from sae_job.text.usable import excluded_token_ids, usable_positions
 from sae_operator.api.activation_cache import (
     ActivationCacheSpec,
     CacheStorage,
     DatasetSource,
-    Dtype,
     Hook,
     ModelSource,
     Sampling,
+    StorageDtype,
 )
 from sae_operator.api.identity import cache_location
 from sae_operator.api.steps import CacheStep
@@ -42,6 +44,14 @@ from sae_operator.api.store import StoreLocation
 
 VOCABULARY = 97
 BOS = 0
+# What `LookupModel` computes in for a cache of each format.
+MODEL_DTYPES: dict[StorageDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.float32,
+    "int8": torch.float32,
+}
 
 
 class LookupModel:
@@ -75,7 +85,7 @@ def cache_spec(
     tokens: int = 1000,
     context_size: int = 16,
     shard_bytes: int = 2**14,
-    dtype: Dtype = "bfloat16",
+    dtype: StorageDtype = "bfloat16",
     seed: int = 0,
     batch_size: int = 4,
     max_norm_ratio: float = 0.0,
@@ -99,23 +109,36 @@ def prepare_tokens(
     *,
     contexts: int | None = None,
     contexts_per_block: int = 32,
+    groups: list[HookGroup] | None = None,
 ) -> CacheIndex:
-    """Store random contexts that begin with BOS, and a plan, as the prepare step does; more tokens extend them."""
+    """Store random contexts that begin with BOS, and a plan, as the prepare step does; more tokens extend them.
+
+    Args:
+        store: the cache's folder.
+        spec: the cache.
+        hooks: width of every hook.
+        contexts: how many contexts there are; enough for the spec when None.
+        contexts_per_block: contexts of a block.
+        groups: the hooks in groups; one group when None.
+    """
     wanted = contexts or 2 * (-(-spec.tokens // (spec.context_size - 1)) + 2 * spec.context_size)
-    blocks = []
+    blocks, found = [], list[torch.Tensor]()
     for block in range(-(-wanted // contexts_per_block)):
         # A block is a function of its number, so that a longer cache begins with the same contexts.
         generator = torch.Generator().manual_seed(1000 * spec.seed + block)
         tokens = torch.randint(1, VOCABULARY, (contexts_per_block, spec.context_size), generator=generator)
         tokens[:, 0] = BOS
+        excluded = excluded_token_ids(spec.sampling, [BOS])
+        found.append(usable_positions(tokens, excluded, spec.sampling.positions.of(spec.context_size)).sum(dim=1))
         layout = layout_of([("contexts", torch.int32, (contexts_per_block, spec.context_size))])
         data = bytearray(layout.size)
         data[: len(layout.header)] = layout.header
         layout.tensor(memoryview(data), "contexts").copy_(tokens)
         store.put(block_key(block), data)
         blocks.append(BlockEntry(contexts=contexts_per_block, sha256=hashlib.sha256(data).hexdigest()))
-    shard_rows = rows_per_shard(spec, hooks)
-    usable = [spec.context_size - 1] * (len(blocks) * contexts_per_block)
+    first = hooks if groups is None else {hook: hooks[hook] for hook in groups[0].hooks}
+    shard_rows = rows_per_shard(spec, first)
+    usable = torch.cat(found).tolist()
     plan = plan_shards(usable, spec.tokens, spec, shard_rows=shard_rows)
     index = CacheIndex(
         context_size=spec.context_size,
@@ -129,6 +152,7 @@ def prepare_tokens(
         slack=0,
         shards=plan.shards,
         tokens=plan.rows,
+        groups=groups or [HookGroup(hooks=list(hooks))],
     )
     index.save(store)
     return index
@@ -168,7 +192,7 @@ def finished_cache(
     tokens: int = 1000,
     context_size: int = 16,
     shard_bytes: int = 2**14,
-    dtype: Dtype = "bfloat16",
+    dtype: StorageDtype = "bfloat16",
     seed: int = 0,
 ) -> tuple[FileStore, CacheManifest]:
     """A finished cache of `LookupModel`'s activations, through the real steps; returns its folder and manifest."""
@@ -182,6 +206,6 @@ def finished_cache(
     store = FileStore(path_of_file_uri(step.location.uri))
     prepare_tokens(store, spec, hooks)
     context = step_context()
-    write_shards(step, context, lambda _: LookupModel(hooks, dtype=STORAGE_DTYPES[dtype], seed=seed), device="cpu")
+    write_shards(step, context, lambda _: LookupModel(hooks, dtype=MODEL_DTYPES[dtype], seed=seed), device="cpu")
     run_finalize(step, context)
     return store, read_manifest(store)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import zlib
 from collections.abc import Sequence
 
 import torch
 
-from sae_job.activations.format import MANIFEST_KEY, POSITION, SEQUENCE, TOKEN_IDS, layout_of_shard, shard_key
-from sae_job.activations.manifest import CacheManifest, HookSums, ShardEntry
+from sae_job.activations.codecs import CODECS
+from sae_job.activations.format import MANIFEST_KEY, POSITION, SEQUENCE, TOKEN_IDS, layout_of_part, shard_key
+from sae_job.activations.manifest import CacheManifest, HookSums, PartEntry, ShardEntry
 from sae_job.activations.statistics import merge_sums, sums_of
+from sae_job.activations.writer import checksums
 from sae_job.storage.base import ObjectStore
+from sae_job.text.plan import HookGroup
 
 CONTEXT_SIZE = 8
 
@@ -36,12 +37,13 @@ def write_small_cache(
 ) -> CacheManifest:
     """Write the shards and the manifest; a shard holds all positions of its contexts."""
     rows = contexts_per_shard * CONTEXT_SIZE
-    layout = layout_of_shard(rows, dict.fromkeys(hooks, d_in), dtype)
+    name = str(dtype).removeprefix("torch.")
+    layout = layout_of_part(rows, dict.fromkeys(hooks, d_in), CODECS[name])
     values = {
         hook: made_up_rows(shards * rows, d_in, seed=number).to(dtype).split(rows) for number, hook in enumerate(hooks)
     }
     entries: list[ShardEntry] = []
-    sums: dict[str, list[tuple[int, HookSums]]] = {hook: [] for hook in hooks}
+    sums: dict[str, list[HookSums]] = {hook: [] for hook in hooks}
     for shard in range(shards):
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(shard))
         buffer = bytearray(layout.size)
@@ -54,18 +56,16 @@ def write_small_cache(
         for hook in hooks:
             stored = layout.tensor(view, hook)
             stored.copy_(values[hook][shard][order])
-            sums[hook].append((rows, sums_of(stored, hook)))
+            sums[hook].append(sums_of(stored, hook))
         key = shard_key(shard, rows, rows)
         store.put(key, buffer)
+        sha256, crc32 = checksums(view, layout)
         entries.append(
             ShardEntry(
-                key=key,
                 rows=rows,
-                bytes=len(buffer),
-                sha256=hashlib.sha256(buffer).hexdigest(),
-                crc32=f"{zlib.crc32(buffer):08x}",
                 start=shard * contexts_per_shard,
                 stop=(shard + 1) * contexts_per_shard,
+                parts=[PartEntry(key=key, bytes=len(buffer), sha256=sha256, crc32=crc32)],
             )
         )
     manifest = CacheManifest(
@@ -76,11 +76,12 @@ def write_small_cache(
         dataset={"path": "made-up"},
         tokenizer={},
         seed=0,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=name,
         context_size=CONTEXT_SIZE,
         tokens=shards * rows,
-        bytes=sum(entry.bytes for entry in entries),
+        bytes=sum(part.bytes for entry in entries for part in entry.parts),
         rows_per_shard=rows,
+        groups=[HookGroup(hooks=list(hooks))],
         hooks=[merge_sums(hook, sums[hook]) for hook in hooks],
         shards=entries,
         software=[],

@@ -1,7 +1,12 @@
 """Cache format v1: keys below the cache's folder, and the bytes of a shard (safetensors, little-endian).
 
-A shard is laid out in one buffer from the start, so that rows are written to where they lie in the file: nothing is
-copied again between the device and the store.
+A shard lies in one file, its *part*, for each group of hooks. Group 0 are the hooks that the cache began with: its part
+tells which rows there are. Each later extension by hooks adds a group, whose part has the same rows in the same places,
+and tells which of them to keep.
+
+A part is laid out in one buffer from the start, so that rows are written to where they lie in the file: nothing is
+copied again between the device and the store. The layout is a function of the rows, the hooks and the number format:
+who knows these reads a tensor without looking at the file's header.
 """
 
 from __future__ import annotations
@@ -9,10 +14,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+
+from sae_job.activations.codecs import Codec
 
 MANIFEST_KEY = "manifest.json"
 SHARDS_PREFIX = "shards/"
@@ -21,8 +30,12 @@ TOKEN_IDS = "token_ids"
 SEQUENCE = "sequence"
 POSITION = "position"
 ROW_FIELDS = (TOKEN_IDS, SEQUENCE, POSITION)
+# Of later groups: 1 for rows to keep, 0 for those that are above the norm ratio at one of the group's hooks.
+KEEP = "keep"
+# What a checksum of the header is called among those of the tensors.
+HEADER = "/header"
 
-# Names of the formats in a spec, in torch and in a safetensors header.
+# Names of the plain formats in a spec, in torch and in a safetensors header.
 STORAGE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -32,7 +45,10 @@ SAFETENSORS_NAMES: dict[torch.dtype, str] = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
 }
 SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
@@ -50,15 +66,16 @@ class FormatError(Exception):
     """Bytes are not a shard."""
 
 
-def shard_key(shard: int, rows: int, rows_per_shard: int) -> str:
-    """Key of a shard; the last one of a cache, when it is partial, carries its rows in its name, so that the full one
-    of a longer cache does not replace it."""
-    suffix = "" if rows == rows_per_shard else f"-{rows}"
-    return f"{SHARDS_PREFIX}{shard:06d}{suffix}.safetensors"
+def shard_key(shard: int, rows: int, rows_per_shard: int, group: int = 0) -> str:
+    """Key of a group's part of a shard; the last shard of a cache, when it is partial, carries its rows in its name, so
+    that the full one of a longer cache does not replace it."""
+    partial = "" if rows == rows_per_shard else f"-{rows}"
+    later = "" if group == 0 else f".g{group}"
+    return f"{SHARDS_PREFIX}{shard:06d}{partial}{later}.safetensors"
 
 
 def sidecar_key(key: str) -> str:
-    """Key of the JSON beside a shard, written after it: its presence proves the shard."""
+    """Key of the JSON beside a part, written after it: its presence proves the part."""
     return key.removesuffix(".safetensors") + ".json"
 
 
@@ -77,11 +94,16 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """The bytes of a shard: its header, and the place of each tensor after it."""
+    """The bytes of a part: its header, and the place of each tensor after it, in the order in which they lie."""
 
     header: bytes
     tensors: Mapping[str, TensorPlace]
     size: int
+
+    @cached_property
+    def header_crc32(self) -> str:
+        """CRC-32 of the header: it tells apart parts of other rows, hooks or formats. 8 hex digits."""
+        return f"{zlib.crc32(self.header):08x}"
 
     def tensor(self, buffer: memoryview, name: str) -> torch.Tensor:
         """A view of one tensor in a buffer laid out like this."""
@@ -92,17 +114,27 @@ class ShardLayout:
         return flat.view(place.shape)
 
 
-def layout_of_shard(rows: int, hooks: Mapping[str, int], dtype: torch.dtype) -> ShardLayout:
-    """Layout of a shard.
+def layout_of_part(rows: int, hooks: Mapping[str, int], codec: Codec, group: int = 0) -> ShardLayout:
+    """Layout of a group's part of a shard.
+
+    It holds the row fields (group 0) or `keep` (later groups), and per hook the codec's constants and row tensors.
+    Tensors of large items come before those of small ones, so that each lies at a multiple of its item.
 
     Args:
         rows: rows of the shard.
-        hooks: width (d_in) of each hook, in the order of the spec.
-        dtype: storage dtype.
+        hooks: width (d_in) of each of the group's hooks, in its order.
+        codec: number format.
+        group: number of the group.
     """
-    shapes = [(name, torch.int32, (rows,)) for name in ROW_FIELDS]
-    shapes += [(hook, dtype, (rows, width)) for hook, width in hooks.items()]
-    return layout_of(shapes)
+    tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    if group == 0:
+        tensors += [(name, torch.int32, (rows,)) for name in ROW_FIELDS]
+    else:
+        tensors.append((KEEP, torch.uint8, (rows,)))
+    for hook, width in hooks.items():
+        tensors += [(hook + suffix, dtype, shape) for suffix, dtype, shape in codec.constants(width)]
+        tensors += [(hook + suffix, dtype, (rows, *shape)) for suffix, dtype, shape in codec.row_tensors(width)]
+    return layout_of(sorted(tensors, key=lambda tensor: -tensor[1].itemsize))
 
 
 def layout_of(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> ShardLayout:

@@ -9,10 +9,20 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
-from sae_job.activations.format import MANIFEST_KEY, shard_key, sidecar_key
+from sae_job.activations.codecs import CODECS, Codec
+from sae_job.activations.format import (
+    HEADER,
+    MANIFEST_KEY,
+    POSITION,
+    SEQUENCE,
+    ShardLayout,
+    layout_of_part,
+    shard_key,
+    sidecar_key,
+)
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectNotFound, ObjectStore
-from sae_job.text.plan import row_bytes
+from sae_job.text.plan import HookGroup, row_bytes
 from sae_operator.api.identity import CACHE_FORMAT_VERSION
 
 
@@ -31,6 +41,8 @@ class HookSums(_Document):
     """Sums over a shard's rows of one hook, in float64, of the values as stored."""
 
     d_in: int
+    rows: int
+    """Rows that the sums are over: those that are kept."""
     sum: list[float]
     sum_norm: float
     sum_squared_norm: float
@@ -39,41 +51,67 @@ class HookSums(_Document):
 
 
 class Sidecar(_Document):
-    """What stands beside a shard, and proves it."""
+    """What stands beside a part of a shard, and proves it."""
 
     shard: int
+    group: int
     rows: int
     bytes: int
     sha256: str
-    crc32: str
+    """Of the whole file."""
+    crc32: dict[str, str]
+    """Of each tensor, and of the header (`/header`): 8 hex digits."""
     hooks: dict[str, HookSums]
     dropped: int
-    """Usable positions before the shard was full that the norm filter dropped."""
+    """Group 0: usable positions before the shard was full that the norm filter dropped. Later groups: rows that are
+    not to be kept."""
     software: dict[str, str]
     device: str
+    follows: str | None = None
+    """Later groups: `row_order` of the part that told which rows there are."""
+
+    @property
+    def row_order(self) -> str:
+        """Names the rows of a part of group 0 and their places."""
+        return f"{self.crc32[SEQUENCE]}-{self.crc32[POSITION]}"
+
+    def proves(self, layout: ShardLayout, base: Sidecar | None) -> bool:
+        """Whether this is about a part with this layout, and with the rows of `base` (None for group 0)."""
+        same_file = self.bytes == layout.size and self.crc32.get(HEADER) == layout.header_crc32
+        return same_file and self.crc32.keys() >= layout.tensors.keys() and self.follows == (base and base.row_order)
 
 
 class HookStatistics(_Document):
-    """Statistics of one hook over all rows of the cache."""
+    """Statistics of one hook over all rows of the cache that are kept for it."""
 
     name: str
+    """Key of the hook."""
     d_in: int
+    rows: int
     mean: list[float]
     mean_norm: float
     mean_squared_norm: float
     calibration_median_norm: float | None = None
+    group: int = 0
+
+
+class PartEntry(_Document):
+    """A group's part of a shard: where it lies, and what proves it."""
+
+    key: str
+    bytes: int
+    sha256: str
+    crc32: dict[str, str]
+    """Of each tensor, and of the header (`/header`): 8 hex digits."""
 
 
 class ShardEntry(_Document):
-    """One shard: where it lies, what proves it, and which contexts (global indices) its rows come from."""
+    """One shard: its rows, the contexts (global indices) that they come from, and the parts, one for each group."""
 
-    key: str
     rows: int
-    bytes: int
-    sha256: str
-    crc32: str
     start: int
     stop: int
+    parts: list[PartEntry]
 
 
 class CacheManifest(_Document):
@@ -92,8 +130,10 @@ class CacheManifest(_Document):
     tokens: int
     """Rows of all shards."""
     bytes: int
-    """Bytes of all shards."""
+    """Bytes of all parts."""
     rows_per_shard: int
+    groups: list[HookGroup]
+    """All hooks, in the order in which they came to the cache."""
     hooks: list[HookStatistics]
     shards: list[ShardEntry]
     software: list[dict[str, str]]
@@ -121,9 +161,31 @@ class CacheManifest(_Document):
         )
 
     @property
+    def codec(self) -> Codec:
+        """How rows are stored."""
+        return CODECS[self.dtype]
+
+    def group_of(self, hook: str) -> int:
+        """Number of the group that a hook is in.
+
+        Raises:
+            InvalidInput: as `hook`.
+        """
+        return self.hook(hook).group
+
+    def group_widths(self, group: int) -> dict[str, int]:
+        """Width of each hook of a group, in its order."""
+        return {hook: self.hook(hook).d_in for hook in self.groups[group].hooks}
+
+    def layout(self, entry: ShardEntry, group: int) -> ShardLayout:
+        """Where the tensors of a group's part of a shard lie."""
+        return layout_of_part(entry.rows, self.group_widths(group), self.codec, group)
+
+    @property
     def shard_bytes(self) -> int:
-        """Bytes of the rows of a full shard, whether or not the cache is long enough to have one."""
-        return self.rows_per_shard * row_bytes({hook.name: hook.d_in for hook in self.hooks}, self.dtype)
+        """Bytes of the rows of a full shard, of the hooks that the cache began with, whether or not it is long enough
+        to have one. Extending the cache does not change it."""
+        return self.rows_per_shard * row_bytes(self.group_widths(0), self.dtype)
 
     @property
     def sha256(self) -> str:
@@ -166,23 +228,33 @@ def parse_manifest(data: bytes, uri: str) -> CacheManifest:
         raise InvalidInput("CorruptManifest", damaged) from error
 
 
-def read_sidecar(store: ObjectStore, shard: int, rows: int, rows_per_shard: int) -> Sidecar | None:
-    """The sidecar that proves a shard: null when there is none, or when it is not about these rows."""
+def part_entry(sidecar: Sidecar, rows_per_shard: int) -> PartEntry:
+    """What a manifest says of the part that a sidecar proves."""
+    return PartEntry(
+        key=shard_key(sidecar.shard, sidecar.rows, rows_per_shard, sidecar.group),
+        bytes=sidecar.bytes,
+        sha256=sidecar.sha256,
+        crc32=sidecar.crc32,
+    )
+
+
+def read_sidecar(store: ObjectStore, shard: int, rows: int, rows_per_shard: int, group: int = 0) -> Sidecar | None:
+    """The sidecar beside a group's part of a shard: null when there is none, or when it is not about these rows."""
     try:
-        data = store.get(sidecar_key(shard_key(shard, rows, rows_per_shard)))
+        data = store.get(sidecar_key(shard_key(shard, rows, rows_per_shard, group)))
     except ObjectNotFound:
         return None
     try:
         sidecar = Sidecar.model_validate_json(data)
     except ValidationError:
         return None
-    return sidecar if (sidecar.shard, sidecar.rows) == (shard, rows) else None
+    return sidecar if (sidecar.shard, sidecar.rows, sidecar.group) == (shard, rows, group) else None
 
 
-def stored_sidecar(store: ObjectStore, shard: int, rows: int, rows_per_shard: int) -> Sidecar | None:
-    """The sidecar of a shard that is stored whole: it is there, and the shard has the size that it tells."""
-    sidecar = read_sidecar(store, shard, rows, rows_per_shard)
+def stored_sidecar(store: ObjectStore, shard: int, rows: int, rows_per_shard: int, group: int = 0) -> Sidecar | None:
+    """The sidecar of a part that is stored whole: it is there, and the part has the size that it tells."""
+    sidecar = read_sidecar(store, shard, rows, rows_per_shard, group)
     if sidecar is None:
         return None
-    info = store.head(shard_key(shard, rows, rows_per_shard))
+    info = store.head(shard_key(shard, rows, rows_per_shard, group))
     return sidecar if info is not None and info.size == sidecar.bytes else None

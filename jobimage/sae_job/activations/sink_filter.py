@@ -6,17 +6,13 @@ variance that an autoencoder is trained to explain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-
-def usable_positions(tokens: torch.Tensor, excluded: Sequence[int]) -> torch.Tensor:
-    """Positions whose token is not excluded: bool, of the shape of `tokens`."""
-    if not excluded:
-        return torch.ones_like(tokens, dtype=torch.bool)
-    return ~torch.isin(tokens, torch.tensor(sorted(excluded), dtype=tokens.dtype, device=tokens.device))
+from sae_job.activations.statistics import not_finite
 
 
 def row_norms(activations: torch.Tensor) -> torch.Tensor:
@@ -44,20 +40,28 @@ class SinkFilter:
             activations: per hook [contexts, positions, d_in].
             usable: bool [contexts, positions].
             ratio: above 0.
+
+        Raises:
+            InvalidInput: a median is infinite or not a number.
         """
         medians = {}
         for hook, values in activations.items():
             norms = row_norms(values)[usable.to(values.device)]
             # Of an even number of norms, the lower of the two in the middle.
             medians[hook] = float(norms.median()) if norms.numel() else 0.0
+            if not math.isfinite(medians[hook]):
+                raise not_finite(hook, str(values.dtype).removeprefix("torch."))
         return cls(ratio, medians)
 
     def keep(self, activations: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """Positions that stay, bool [contexts, positions] on the device of the activations; None when all do."""
+        """Rows of activations [..., d_in] that stay, bool [...] on their device; None when all do.
+
+        Rows that are not numbers stay: the sums over a shard refuse them.
+        """
         if self.ratio == 0:
             return None
-        kept: torch.Tensor | None = None
+        dropped: torch.Tensor | None = None
         for hook, values in activations.items():
-            below = row_norms(values) <= self.ratio * self.median_norms[hook]
-            kept = below if kept is None else kept & below
-        return kept
+            above = row_norms(values) > self.ratio * self.median_norms[hook]
+            dropped = above if dropped is None else dropped | above
+        return None if dropped is None else ~dropped

@@ -14,108 +14,62 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-import torch
 
-from sae_job.activations.format import (
-    POSITION,
-    SEQUENCE,
-    TOKEN_IDS,
-    ShardLayout,
-    layout_of_shard,
-    shard_key,
-    sidecar_key,
-)
-from sae_job.activations.harvest import HostBatch
-from sae_job.activations.manifest import Sidecar, stored_sidecar
-from sae_job.activations.mixing import seeded_generator
-from sae_job.activations.statistics import sums_of
+from sae_job.activations.format import HEADER, KEEP, ShardLayout, shard_key, sidecar_key
+from sae_job.activations.harvest import Encoding
+from sae_job.activations.manifest import Sidecar
+from sae_job.activations.open_shard import OpenPart, OpenShard
+from sae_job.activations.statistics import sums_of_stored
 from sae_job.storage.base import NoSpaceLeft, ObjectStore, StoreError
 
-# Shards that are encoded and uploaded while the next one is filled. Memory is this many and one more.
-IN_FLIGHT = 2
+# Shards in memory by default: one is filled, the others are encoded and uploaded.
+SHARDS_IN_MEMORY = 3
 # Tries of one upload, each of which the store has repeated itself already; 1, 2, 4 seconds between them.
 UPLOAD_ATTEMPTS = 4
-HASH_BYTES = 2**20
+# Hashed at a time, by both checksums: it stays in the cache of a core between them.
+HASH_BYTES = 2**18
 
 
-class OpenShard:
-    """A shard that is being filled: its rows are scattered to their shuffled places as they come.
+def shards_in_memory(buffer_bytes: int | None, shard_bytes: int) -> int:
+    """Shards that a worker holds at most: as many as the buffer takes, and at least one.
 
     Args:
-        number: index of the shard.
-        rows: rows that it will hold.
-        layout: where they lie.
-        buffer: at least `layout.size` bytes.
-        seed: seed of the cache.
+        buffer_bytes: `storage.bufferBytes`.
+        shard_bytes: bytes of all parts of a full shard that are written together.
     """
+    return SHARDS_IN_MEMORY if buffer_bytes is None else max(1, buffer_bytes // max(shard_bytes, 1))
 
-    def __init__(self, number: int, rows: int, layout: ShardLayout, buffer: np.ndarray, seed: int) -> None:
-        self.number = number
-        self.rows = rows
-        self.layout = layout
-        self.buffer = buffer
-        self.filled = 0
-        self.dropped = 0
-        self._places = torch.randperm(rows, generator=seeded_generator("shard", seed, number))
-        view = self.bytes
-        view[: len(layout.header)] = layout.header
-        self._tensors = {name: layout.tensor(view, name) for name in layout.tensors}
 
-    @property
-    def bytes(self) -> memoryview:
-        """The shard's file."""
-        return self.buffer.data[: self.layout.size]
-
-    @property
-    def full(self) -> bool:
-        return self.filled == self.rows
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
-
-    def add(self, batch: HostBatch) -> int:
-        """Take the rows of a batch that may be kept, in order, until the shard is full; returns how many."""
-        kept = torch.nonzero(batch.keep).flatten()[: self.rows - self.filled]
-        if len(kept) == 0:
-            self.dropped += int(batch.usable.sum()) if not self.full else 0
-            return 0
-        places = self._places[self.filled : self.filled + len(kept)]
-        self.filled += len(kept)
-        # Positions after the row that fills the shard are not looked at.
-        seen = int(kept[-1]) + 1 if self.full else len(batch.usable)
-        self.dropped += int((batch.usable[:seen] & ~batch.keep[:seen]).sum())
-        for name, values in (
-            (TOKEN_IDS, batch.token_ids),
-            (SEQUENCE, batch.sequence),
-            (POSITION, batch.position),
-            *batch.activations.items(),
-        ):
-            self._put(name, places.numpy(), torch.index_select(values, 0, kept))
-        return len(kept)
-
-    def _put(self, name: str, places: np.ndarray, rows: torch.Tensor) -> None:
-        """Write rows to their places. numpy copies an opaque item at a time, three times as fast as torch's
-        index_copy_."""
-        place = self.layout.tensors[name]
-        row = np.dtype((np.void, place.bytes // self.rows))
-        there = np.frombuffer(self.buffer, dtype=row, count=self.rows, offset=place.offset)
-        there[places] = rows.reshape(-1).view(torch.uint8).numpy().view(row)
+def checksums(data: memoryview, layout: ShardLayout) -> tuple[str, dict[str, str]]:
+    """SHA-256 of a part, and CRC-32 of its header and of each of its tensors, in one pass over its bytes."""
+    sha256 = hashlib.sha256()
+    crc32: dict[str, str] = {}
+    ranges = [(HEADER, 0, len(layout.header))]
+    ranges += [(name, place.offset, place.offset + place.bytes) for name, place in layout.tensors.items()]
+    for name, begin, end in ranges:
+        crc = 0
+        for start in range(begin, end, HASH_BYTES):
+            piece = data[start : min(start + HASH_BYTES, end)]
+            sha256.update(piece)
+            crc = zlib.crc32(piece, crc)
+        crc32[name] = f"{crc:08x}"
+    return sha256.hexdigest(), crc32
 
 
 class ShardWriter:
-    """Stores shards, each followed by the sidecar that proves it, in the background.
+    """Stores shards, each part followed by the sidecar that proves it, in the background.
 
-    At most `in_flight` shards are on their way while one is filled, so memory is bounded: `in_flight + 1` shards.
+    One shard is filled while others are on their way, and no more than `in_memory` are held: a part's buffer is used
+    again for the next shard.
 
     Args:
         store: the cache's folder.
-        hooks: width of each hook, in the order of the spec.
-        dtype: storage dtype.
+        encoding: how rows are stored.
         seed: seed of the cache.
         rows_per_shard: rows of a full shard.
         software: versions that wrote the shard.
         device: what the model ran on.
-        in_flight: shards that are encoded and uploaded at the same time.
+        in_memory: shards held at a time, at least 1.
         pause: waits so many seconds between tries of an upload.
     """
 
@@ -123,27 +77,25 @@ class ShardWriter:
         self,
         store: ObjectStore,
         *,
-        hooks: Mapping[str, int],
-        dtype: torch.dtype,
+        encoding: Encoding,
         seed: int,
         rows_per_shard: int,
         software: Mapping[str, str],
         device: str,
-        in_flight: int = IN_FLIGHT,
+        in_memory: int = SHARDS_IN_MEMORY,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store = store
-        self._hooks = hooks
-        self._dtype = dtype
+        self._encoding = encoding
         self._seed = seed
         self._rows_per_shard = rows_per_shard
         self._software = dict(software)
         self._device = device
         self._pause = pause
         self._buffers: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
-        for _ in range(in_flight + 1):
+        for _ in range(in_memory):
             self._buffers.put(None)
-        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="shard-upload")
+        self._threads = ThreadPoolExecutor(max(in_memory - 1, 1), thread_name_prefix="shard-upload")
         self._uploads: list[Future[None]] = []
         self._stored = 0
         self._lock = threading.Lock()
@@ -164,23 +116,38 @@ class ShardWriter:
         """Shards that are stored, with their sidecars."""
         return self._stored
 
-    def begin(self, number: int, rows: int) -> OpenShard:
+    def begin(
+        self, number: int, rows: int, layouts: Mapping[int, ShardLayout], *, base: Sidecar | None = None
+    ) -> OpenShard:
         """An empty shard to fill; waits until the memory for it is free.
+
+        Args:
+            number: index of the shard.
+            rows: rows that it will hold.
+            layouts: of the parts to write, by group.
+            base: sidecar of the stored part of group 0, when that is not among them.
 
         Raises:
             Exception: what an earlier upload ended with.
         """
         self._raise_failed()
-        layout = layout_of_shard(rows, self._hooks, self._dtype)
         buffer = self._buffers.get()
         self._raise_failed()
-        if buffer is None or len(buffer) < layout.size:
-            buffer = np.empty(layout.size, dtype=np.uint8)
-        return OpenShard(number, rows, layout, buffer, self._seed)
+        size = OpenShard.bytes_for(layouts)
+        if buffer is None or len(buffer) < size:
+            # The smaller one must go before there is a larger one.
+            buffer = None
+            buffer = np.empty(size, dtype=np.uint8)
+        shard = OpenShard(number, rows, layouts, buffer, self._seed, base=base)
+        for part in shard.parts.values():
+            for hook in self._encoding.hooks[part.group]:
+                for suffix, constant in self._encoding.constants.get(hook, {}).items():
+                    part.tensor(hook + suffix).copy_(constant)
+        return shard
 
-    def finish(self, shard: OpenShard, median_norms: Mapping[str, float]) -> None:
+    def finish(self, shard: OpenShard) -> None:
         """Store a full shard in the background."""
-        self._uploads.append(self._threads.submit(self._store_shard, shard, dict(median_norms)))
+        self._uploads.append(self._threads.submit(self._store_shard, shard))
 
     def drain(self) -> None:
         """Wait until all shards are stored.
@@ -196,37 +163,49 @@ class ShardWriter:
             upload.result()
             self._uploads.remove(upload)
 
-    def _store_shard(self, shard: OpenShard, median_norms: Mapping[str, float]) -> None:
+    def _store_shard(self, shard: OpenShard) -> None:
         try:
-            sidecar = self._describe(shard, median_norms)
-            key = shard_key(shard.number, shard.rows, self._rows_per_shard)
-            self._put(key, shard.bytes)
-            self._put(sidecar_key(key), sidecar.to_bytes())
+            base = shard.base
+            for group, part in sorted(shard.parts.items()):
+                sidecar = self._describe(shard, part, base)
+                key = shard_key(shard.number, shard.rows, self._rows_per_shard, group)
+                self._put(key, part.bytes)
+                self._put(sidecar_key(key), sidecar.to_bytes())
+                base = sidecar if group == 0 else base
             with self._lock:
                 self._stored += 1
         finally:
             self._buffers.put(shard.buffer)
 
-    def _describe(self, shard: OpenShard, median_norms: Mapping[str, float]) -> Sidecar:
-        sha256, crc32 = hashlib.sha256(), 0
-        view = shard.bytes
-        for start in range(0, len(view), HASH_BYTES):
-            piece = view[start : start + HASH_BYTES]
-            sha256.update(piece)
-            crc32 = zlib.crc32(piece, crc32)
+    def _describe(self, shard: OpenShard, part: OpenPart, base: Sidecar | None) -> Sidecar:
+        encoding, codec = self._encoding, self._encoding.codec
+        hooks = encoding.hooks[part.group]
+        # First, so that what cannot be trained on is not hashed.
+        keep = part.tensor(KEEP) if part.group > 0 else None
+        sums = {}
+        for hook in hooks:
+            width = part.tensor(hook).shape[1]
+            sums[hook] = sums_of_stored(
+                {suffix: part.tensor(hook + suffix) for suffix, _, _ in codec.row_tensors(width)},
+                {suffix: part.tensor(hook + suffix) for suffix, _, _ in codec.constants(width)},
+                codec,
+                hook,
+                keep=keep,
+                calibration_median_norm=encoding.filters[part.group].median_norms.get(hook),
+            )
+        sha256, crc32 = checksums(part.bytes, part.layout)
         return Sidecar(
             shard=shard.number,
+            group=part.group,
             rows=shard.rows,
-            bytes=len(view),
-            sha256=sha256.hexdigest(),
-            crc32=f"{crc32:08x}",
-            hooks={
-                hook: sums_of(shard.tensor(hook), hook, calibration_median_norm=median_norms.get(hook))
-                for hook in self._hooks
-            },
-            dropped=shard.dropped,
+            bytes=len(part.bytes),
+            sha256=sha256,
+            crc32=crc32,
+            hooks=sums,
+            dropped=shard.dropped if keep is None else int((keep == 0).sum()),
             software=self._software,
             device=self._device,
+            follows=None if base is None else base.row_order,
         )
 
     def _put(self, key: str, data: bytes | memoryview) -> None:
@@ -241,8 +220,3 @@ class ShardWriter:
                 self._pause(2.0**attempt)
             else:
                 return
-
-
-def is_stored(store: ObjectStore, number: int, rows: int, rows_per_shard: int) -> bool:
-    """Whether a shard is stored whole: its sidecar is there, and it has the size that the sidecar tells."""
-    return stored_sidecar(store, number, rows, rows_per_shard) is not None

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from sae_job.activations.base_rows import BaseRows
+from sae_job.activations.codecs import CODECS
 from sae_job.activations.contexts import ContextReader
-from sae_job.activations.format import STORAGE_DTYPES
-from sae_job.activations.harvest import ActivationModel, HostCopy, harvest
-from sae_job.activations.sink_filter import SinkFilter, usable_positions
-from sae_job.activations.writer import OpenShard, ShardWriter, is_stored
+from sae_job.activations.harvest import ActivationModel, ContextBatch, Encoding, HostCopy, harvest
+from sae_job.activations.manifest import Sidecar
+from sae_job.activations.open_shard import OpenShard
+from sae_job.activations.sink_filter import SinkFilter, row_norms
+from sae_job.activations.stored_parts import PartLayouts, proved_parts
+from sae_job.activations.writer import ShardWriter, shards_in_memory
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.models.load import default_device
 from sae_job.models.mirror import localized
 from sae_job.steps.context import StepContext
 from sae_job.storage.base import ObjectStore
-from sae_job.text.plan import CacheIndex
+from sae_job.text.plan import CacheIndex, row_bytes
+from sae_job.text.usable import excluded_token_ids, usable_positions
 from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 
 SOFTWARE = ("sae-operator", "torch", "transformers")
 
 
 def run_cache(step: CacheStep | TrainStep, context: StepContext) -> StepResult:
-    """Write the shards i with i % completions == completion_index that are not stored yet.
+    """Write what is not stored yet of the shards i with i % completions == completion_index.
 
     Raises:
-        InvalidInput: the contexts are damaged, too few rows pass the norm filter, or activations are not finite.
+        InvalidInput: the contexts or a stored part are damaged, too few rows pass the norm filter, or activations are
+            not finite.
         Stopped: asked to stop; shards that were finished are stored.
     """
     if not isinstance(step, CacheStep):
         raise TypeError(f"the cache step is given a {type(step).__name__}")
 
-    def load_model(index: CacheIndex) -> ActivationModel:
+    def load_model(index: CacheIndex, hooks: Sequence[str]) -> ActivationModel:
         model = localized(
             step.spec.model,
             open_store=context.open_store,
@@ -41,42 +48,67 @@ def run_cache(step: CacheStep | TrainStep, context: StepContext) -> StepResult:
             revision=index.model.revision,
             should_stop=context.should_stop,
         )
-        return model.load_hooked([hook.key for hook in step.spec.hooks])
+        return model.load_hooked(hooks)
 
     device = torch.cuda.get_device_name() if default_device().type == "cuda" else "cpu"
-    return write_shards(step, context, load_model, device=device)
+    return _write_missing(step, context, load_model, device)
 
 
 def write_shards(
     step: CacheStep, context: StepContext, load_model: Callable[[CacheIndex], ActivationModel], *, device: str
 ) -> StepResult:
-    """As `run_cache`, with a model of the caller's; it is not loaded when there is nothing to write."""
+    """As `run_cache`, with a model of the caller's that gives all hooks of the index; it is not loaded when there is
+    nothing to write."""
+    return _write_missing(step, context, lambda index, hooks: load_model(index), device)
+
+
+def _write_missing(
+    step: CacheStep,
+    context: StepContext,
+    load_model: Callable[[CacheIndex, Sequence[str]], ActivationModel],
+    device: str,
+) -> StepResult:
     store = context.open_store(step.location)
     index = CacheIndex.load(store)
     if index is None:
         raise InvalidInput("NotPrepared", f"{store.uri} holds no contexts: run the prepare step first")
+    layouts = PartLayouts(index, CODECS[step.spec.storage.dtype])
     numbers = range(context.completion_index, len(index.shards), step.completions)
+    work: list[_ShardWork] = []
+    for number, sidecars in zip(numbers, proved_parts(store, index, layouts, numbers), strict=True):
+        groups = [group for group, sidecar in enumerate(sidecars) if sidecar is None]
+        if groups:
+            work.append(_ShardWork(number, groups, sidecars[0]))
     rows = sum(index.shards[number].rows for number in numbers)
-    missing = [
-        number for number in numbers if not is_stored(store, number, index.shards[number].rows, index.rows_per_shard)
-    ]
-    stored = rows - sum(index.shards[number].rows for number in missing)
-    context.reporter.update(tokens=stored, total_tokens=rows, shards_complete=len(numbers) - len(missing))
-    if missing:
-        _Worker(step, context, store, index, load_model(index), device).write(missing, done=stored)
+    stored = rows - sum(index.shards[shard.number].rows for shard in work)
+    context.reporter.update(tokens=stored, total_tokens=rows, shards_complete=len(numbers) - len(work))
+    if work:
+        groups = sorted({group for shard in work for group in shard.groups})
+        model = load_model(index, [hook for group in groups for hook in index.groups[group].hooks])
+        _Worker(step, context, store, index, layouts, groups, model, device).write(work, done=stored)
     return StepResult(
         step="cache",
         exit_code=ExitCode.DONE,
         reason="Completed",
-        message=f"{len(numbers)} shards are stored, {len(missing)} of them written now",
+        message=f"{len(numbers)} shards are stored, {len(work)} of them written now",
         tokens=rows,
         shards_complete=len(numbers),
         shards_total=len(numbers),
     )
 
 
+@dataclass(frozen=True)
+class _ShardWork:
+    """A shard of which the parts of some groups are missing; `base` is the sidecar of group 0's, where that is
+    stored."""
+
+    number: int
+    groups: list[int]
+    base: Sidecar | None
+
+
 class _Worker:
-    """Writes shards with one model."""
+    """Writes shards with one model, which gives the hooks of `groups`."""
 
     def __init__(
         self,
@@ -84,6 +116,8 @@ class _Worker:
         context: StepContext,
         store: ObjectStore,
         index: CacheIndex,
+        layouts: PartLayouts,
+        groups: Sequence[int],
         model: ActivationModel,
         device: str,
     ) -> None:
@@ -91,50 +125,72 @@ class _Worker:
         self._context = context
         self._store = store
         self._index = index
+        self._layouts = layouts
         self._model = model
         self._device = device
         self._contexts = ContextReader(store, index)
-        self._excluded = index.tokenizer.special_token_ids if step.spec.sampling.exclude_special_tokens else []
-        self._dtype = STORAGE_DTYPES[step.spec.storage.dtype]
+        self._excluded = excluded_token_ids(step.spec.sampling, index.tokenizer.special_token_ids)
+        self._positions = step.spec.sampling.positions.of(index.context_size)
         self._copies = HostCopy()
-        self._sink_filter = self._calibrate()
+        self._encoding = self._calibrate({group: index.groups[group].hooks for group in groups})
 
-    def write(self, numbers: list[int], *, done: int) -> None:
+    def write(self, work: Sequence[_ShardWork], *, done: int) -> None:
         """Write these shards; `done` rows are stored already."""
         complete = self._context.reporter.state.shards_complete or 0
+        spec, index = self._spec, self._index
+        row = max(
+            sum(row_bytes(index.group_widths(group), spec.storage.dtype, group) for group in shard.groups)
+            for shard in work
+        )
         writer = ShardWriter(
             self._store,
-            hooks={hook.name: self._index.model.d_in[hook.name] for hook in self._spec.hooks},
-            dtype=self._dtype,
-            seed=self._spec.seed,
-            rows_per_shard=self._index.rows_per_shard,
+            encoding=self._encoding,
+            seed=spec.seed,
+            rows_per_shard=index.rows_per_shard,
             software=software_versions(),
             device=self._device,
+            in_memory=shards_in_memory(spec.storage.buffer_bytes, index.rows_per_shard * row),
         )
         with writer:
-            for number in numbers:
-                shard = writer.begin(number, self._index.shards[number].rows)
-                for rows in self._fill(shard):
-                    done += rows
+            for missing in work:
+                rows = index.shards[missing.number].rows
+                base = None if 0 in missing.groups else self._base_rows(missing.base)
+                layouts = {group: self._layouts.of(rows, group) for group in missing.groups}
+                shard = writer.begin(missing.number, rows, layouts, base=None if base is None else missing.base)
+                for count in self._fill(shard, base):
+                    done += count
                     self._context.reporter.update(tokens=done, shards_complete=complete + writer.stored)
-                writer.finish(shard, self._sink_filter.median_norms)
+                writer.finish(shard)
+                # Its buffer is another shard's when it is stored.
+                del shard
         self._context.reporter.update(shards_complete=complete + writer.stored)
 
-    def _fill(self, shard: OpenShard) -> Iterator[int]:
+    def _base_rows(self, sidecar: Sidecar | None) -> BaseRows:
+        assert sidecar is not None, "a shard whose first part is missing has that part written"
+        return BaseRows.read(
+            self._store,
+            sidecar,
+            self._layouts.of(sidecar.rows, 0),
+            rows_per_shard=self._index.rows_per_shard,
+            context_size=self._index.context_size,
+        )
+
+    def _fill(self, shard: OpenShard, base: BaseRows | None) -> Iterator[int]:
         """Run the model until a shard is full; yields how many rows each batch gave."""
         plan = self._index.shards[shard.number]
-        batches = harvest(
-            self._model,
-            self._batches(plan.start, plan.stop),
-            sink_filter=self._sink_filter,
-            excluded=self._excluded,
-            dtype=self._dtype,
-            copies=self._copies,
-        )
-        for batch in batches:
+        encoding = self._encoding.only(shard.parts)
+        for batch in harvest(
+            self._model, self._batches(plan.start, plan.stop, base), encoding=encoding, copies=self._copies
+        ):
             yield shard.add(batch)
             if shard.full:
                 return
+        if base is not None:
+            raise InvalidInput(
+                "CorruptShard",
+                f"shard {shard.number} of {self._store.uri} has rows of other contexts than planned: delete its "
+                ".safetensors and .json, and raise spec.retry to write it again",
+            )
         raise InvalidInput(
             "TooFewRows",
             f"the norm filter leaves only {shard.filled} of {shard.rows} rows of shard {shard.number}, and drops "
@@ -142,21 +198,60 @@ class _Worker:
             field="spec.sampling.maxNormRatio",
         )
 
-    def _batches(self, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def _batches(self, start: int, stop: int, base: BaseRows | None) -> Iterator[ContextBatch]:
+        """The same forward passes whichever hooks are asked for: results hang on them in the last bits."""
         size = self._spec.model.batch_size
         for first in range(start, stop, size):
             if self._context.should_stop():
                 raise Stopped("asked to stop: the shards that were finished are stored and will not be written again")
-            yield first, self._contexts.read(first, min(first + size, stop))
+            end = min(first + size, stop)
+            if base is None:
+                tokens = self._contexts.read(first, end)
+                usable = self._usable(tokens).reshape(-1)
+                wanted = None if bool(usable.all()) else torch.nonzero(usable).flatten()
+                yield ContextBatch(first, tokens, wanted)
+                continue
+            wanted, places = base.of_contexts(first, end)
+            if len(wanted) > 0:
+                yield ContextBatch(first, self._contexts.read(first, end), wanted, places)
 
-    def _calibrate(self) -> SinkFilter:
-        """Median norms over the cache's first batch: every worker finds the same."""
+    def _usable(self, tokens: torch.Tensor) -> torch.Tensor:
+        return usable_positions(tokens, self._excluded, self._positions)
+
+    def _calibrate(self, hooks: Mapping[int, Sequence[str]]) -> Encoding:
+        """Median norms, and what the number format needs to know, from the cache's first forward pass that has usable
+        positions: every worker finds the same, whichever hooks it takes."""
         ratio = self._spec.sampling.max_norm_ratio
-        if ratio == 0:
-            return SinkFilter(0, {})
-        tokens = self._contexts.read(0, min(self._spec.model.batch_size, self._index.contexts))
-        usable = usable_positions(tokens, self._excluded)
-        return SinkFilter.calibrate(self._model.activations(tokens), usable, ratio)
+        codec = CODECS[self._spec.storage.dtype]
+        filters = {group: SinkFilter(0, {}) for group in hooks}
+        constants: dict[str, dict[str, torch.Tensor]] = {}
+        if ratio == 0 and not codec.constants(1):
+            return Encoding(codec, constants, filters, hooks)
+        tokens, usable = self._first_usable_batch()
+        activations = self._model.activations(tokens)
+        for group, names in hooks.items():
+            found = {hook: activations[hook] for hook in names}
+            if ratio > 0:
+                filters[group] = SinkFilter.calibrate(found, usable, ratio)
+            for hook, values in found.items():
+                rows = values[usable.to(values.device)]
+                if ratio > 0:
+                    # Whatever other hooks make of these rows: the constants of a hook are its own.
+                    rows = rows[row_norms(rows) <= ratio * filters[group].median_norms[hook]]
+                constants[hook] = codec.calibrate(rows)
+        return Encoding(codec, constants, filters, hooks)
+
+    def _first_usable_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [contexts, positions] of the first batch with usable positions, and which they are."""
+        size = self._spec.model.batch_size
+        for first in range(0, self._index.contexts, size):
+            tokens = self._contexts.read(first, min(first + size, self._index.contexts))
+            usable = self._usable(tokens)
+            if bool(usable.any()):
+                return tokens, usable
+        raise InvalidInput(
+            "TooFewRows", "no position of any context may become a row: see spec.sampling", field="spec.sampling"
+        )
 
 
 def software_versions() -> dict[str, str]:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
-from sae_job.activations.format import MANIFEST_KEY, SHARDS_PREFIX, shard_key
-from sae_job.activations.manifest import CacheManifest, ShardEntry, Sidecar, parse_manifest, read_sidecar
+from sae_job.activations.codecs import CODECS
+from sae_job.activations.format import MANIFEST_KEY, shard_key
+from sae_job.activations.manifest import CacheManifest, ShardEntry, Sidecar, parse_manifest, part_entry
 from sae_job.activations.statistics import merge_sums
+from sae_job.activations.stored_parts import PartLayouts, proved_parts
 from sae_job.errors import InvalidInput
 from sae_job.steps.context import StepContext
+from sae_job.steps.prepare import hook_facts
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
 from sae_job.text.plan import CacheIndex
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.identity import CACHE_FORMAT_VERSION, cache_identity
-from sae_operator.api.steps import CacheStep, ExitCode, HookFacts, StepResult, TrainStep
+from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 
-# Sidecars are small and many: what takes time is the way to the store.
-READ_THREADS = 16
 # Another finalize can win the race for the manifest; more often than this it does not happen.
 WRITE_ATTEMPTS = 5
 # What does not determine the rows.
 LEFT_OUT = ("run", "parallelism", "tokens", "suspend", "retry")
-LEFT_OUT_OF_STORAGE = ("secretRef", "endpointUrl", "region", "maxBytes")
+LEFT_OUT_OF_STORAGE = ("secretRef", "endpointUrl", "region", "maxBytes", "bufferBytes")
 
 
 def run_finalize(step: CacheStep | TrainStep, context: StepContext) -> StepResult:
@@ -38,7 +39,14 @@ def run_finalize(step: CacheStep | TrainStep, context: StepContext) -> StepResul
     if index is None:
         raise InvalidInput("NotPrepared", f"{store.uri} holds no contexts: run the prepare step first")
     context.reporter.update(total_tokens=index.tokens, shards_complete=0)
-    manifest = write_manifest(store, merge(step.spec, index, _read_sidecars(store, index)))
+    asked, planned = {hook.key for hook in step.spec.hooks}, {hook for group in index.groups for hook in group.hooks}
+    if not asked <= planned or index.tokens < step.spec.tokens:
+        raise InvalidInput(
+            "PlanChanged",
+            f"another cache resource has planned {store.uri} anew, for other hooks or fewer tokens: raise spec.retry "
+            "when it is done",
+        )
+    manifest = write_manifest(store, merge(step.spec, index, _read_sidecars(step.spec, store, index)))
     context.reporter.update(tokens=manifest.tokens, shards_complete=len(manifest.shards))
     return StepResult(
         step="finalize",
@@ -47,30 +55,25 @@ def run_finalize(step: CacheStep | TrainStep, context: StepContext) -> StepResul
         message=f"{manifest.tokens} rows in {len(manifest.shards)} shards",
         tokens=manifest.tokens,
         bytes=manifest.bytes,
-        hooks=[HookFacts(name=hook.name, d_in=hook.d_in, mean_norm=hook.mean_norm) for hook in manifest.hooks],
+        hooks=hook_facts(step.spec, manifest),
         shards_total=len(manifest.shards),
         shards_complete=len(manifest.shards),
     )
 
 
-def _read_sidecars(store: ObjectStore, index: CacheIndex) -> list[Sidecar]:
-    """Sidecars of all planned shards, each of which is there in full."""
-    sizes = {info.key: info.size for info in store.list(SHARDS_PREFIX)}
-    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sidecar") as threads:
-        found = list(
-            threads.map(
-                lambda number: read_sidecar(store, number, index.shards[number].rows, index.rows_per_shard),
-                range(len(index.shards)),
-            )
-        )
-    complete: list[Sidecar] = []
+def _read_sidecars(spec: ActivationCacheSpec, store: ObjectStore, index: CacheIndex) -> list[list[Sidecar]]:
+    """Sidecars of all planned shards, of all groups of each, every one of whose parts is there in full."""
+    layouts = PartLayouts(index, CODECS[spec.storage.dtype])
+    complete: list[list[Sidecar]] = []
     missing: list[str] = []
-    for number, sidecar in enumerate(found):
-        key = shard_key(number, index.shards[number].rows, index.rows_per_shard)
-        if sidecar is None or sizes.get(key) != sidecar.bytes:
-            missing.append(key)
-        else:
-            complete.append(sidecar)
+    for number, found in enumerate(proved_parts(store, index, layouts, range(len(index.shards)))):
+        rows = index.shards[number].rows
+        missing += [
+            shard_key(number, rows, index.rows_per_shard, group)
+            for group, sidecar in enumerate(found)
+            if sidecar is None
+        ]
+        complete.append([sidecar for sidecar in found if sidecar is not None])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InvalidInput(
@@ -81,8 +84,8 @@ def _read_sidecars(store: ObjectStore, index: CacheIndex) -> list[Sidecar]:
     return complete
 
 
-def merge(spec: ActivationCacheSpec, index: CacheIndex, sidecars: list[Sidecar]) -> CacheManifest:
-    """The manifest of a cache whose shards have these sidecars, in order.
+def merge(spec: ActivationCacheSpec, index: CacheIndex, sidecars: list[list[Sidecar]]) -> CacheManifest:
+    """The manifest of a cache whose shards have these sidecars, in order, of each all groups.
 
     Raises:
         InvalidInput: the shards disagree, or there are none.
@@ -90,52 +93,60 @@ def merge(spec: ActivationCacheSpec, index: CacheIndex, sidecars: list[Sidecar])
     if not sidecars:
         raise InvalidInput("TooFewRows", "the cache has no rows: the text gives none", field="spec.dataset")
     raw = index.model_dump(mode="json", by_alias=True)
+    every = [sidecar for shard in sidecars for sidecar in shard]
     return CacheManifest(
         format_version=CACHE_FORMAT_VERSION,
         identity=cache_identity(spec),
-        spec=recorded_spec(spec),
+        spec=recorded_spec(spec, [hook for group in index.groups for hook in group.hooks]),
         model=raw["model"],
         dataset=raw["dataset"],
         tokenizer=raw["tokenizer"],
         seed=spec.seed,
         dtype=spec.storage.dtype,
         context_size=index.context_size,
-        tokens=sum(sidecar.rows for sidecar in sidecars),
-        bytes=sum(sidecar.bytes for sidecar in sidecars),
+        tokens=sum(shard[0].rows for shard in sidecars),
+        bytes=sum(sidecar.bytes for sidecar in every),
         rows_per_shard=index.rows_per_shard,
+        groups=index.groups,
         hooks=[
-            merge_sums(hook.name, [(sidecar.rows, sidecar.hooks[hook.name]) for sidecar in sidecars])
-            for hook in spec.hooks
+            merge_sums(hook, [shard[number].hooks[hook] for shard in sidecars], group=number)
+            for number, group in enumerate(index.groups)
+            for hook in group.hooks
         ],
         shards=[
             ShardEntry(
-                key=shard_key(sidecar.shard, sidecar.rows, index.rows_per_shard),
-                rows=sidecar.rows,
-                bytes=sidecar.bytes,
-                sha256=sidecar.sha256,
-                crc32=sidecar.crc32,
+                rows=plan.rows,
                 start=plan.start,
                 stop=plan.stop,
+                parts=[part_entry(sidecar, index.rows_per_shard) for sidecar in shard],
             )
-            for sidecar, plan in zip(sidecars, index.shards, strict=True)
+            for shard, plan in zip(sidecars, index.shards, strict=True)
         ],
-        software=list({str(sidecar.software): sidecar.software for sidecar in sidecars}.values()),
-        device=list(dict.fromkeys(sidecar.device for sidecar in sidecars)),
+        software=list({str(sidecar.software): sidecar.software for sidecar in every}.values()),
+        device=list(dict.fromkeys(sidecar.device for sidecar in every)),
     )
 
 
-def recorded_spec(spec: ActivationCacheSpec) -> dict[str, Any]:
-    """The spec as the manifest records it: what determines the rows, and no credentials."""
+def recorded_spec(spec: ActivationCacheSpec, hooks: Sequence[str]) -> dict[str, Any]:
+    """The spec as the manifest records it: what determines the rows, with the keys of all hooks that the cache holds,
+    and no credentials."""
     manifest = {key: value for key, value in spec.to_manifest().items() if key not in LEFT_OUT}
     storage = manifest["storage"]
     manifest["storage"] = {key: value for key, value in storage.items() if key not in LEFT_OUT_OF_STORAGE}
+    manifest["hooks"] = [_hook_of(key) for key in hooks]
     return manifest
 
 
+def _hook_of(key: str) -> dict[str, Any]:
+    name, _, head = key.partition(":")
+    return {"name": name, "headIndex": int(head)} if head else {"name": name}
+
+
 def write_manifest(store: ObjectStore, manifest: CacheManifest) -> CacheManifest:
-    """Write the manifest unless it, or one of more rows, is there; returns the one that is there then.
+    """Write the manifest unless it, or a larger cache's, is there; returns the one that is there then.
 
     Raises:
+        InvalidInput: the one that is there holds what this one does not.
         PreconditionFailed: other writers kept changing it.
     """
     for _ in range(WRITE_ATTEMPTS):
@@ -145,9 +156,18 @@ def write_manifest(store: ObjectStore, manifest: CacheManifest) -> CacheManifest
                 store.put(MANIFEST_KEY, manifest.to_bytes(), if_absent=True)
                 return manifest
             there = parse_manifest(store.get(MANIFEST_KEY), store.uri)
-            # A longer cache of the same identity holds all that this one does.
-            if there == manifest or there.tokens > manifest.tokens:
+            if there == manifest:
                 return there
+            ours, theirs = ({hook.name for hook in held.hooks} for held in (manifest, there))
+            if there.tokens >= manifest.tokens and theirs >= ours and (there.tokens > manifest.tokens or theirs > ours):
+                # A larger cache of the same identity holds all that this one does.
+                return there
+            if there.tokens > manifest.tokens or not theirs <= ours:
+                raise InvalidInput(
+                    "PlanChanged",
+                    f"another cache resource has finished {store.uri} with other hooks or more tokens meanwhile: raise "
+                    "spec.retry",
+                )
             store.put(MANIFEST_KEY, manifest.to_bytes(), if_match=info.etag)
         except (PreconditionFailed, ObjectNotFound):
             # Another writer was faster, or the answer to our own write was lost: look again.

@@ -8,23 +8,22 @@ from collections.abc import Sequence
 
 from sae_job.activations.format import MANIFEST_KEY, SHARDS_PREFIX, shard_key, sidecar_key
 from sae_job.activations.manifest import CacheManifest, parse_manifest
-from sae_job.activations.writer import IN_FLIGHT
 from sae_job.errors import InvalidInput
 from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size
 from sae_job.models.mirror import localized
 from sae_job.steps.context import StepContext
+from sae_job.steps.hook_groups import CacheShape, shape_of
+from sae_job.steps.memory import WorkerMemory, has_gpu
 from sae_job.steps.prepare_contexts import store_contexts
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
 from sae_job.text.blocks import BlockRecord
 from sae_job.text.plan import (
-    ITEM_BYTES,
     BlockEntry,
     CacheIndex,
     ModelRecord,
     Plan,
     contexts_per_block,
     row_bytes,
-    rows_per_shard,
     slack_for,
 )
 from sae_operator.api.activation_cache import ActivationCacheSpec
@@ -34,21 +33,17 @@ from sae_operator.api.steps import CacheStep, ExitCode, HookFacts, StepResult, T
 logger = logging.getLogger(__name__)
 
 MARKER_KEY = "sae-operator.json"
-# Interpreter and libraries.
-_PROCESS_BYTES = 2**30
-# Tensors of a layer's width that a forward pass holds at a time, beside what the hooks keep.
-_FORWARD_WIDTHS = 16
-# Shards in memory: one being filled, the others being stored.
-_SHARDS_IN_MEMORY = IN_FLIGHT + 1
 
 
 def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult:
     """Store contexts for `spec.tokens` rows and the plan of their shards, or adopt a finished cache.
 
-    Contexts that are stored already, for fewer rows or by an attempt that was stopped, are kept.
+    Contexts that are stored already, for fewer rows or by an attempt that was stopped, are kept. A finished cache that
+    has fewer rows, or lacks hooks, is extended.
 
     Raises:
-        InvalidInput: model, data set or hooks do not exist or do not fit; too little text; too large a cache.
+        InvalidInput: model, data set or hooks do not exist or do not fit; too little text; too large a cache; too
+            little memory.
         Stopped: asked to stop; whole blocks of contexts are stored.
     """
     if not isinstance(step, CacheStep):
@@ -57,9 +52,11 @@ def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult
     store = context.open_store(step.location)
     context.reporter.update(total_tokens=spec.tokens)
     manifest = finished_manifest(store, spec)
-    if manifest is not None and manifest.tokens >= spec.tokens:
-        return _adopt(manifest)
-    facts, index = prepare_contexts_for(spec, store, context)
+    if manifest is not None and holds(manifest, spec):
+        return _adopt(spec, manifest)
+    facts, index = prepare_contexts_for(spec, store, context, manifest=manifest)
+    memory = _memory_of(spec, facts, CacheShape(index.groups, index.model.d_in, index.rows_per_shard, index.tokens))
+    logger.info("%s", "\n  ".join(_plan_lines(spec, index, memory)))
     context.reporter.update(tokens=spec.tokens)
     complete = _complete_shards(store, index)
     logger.info("%d contexts, %d shards, of which %d are stored", index.contexts, len(index.shards), complete)
@@ -71,12 +68,12 @@ def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult
         adopted=False,
         shards_total=len(index.shards),
         shards_complete=complete,
-        plan={"bytes": cache_bytes(spec, facts), "gpuSeconds": None, "memoryBytes": memory_bytes(spec, facts)},
+        plan={"bytes": planned_bytes(spec, index), "gpuSeconds": None, "memoryBytes": memory.total},
     )
 
 
 def prepare_contexts_for(
-    spec: ActivationCacheSpec, store: ObjectStore, context: StepContext
+    spec: ActivationCacheSpec, store: ObjectStore, context: StepContext, *, manifest: CacheManifest | None = None
 ) -> tuple[ModelFacts, CacheIndex]:
     """Store contexts for `spec.tokens` rows and the plan of their shards, after those that are stored already.
 
@@ -84,6 +81,7 @@ def prepare_contexts_for(
         spec: the cache, or what a live source would be as a cache.
         store: its folder, which is marked as ours.
         context: for stopping, and for progress.
+        manifest: the finished cache that is extended, where there is one.
 
     Raises:
         InvalidInput, Stopped: as `run_prepare`.
@@ -102,9 +100,13 @@ def prepare_contexts_for(
     facts = model.inspect([hook.key for hook in spec.hooks])
     check_context_size(facts, spec.context_size)
     check_batch_size(spec.model, spec.context_size)
-    check_size(spec, facts)
-    records, plan = store_contexts(spec, facts, store, context)
-    index = _index(spec, facts, records, plan)
+    shape = shape_of(spec, facts.d_in, earlier, manifest)
+    _check_bytes(spec, shape.tokens, shape.row_bytes(spec.storage.dtype))
+    if spec.run.resources.limits:
+        _memory_of(spec, facts, shape).check(spec)
+    asked = spec.model_copy(update={"tokens": shape.tokens})
+    records, plan = store_contexts(asked, facts, store, context, shard_rows=shape.rows_per_shard)
+    index = _index(spec, facts, shape, records, plan)
     if index != earlier:
         index.save(store)
     return facts, index
@@ -128,32 +130,45 @@ def finished_manifest(store: ObjectStore, spec: ActivationCacheSpec) -> CacheMan
     return manifest
 
 
+def holds(manifest: CacheManifest, spec: ActivationCacheSpec) -> bool:
+    """Whether a finished cache has all rows and hooks that a spec asks for."""
+    return manifest.tokens >= spec.tokens and {hook.key for hook in spec.hooks} <= {
+        hook.name for hook in manifest.hooks
+    }
+
+
 def cache_bytes(spec: ActivationCacheSpec, facts: ModelFacts) -> int:
-    """Size of the finished cache's rows."""
+    """Size of the rows of a cache that has the spec's hooks alone."""
     return spec.tokens * row_bytes(facts.d_in, spec.storage.dtype)
+
+
+def planned_bytes(spec: ActivationCacheSpec, index: CacheIndex) -> int:
+    """Size of the rows of a planned cache."""
+    groups = range(len(index.groups))
+    return index.tokens * sum(row_bytes(index.group_widths(group), spec.storage.dtype, group) for group in groups)
 
 
 def check_size(spec: ActivationCacheSpec, facts: ModelFacts) -> None:
     """Raises InvalidInput when the cache would be larger than the spec allows."""
-    size, limit = cache_bytes(spec, facts), spec.storage.max_bytes
+    _check_bytes(spec, spec.tokens, row_bytes(facts.d_in, spec.storage.dtype))
+
+
+def _check_bytes(spec: ActivationCacheSpec, tokens: int, bytes_of_row: int) -> None:
+    size, limit = tokens * bytes_of_row, spec.storage.max_bytes
     if limit is not None and size > limit:
         raise InvalidInput(
             "CacheTooLarge",
-            f"{spec.tokens} rows are {size} bytes, more than maxBytes {limit}; lower spec.tokens or raise maxBytes",
+            f"{tokens} rows are {size} bytes, more than maxBytes {limit}; lower spec.tokens or raise maxBytes",
             field="spec.storage.maxBytes",
         )
 
 
-def memory_bytes(spec: ActivationCacheSpec, facts: ModelFacts) -> int:
-    """What a cache worker needs: weights, one forward pass, and the shards being filled and stored."""
-    item = ITEM_BYTES[spec.model.dtype]
-    width = sum(facts.d_in.values()) + _FORWARD_WIDTHS * max(facts.d_in.values())
-    forward = spec.model.batch_size * spec.context_size * width * item
-    shard = min(spec.tokens, rows_per_shard(spec, facts.d_in)) * row_bytes(facts.d_in, spec.storage.dtype)
-    return _PROCESS_BYTES + facts.parameter_bytes + forward + _SHARDS_IN_MEMORY * shard
+def _memory_of(spec: ActivationCacheSpec, facts: ModelFacts, shape: CacheShape) -> WorkerMemory:
+    rows = min(shape.tokens, shape.rows_per_shard)
+    return WorkerMemory.of(spec, facts, rows * shape.row_bytes(spec.storage.dtype))
 
 
-def _adopt(manifest: CacheManifest) -> StepResult:
+def _adopt(spec: ActivationCacheSpec, manifest: CacheManifest) -> StepResult:
     logger.info("a finished cache of %d rows is there already", manifest.tokens)
     return StepResult(
         step="prepare",
@@ -165,8 +180,27 @@ def _adopt(manifest: CacheManifest) -> StepResult:
         shards_complete=len(manifest.shards),
         tokens=manifest.tokens,
         bytes=manifest.bytes,
-        hooks=[HookFacts(name=hook.name, d_in=hook.d_in, mean_norm=hook.mean_norm) for hook in manifest.hooks],
+        hooks=hook_facts(spec, manifest),
     )
+
+
+def hook_facts(spec: ActivationCacheSpec, manifest: CacheManifest) -> list[HookFacts]:
+    """What the manifest says of the spec's hooks; it may hold more."""
+    hooks = [manifest.hook(hook.key) for hook in spec.hooks]
+    return [HookFacts(name=hook.name, d_in=hook.d_in, mean_norm=hook.mean_norm) for hook in hooks]
+
+
+def _plan_lines(spec: ActivationCacheSpec, index: CacheIndex, memory: WorkerMemory) -> list[str]:
+    """What the cache will take, for people."""
+    hooks = [hook for group in index.groups for hook in group.hooks]
+    return [
+        "plan of the cache:",
+        f"rows           {index.tokens:,} in {len(index.shards):,} shards, of {index.contexts:,} contexts",
+        f"hooks          {', '.join(hooks)}",
+        f"store          {planned_bytes(spec, index):,} bytes",
+        *memory.lines(gpu=has_gpu(spec.run)),
+        f"a worker takes {memory.total / 2**20:,.1f} MiB in all",
+    ]
 
 
 def _mark(store: ObjectStore, spec: ActivationCacheSpec) -> None:
@@ -178,27 +212,32 @@ def _mark(store: ObjectStore, spec: ActivationCacheSpec) -> None:
         logger.info("continuing what is there below %s", store.uri)
 
 
-def _index(spec: ActivationCacheSpec, facts: ModelFacts, records: Sequence[BlockRecord], plan: Plan) -> CacheIndex:
-    shard_rows = rows_per_shard(spec, facts.d_in)
+def _index(
+    spec: ActivationCacheSpec, facts: ModelFacts, shape: CacheShape, records: Sequence[BlockRecord], plan: Plan
+) -> CacheIndex:
     return CacheIndex(
         context_size=spec.context_size,
         contexts_per_block=contexts_per_block(spec.context_size),
         blocks=[BlockEntry(contexts=record.contexts, sha256=record.sha256) for record in records],
         tokenizer=records[0].tokenizer,
-        model=ModelRecord(name=facts.name, revision=facts.revision, d_in=facts.d_in),
+        model=ModelRecord(name=facts.name, revision=facts.revision, d_in=shape.d_in),
         dataset=records[0].dataset,
         exhausted=records[-1].exhausted,
-        rows_per_shard=shard_rows,
-        slack=slack_for(shard_rows, spec),
+        rows_per_shard=shape.rows_per_shard,
+        slack=slack_for(shape.rows_per_shard, spec),
         shards=plan.shards,
         tokens=plan.rows,
+        groups=shape.groups,
     )
 
 
 def _complete_shards(store: ObjectStore, index: CacheIndex) -> int:
-    """Shards of the plan whose sidecar is stored."""
+    """Shards of the plan whose parts all have their sidecars."""
     there = {info.key for info in store.list(SHARDS_PREFIX)}
-    keys = (
-        sidecar_key(shard_key(number, shard.rows, index.rows_per_shard)) for number, shard in enumerate(index.shards)
+    return sum(
+        all(
+            sidecar_key(shard_key(number, shard.rows, index.rows_per_shard, group)) in there
+            for group in range(len(index.groups))
+        )
+        for number, shard in enumerate(index.shards)
     )
-    return sum(key in there for key in keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,19 +11,22 @@ from sae_job.errors import InvalidInput, Stopped
 from sae_job.models.facts import ModelFacts
 from sae_job.steps.context import StepContext
 from sae_job.storage.base import ObjectStore
-from sae_job.text.blocks import BlockBuilder, BlockRecord, read_block_records
+from sae_job.text.blocks import BlockBuilder, BlockRecord, packing_of, read_block_records
 from sae_job.text.documents import open_documents
-from sae_job.text.plan import Plan, TokenizerRecord, plan_shards, rows_per_shard
+from sae_job.text.plan import Plan, TokenizerRecord, plan_shards
 from sae_job.text.tokenize import TextTokenizer, load_tokenizer
+from sae_job.text.tokenizer_check import check_metadata
 from sae_operator.api.activation_cache import ActivationCacheSpec
+
+logger = logging.getLogger(__name__)
 
 
 def store_contexts(
-    spec: ActivationCacheSpec, facts: ModelFacts, store: ObjectStore, context: StepContext
+    spec: ActivationCacheSpec, facts: ModelFacts, store: ObjectStore, context: StepContext, *, shard_rows: int
 ) -> tuple[list[BlockRecord], Plan]:
-    """Store blocks until their contexts suffice."""
+    """Store blocks until their contexts suffice for `spec.tokens` rows in shards of `shard_rows`."""
     records = read_block_records(store)
-    plan = _plan(spec, facts, records)
+    plan = _plan(spec, shard_rows, records)
     if plan.rows >= spec.tokens:
         return records, plan
     last = records[-1] if records else None
@@ -35,7 +39,7 @@ def store_contexts(
             if record is None:
                 break
             records.append(record)
-            plan = _plan(spec, facts, records)
+            plan = _plan(spec, shard_rows, records)
             context.reporter.update(tokens=min(plan.rows, spec.tokens))
             if record.exhausted:
                 break
@@ -62,10 +66,10 @@ def not_enough_text(spec: ActivationCacheSpec, records: Sequence[BlockRecord], p
     )
 
 
-def _plan(spec: ActivationCacheSpec, facts: ModelFacts, records: Sequence[BlockRecord]) -> Plan:
+def _plan(spec: ActivationCacheSpec, shard_rows: int, records: Sequence[BlockRecord]) -> Plan:
     usable = [np.asarray(record.usable, dtype=np.int32) for record in records]
     contexts = np.concatenate(usable) if usable else np.zeros(0, dtype=np.int32)
-    return plan_shards(contexts, spec.tokens, spec, shard_rows=rows_per_shard(spec, facts.d_in))
+    return plan_shards(contexts, spec.tokens, spec, shard_rows=shard_rows)
 
 
 def block_builder(
@@ -77,13 +81,28 @@ def block_builder(
         InvalidInput: either has changed since.
     """
     last = records[-1] if records else None
-    documents = open_documents(spec.dataset, revision=None if last is None else last.dataset.revision)
-    tokenizer = TextTokenizer(load_tokenizer(facts.source, revision=facts.revision))
+    documents = open_documents(
+        spec.dataset, revision=None if last is None else last.dataset.revision, open_store=context.open_store
+    )
+    tokenizer = _tokenizer(facts, needed=not documents.tokenized)
+    if documents.tokenized:
+        logger.info("%r holds token ids: prependBos and separators have no effect", spec.dataset.path)
+        check_metadata(
+            documents.metadata(),
+            tokenizer,
+            model=spec.model.name,
+            path=spec.dataset.path,
+            context_size=spec.context_size,
+        )
+    special = packing_of(spec, documents, tokenizer)
     record = TokenizerRecord(
         name=spec.model.name,
-        sha256=tokenizer.sha256(),
-        bos_token_id=tokenizer.bos_token_id,
-        special_token_ids=tokenizer.special_token_ids(),
+        sha256="" if tokenizer is None else tokenizer.sha256(),
+        bos_token_id=None if tokenizer is None else tokenizer.bos_token_id,
+        special_token_ids=[] if tokenizer is None else tokenizer.special_token_ids(),
+        begin_context=special.begin_context,
+        begin_document=special.begin_document,
+        between_documents=special.separator,
     )
     if last is not None and last.dataset.fingerprint != documents.record.fingerprint:
         raise InvalidInput(
@@ -114,3 +133,14 @@ def block_builder(
         first_block=len(records),
         between_batches=stop_if_asked,
     )
+
+
+def _tokenizer(facts: ModelFacts, *, needed: bool) -> TextTokenizer | None:
+    """The model's tokenizer; None when it has none and none is needed."""
+    try:
+        return TextTokenizer(load_tokenizer(facts.source, revision=facts.revision))
+    except InvalidInput as error:
+        if needed:
+            raise
+        logger.info("going on without a tokenizer: %s", error.message)
+        return None

@@ -17,9 +17,12 @@ from sae_operator.api.activation_cache import ActivationCacheSpec
 INDEX_KEY = "tokens/index.json"
 # Blocks hold about this many tokens, whatever the context size: small enough for memory, few enough to list.
 BLOCK_TOKENS = 2**20
-# `token_ids`, `sequence` and `position` of a row, int32 each.
+# `token_ids`, `sequence` and `position` of a row, int32 each; a later group of hooks has one byte instead.
 ROW_OVERHEAD_BYTES = 12
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LATER_GROUP_OVERHEAD_BYTES = 1
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
+# The scale that 8-bit formats store beside each row of a hook.
+SCALE_BYTES = {"float8": 4, "int8": 4}
 # Part of a shard's rows that may be dropped by the norm filter before the shard runs short.
 SLACK_FRACTION = 32
 
@@ -40,12 +43,18 @@ class BlockEntry(IndexPart):
 
 
 class TokenizerRecord(IndexPart):
-    """The tokenizer that made the contexts; `sha256` is over its full serialisation."""
+    """The tokenizer that made the contexts; `sha256` is over its full serialisation, empty for a model without one.
+
+    The last three are ids of the tokens that packing inserted; null where it inserted none.
+    """
 
     name: str
     sha256: str
     bos_token_id: int | None
     special_token_ids: list[int]
+    begin_context: int | None = None
+    begin_document: int | None = None
+    between_documents: int | None = None
 
 
 class ModelRecord(IndexPart):
@@ -65,6 +74,8 @@ class DatasetRecord(IndexPart):
     revision: str | None = None
     fingerprint: str | None = None
     column: str | None = None
+    tokenized: bool = False
+    """Whether the column holds token ids."""
 
 
 class ShardPlan(IndexPart):
@@ -73,6 +84,13 @@ class ShardPlan(IndexPart):
     start: int
     stop: int
     rows: int
+
+
+class HookGroup(IndexPart):
+    """Hooks whose activations lie together in one file per shard: those that a cache began with, or that one extension
+    added."""
+
+    hooks: list[str]
 
 
 class CacheIndex(IndexPart):
@@ -96,10 +114,16 @@ class CacheIndex(IndexPart):
     shards: list[ShardPlan] = Field(default_factory=list)
     tokens: int
     """Rows of all shards together."""
+    groups: list[HookGroup]
+    """All hooks of the cache, in the order in which they came to it."""
 
     @property
     def contexts(self) -> int:
         return sum(block.contexts for block in self.blocks)
+
+    def group_widths(self, group: int) -> dict[str, int]:
+        """Width of each hook of a group, in its order."""
+        return {hook: self.model.d_in[hook] for hook in self.groups[group].hooks}
 
     @classmethod
     def load(cls, store: ObjectStore) -> CacheIndex | None:
@@ -142,13 +166,26 @@ def contexts_per_block(context_size: int) -> int:
     return max(1, BLOCK_TOKENS // context_size)
 
 
-def row_bytes(d_in: Mapping[str, int], dtype: str) -> int:
-    """Bytes of one row of a shard: all hooks' activations and the row's token id, sequence and position."""
-    return sum(d_in.values()) * ITEM_BYTES[dtype] + ROW_OVERHEAD_BYTES
+def row_bytes(d_in: Mapping[str, int], dtype: str, group: int = 0) -> int:
+    """Bytes of one row of a group's part of a shard: its hooks' activations, with their scales, and in group 0 the
+    row's token id, sequence and position, in later ones whether to keep it.
+
+    Args:
+        d_in: width of each of the group's hooks.
+        dtype: as in `storage.dtype`.
+        group: number of the group.
+    """
+    overhead = ROW_OVERHEAD_BYTES if group == 0 else LATER_GROUP_OVERHEAD_BYTES
+    return sum(d_in.values()) * ITEM_BYTES[dtype] + len(d_in) * SCALE_BYTES.get(dtype, 0) + overhead
 
 
 def rows_per_shard(spec: ActivationCacheSpec, d_in: Mapping[str, int]) -> int:
-    """Rows of a full shard: as many as fit into `storage.shardBytes`, at least 1."""
+    """Rows of a full shard: as many as fit into `storage.shardBytes`, at least 1.
+
+    Args:
+        spec: the cache.
+        d_in: width of each hook that the cache begins with.
+    """
     return max(1, spec.storage.shard_bytes // row_bytes(d_in, spec.storage.dtype))
 
 

@@ -1,0 +1,75 @@
+"""Which groups of hooks a cache has: those that it has, and one more for hooks that are asked for anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sae_job.activations.manifest import CacheManifest
+from sae_job.text.plan import CacheIndex, HookGroup, row_bytes, rows_per_shard
+from sae_operator.api.activation_cache import ActivationCacheSpec
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Hooks and rows of a cache that is planned.
+
+    Attributes:
+        groups: hooks, in the order in which they come to the cache.
+        d_in: width of each hook.
+        rows_per_shard: fixed when a cache is begun.
+        tokens: rows.
+    """
+
+    groups: list[HookGroup]
+    d_in: dict[str, int]
+    rows_per_shard: int
+    tokens: int
+
+    def row_bytes(self, dtype: str) -> int:
+        """Bytes of a row in all parts."""
+        return sum(
+            row_bytes({hook: self.d_in[hook] for hook in group.hooks}, dtype, number)
+            for number, group in enumerate(self.groups)
+        )
+
+
+def shape_of(
+    spec: ActivationCacheSpec, d_in: dict[str, int], earlier: CacheIndex | None, manifest: CacheManifest | None
+) -> CacheShape:
+    """The shape of the cache that a spec asks for, in a folder where one may have been begun.
+
+    A finished cache keeps its groups, and its rows when it has more. Of an unfinished one the first groups stay whose
+    hooks are all asked for: what else was begun is dropped, so that hooks that cannot be cached do not stay in the way.
+    New hooks become one group. When nothing stays the cache begins anew.
+
+    Args:
+        spec: what is asked for.
+        d_in: width of each hook of the spec.
+        earlier: the plan that is stored.
+        manifest: the finished cache.
+    """
+    asked = [hook.key for hook in spec.hooks]
+    groups: list[HookGroup] = []
+    known = dict(d_in)
+    shard_rows = None
+    if manifest is not None:
+        groups, shard_rows = list(manifest.groups), manifest.rows_per_shard
+        known = {hook.name: hook.d_in for hook in manifest.hooks} | known
+    elif earlier is not None:
+        for group in earlier.groups:
+            if not set(group.hooks) <= set(asked):
+                break
+            groups.append(group)
+        shard_rows = earlier.rows_per_shard if groups else None
+    held = {hook for group in groups for hook in group.hooks}
+    new = [hook for hook in asked if hook not in held]
+    if new:
+        groups.append(HookGroup(hooks=new))
+    if shard_rows is None:
+        shard_rows = rows_per_shard(spec, d_in)
+    return CacheShape(
+        groups=groups,
+        d_in={hook: known[hook] for group in groups for hook in group.hooks},
+        rows_per_shard=shard_rows,
+        tokens=spec.tokens if manifest is None else max(spec.tokens, manifest.tokens),
+    )
