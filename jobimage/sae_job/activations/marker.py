@@ -13,13 +13,15 @@ from sae_operator.api.identity import CACHE_FORMAT_VERSION
 MARKER_KEY = "sae-operator.json"
 CACHE_KIND = "ActivationCache"
 LAST_USED_KEY = "last-used.json"
+# A copy of the model's files, where one was asked for.
+MIRROR_PREFIX = "model/"
 
 # What we write below a cache's folder.
 _OURS = re.compile(
     r"manifest\.json|sae-operator\.json|last-used\.json"
     r"|shards/\d{6,}(-\d+)?(\.g\d+)?\.(safetensors|json)"
     r"|tokens/(index\.json|\d{6,}\.(safetensors|json))"
-    r"|model/[^/]+"
+    rf"|{MIRROR_PREFIX}[^/]+"
 )
 _IN_A_FOLDER = re.compile(rf"(?P<folder>(?:.*?/)?)(?:{_OURS.pattern})")
 

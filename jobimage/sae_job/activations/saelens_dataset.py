@@ -145,7 +145,7 @@ def write_dataset(
     names = [f"data-{number:05d}-of-{files:05d}.arrow" for number in range(files)]
     schema = shape.schema()
     done = 0
-    rest = _Contexts(batches)
+    rest = ContextStream(batches)
     for number, name in enumerate(names):
         left = min(per_file, contexts - number * per_file)
         with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
@@ -170,15 +170,19 @@ def write_dataset(
     return names
 
 
-class _Contexts:
-    """Batches of contexts, cut where files end."""
+class ContextStream:
+    """Batches of contexts, cut where whoever takes them wants."""
 
     def __init__(self, batches: Iterator[ContextBatch]) -> None:
         self._batches = batches
         self._held: ContextBatch | None = None
 
     def take(self, most: int) -> ContextBatch:
-        """At least one and at most `most` of the next contexts."""
+        """At least one and at most `most` of the next contexts.
+
+        Raises:
+            StopIteration: there are none.
+        """
         activations, token_ids = next(self._batches) if self._held is None else self._held
         self._held = (activations[most:], token_ids[most:]) if len(activations) > most else None
         return activations[:most], token_ids[:most]

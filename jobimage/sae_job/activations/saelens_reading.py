@@ -29,7 +29,7 @@ class SavedActivations:
     """
 
     def __init__(self, folder: Path, hook: str | None = None) -> None:
-        self._folder = folder
+        self.folder = folder
         self._state = self._read_json(STATE_FILE)
         features = self._read_json(INFO_FILE).get("features")
         if not isinstance(features, dict) or not isinstance(self._state.get("_data_files"), list):
@@ -57,7 +57,7 @@ class SavedActivations:
         Raises:
             InvalidInput: one is missing.
         """
-        found = [self._folder / str(entry["filename"]) for entry in self._state["_data_files"]]
+        found = [self.folder / str(entry["filename"]) for entry in self._state["_data_files"]]
         missing = [path.name for path in found if not path.is_file()]
         if missing:
             raise self._invalid(f"data files are missing: {', '.join(missing[:3])}")
@@ -70,6 +70,16 @@ class SavedActivations:
             InvalidInput: a file is damaged.
         """
         return sum(len(batch) for path in self.files for batch in self._record_batches(path))
+
+    def token_ids(self) -> Iterator[np.ndarray]:
+        """Token ids int32 [contexts, positions] of all contexts, in order; activations are not read.
+
+        Raises:
+            InvalidInput: as `batches`.
+        """
+        for path in self.files:
+            for batch in self._record_batches(path):
+                yield self._values(batch.column(TOKEN_COLUMN), [self.positions], None, path).astype(np.int32)
 
     def batches(self, skip: int = 0) -> Iterator[ContextBatch]:
         """Activations [contexts, positions, d_in] in the data set's dtype and token ids int32 [contexts, positions], in
@@ -150,10 +160,10 @@ class SavedActivations:
             raise self._invalid(f"column {TOKEN_COLUMN!r} is not a list of {' or '.join(TOKEN_DTYPES)}")
 
     def _read_json(self, name: str) -> dict[str, Any]:
-        if (self._folder / "dataset_dict.json").is_file():
+        if (self.folder / "dataset_dict.json").is_file():
             raise self._invalid("it holds several splits: give the folder of one of them")
         try:
-            found = json.loads((self._folder / name).read_text())
+            found = json.loads((self.folder / name).read_text())
         except (FileNotFoundError, NotADirectoryError):
             raise self._invalid(f"it is no saved data set: it has no {name}") from None
         except ValueError:
@@ -163,7 +173,7 @@ class SavedActivations:
         return found
 
     def _invalid(self, why: str) -> InvalidInput:
-        return InvalidInput("DatasetInvalid", f"{self._folder}: {why}")
+        return InvalidInput("DatasetInvalid", f"{self.folder}: {why}")
 
 
 def _kind(feature: Any) -> str:

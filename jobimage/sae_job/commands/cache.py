@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sae_job.commands.bars import progress_bar
+from sae_job.commands.cache_exchange import EXPORT_EPILOG, IMPORT_EPILOG, export_cache, import_dataset
 from sae_job.commands.place import (
     EndpointUrl,
     Json,
     Region,
     StoreRoot,
-    format_age,
     format_bytes,
     open_place,
     parse_duration,
 )
+from sae_operator.api.steps import ExitCode
 
 if TYPE_CHECKING:
-    from sae_job.activations.listing import CacheSummary, FoundCache, Removal
+    from sae_job.activations.listing import Removal
 
 app = typer.Typer(
     name="cache",
@@ -51,6 +53,7 @@ def list_caches(
 ) -> None:
     """List the caches below a prefix: where, of what, how large, and when they were last used."""
     from sae_job.activations.listing import find_caches, summarize
+    from sae_job.commands.cache_tables import print_summaries
 
     place = open_place(uri, endpoint_url=endpoint_url, region=region, store_root=store)
     found = summarize(find_caches(place))
@@ -60,7 +63,7 @@ def list_caches(
     if not found:
         typer.echo(f"no caches below {place.uri}")
         return
-    _print_summaries(found)
+    print_summaries(found)
 
 
 @app.command(
@@ -77,8 +80,8 @@ def remove_caches(
 ) -> None:
     """Remove caches. Without --yes nothing is deleted: the command says what would go.
 
-    Only a folder that carries our marker is touched, and in it only what we write. A removal that is interrupted is
-    continued by the same command; until then the rest is no finished cache.
+    Only a folder that carries our marker is touched, and in it only what we write.
+    A removal that is interrupted is continued by the same command; until then the rest is no finished cache.
     """
     from sae_job.activations.listing import plan_removal
 
@@ -113,12 +116,13 @@ def collect_unused(
 ) -> None:
     """Remove the caches below a prefix that have not been used for a while. Without --yes nothing is deleted.
 
-    A cache is used when one of its objects is written, which a build does all the time, and when a training job starts
-    to read it. What does not carry our marker is never touched.
+    A cache is used when one of its objects is written, which a build does all the time.
+    It is used, too, when a training job starts to read it.
+    What does not carry our marker is never touched.
     """
+    limit = parse_duration(unused_for)
     from sae_job.activations.listing import find_caches, plan_removal
 
-    limit = parse_duration(unused_for)
     place = open_place(uri, endpoint_url=endpoint_url, region=region, store_root=store)
     caches = find_caches(place)
     removals: list[Removal] = []
@@ -134,16 +138,96 @@ def collect_unused(
     _tell_dry_run(removals, yes=yes)
 
 
+@app.command(
+    epilog="sae-job cache inspect s3://saes/caches/team-a/0123456789abcdef\n\n"
+    "sae-job cache inspect ./store/caches/default/0123456789abcdef --json | jq .model\n\n"
+    "sae-job cache inspect ./store/caches/default/0123456789abcdef --rows 20",
+)
+def inspect(
+    uri: CacheUri,
+    rows: Annotated[
+        int, typer.Option("--rows", min=0, max=10_000, help="Show the first so many rows, too: tokens and norms.")
+    ] = 0,
+    as_json: Json = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    store: StoreRoot = None,
+) -> None:
+    """Tell what a cache is: hooks with their norms, rows, bytes, and where its rows came from."""
+    from sae_job.activations.inspection import first_stored_rows, inspect_cache
+    from sae_job.commands.cache_tables import print_facts, print_rows
+
+    place = open_place(uri, endpoint_url=endpoint_url, region=region, store_root=store)
+    facts = inspect_cache(place)
+    first = first_stored_rows(place, rows) if rows else []
+    if as_json:
+        _print_json(facts | {"firstRows": first} if rows else facts)
+        return
+    print_facts(facts)
+    if rows:
+        print_rows(first)
+
+
+@app.command(
+    epilog="sae-job cache verify s3://saes/caches/team-a/0123456789abcdef\n\n"
+    "sae-job cache verify ./store/caches/default/0123456789abcdef --no-statistics --threads 4",
+)
+def verify(
+    uri: CacheUri,
+    statistics: Annotated[
+        bool, typer.Option(help="Compute the statistics of all rows anew, and compare them with the manifest's.")
+    ] = True,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, max=64, help="Shards checked at a time; memory is one shard for each.")
+    ] = 2,
+    as_json: Json = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    store: StoreRoot = None,
+) -> None:
+    """Read a whole cache and compare every byte, shape, row and statistic with what it says of itself.
+
+    Exit code 0 when all is well; 2 with a line for each problem, which names shard, object and fix.
+    Of a cache that is not finished, what is stored so far is checked.
+    """
+    from sae_job.activations.verify import verify_cache
+
+    place = open_place(uri, endpoint_url=endpoint_url, region=region, store_root=store)
+    with progress_bar("verify", "bytes") as progress:
+        found = verify_cache(place, statistics=statistics, threads=threads, progress=progress)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        for problem in found.problems:
+            typer.echo(f"sae-job: {problem}", err=True)
+        for key in found.orphans:
+            typer.echo(f"nothing lists {found.uri}/{key}: of an earlier state of the cache, or not ours")
+        state = "finished" if found.finished else "not finished (no manifest)"
+        typer.echo(
+            f"{found.uri} is {state}: {found.rows:,} rows in {found.parts} files of shards "
+            f"({format_bytes(found.bytes)}) and {found.blocks} blocks of contexts were checked; "
+            f"{len(found.problems) or 'no'} problem{'' if len(found.problems) == 1 else 's'}"
+        )
+    if found.problems:
+        raise typer.Exit(ExitCode.INVALID)
+
+
+app.command(name="export", epilog=EXPORT_EPILOG)(export_cache)
+app.command(name="import", epilog=IMPORT_EPILOG)(import_dataset)
+
+
 def _remove(removal: Removal, *, yes: bool) -> None:
     """Remove a cache, or say what that would delete."""
     from sae_job.activations.listing import remove
+    from sae_job.commands.cache_tables import last_used
 
     cache = removal.cache
     if yes:
-        remove(removal)
+        with progress_bar("delete", "objects") as progress:
+            remove(removal, progress=lambda done: progress(done, len(removal.keys)))
     typer.echo(
         f"{'deleted' if yes else 'would delete'} {cache.uri}: {cache.objects} objects, {format_bytes(cache.bytes)}, "
-        f"last used {_last_used(cache)}"
+        f"last used {last_used(cache)}"
     )
     if removal.left:
         more = ", …" if len(removal.left) > 3 else ""
@@ -154,36 +238,6 @@ def _tell_dry_run(removals: list[Removal], *, yes: bool) -> None:
     if removals and not yes:
         size = format_bytes(sum(removal.cache.bytes for removal in removals))
         typer.echo(f"nothing was deleted; add --yes to free {size}")
-
-
-def _last_used(cache: FoundCache) -> str:
-    if cache.last_used is None:
-        return "at an unknown time"
-    return f"{format_age(datetime.now(UTC) - cache.last_used)} ago"
-
-
-def _print_summaries(found: list[CacheSummary]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for heading in ("identity", "model", "hooks", "rows", "bytes", "last used", "state"):
-        table.add_column(heading, justify="right" if heading in ("rows", "bytes") else "left")
-    for summary in found:
-        table.add_row(
-            summary.cache.identity,
-            summary.model,
-            ", ".join(summary.hooks),
-            "–" if summary.rows is None else f"{summary.rows:,}",
-            format_bytes(summary.cache.bytes),
-            _last_used(summary.cache),
-            summary.state,
-        )
-    console = Console()
-    console.print(table)
-    for summary in found:
-        # Outside the table, whose columns would cut what is to be copied.
-        console.print(f"{summary.cache.identity}  {summary.cache.uri}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_json(value: object) -> None:

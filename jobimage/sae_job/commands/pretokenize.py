@@ -1,0 +1,112 @@
+"""`sae-job pretokenize`: tokenize a data set once, for many caches."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sae_job.commands.place import EndpointUrl, Region, StoreRoot, open_place
+from sae_job.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from sae_job.storage.base import ObjectStore
+
+PRETOKENIZE_EPILOG = (
+    "sae-job pretokenize --model gpt2 --dataset ./texts --context-size 256 --output s3://saes/tokens/texts-gpt2\n\n"
+    "sae-job pretokenize --tokenizer google/gemma-2-2b --dataset Skylion007/openwebtext --max-tokens 1000000000 "
+    "--hub-repo me/openwebtext-gemma --hub-private\n\n"
+    "A cache then names the result as spec.dataset.path. With --no-shuffle its contexts are those that the cache would "
+    "make from the text itself."
+)
+_TOKEN = "bos, eos, sep, a token id, or none."
+
+
+def pretokenize(
+    dataset: Annotated[str, typer.Option("--dataset", help="Hub id, file, folder, or s3:// address of the text.")],
+    model: Annotated[str | None, typer.Option("--model", help="Model whose tokenizer is used.")] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer, in place of --model.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Configuration of the data set.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of the data set.")] = "train",
+    column: Annotated[str | None, typer.Option("--column", help="Column with text.")] = None,
+    context_size: Annotated[int, typer.Option("--context-size", min=2, help="Tokens per context.")] = 128,
+    begin_context: Annotated[str, typer.Option(help=f"Token that begins every context: {_TOKEN}")] = "bos",
+    begin_document: Annotated[str, typer.Option(help=f"Token that begins every document: {_TOKEN}")] = "none",
+    between_documents: Annotated[str, typer.Option(help=f"Token between documents: {_TOKEN}")] = "bos",
+    shuffle: Annotated[bool, typer.Option(help="Shuffle the contexts inside each file.")] = True,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of that order.")] = 0,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Stop after so many tokens.")] = None,
+    output: Annotated[str | None, typer.Option("--output", help="Folder, or file:// or s3:// address.")] = None,
+    hub_repo: Annotated[str | None, typer.Option("--hub-repo", help="Data set's repository on the Hub.")] = None,
+    hub_revision: Annotated[str, typer.Option("--hub-revision", help="Branch there; made when missing.")] = "main",
+    hub_private: Annotated[bool, typer.Option("--hub-private", help="Make a new repository private.")] = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    store: StoreRoot = None,
+) -> None:
+    """Tokenize a data set once into contexts: parquet files of about 64 MB, and sae_lens.json, which is written last.
+
+    Caches, the datasets library and SAELens read the result. Nothing of the text is lost but the last, incomplete
+    context. The same command after an interruption begins anew and writes over what is unfinished.
+    """
+    from pydantic import ValidationError
+
+    from sae_job.commands.bars import progress_bar
+    from sae_job.steps.pretokenize import HubOutput, Output, Pretokenization, StoreOutput, pretokenize_documents
+    from sae_job.storage.open import open_store
+    from sae_job.text.documents import open_documents
+    from sae_job.text.tokenize import TextTokenizer, load_tokenizer
+    from sae_operator.api.activation_cache import DatasetSource, ModelSource, Separators
+    from sae_operator.api.store import StoreAccess, StoreLocation
+
+    tokenizer_name = tokenizer or model
+    if tokenizer_name is None:
+        raise InvalidInput("TokenizerMissing", "name a tokenizer with --tokenizer, or a model with --model")
+    if output is None and hub_repo is None:
+        raise InvalidInput("OutputMissing", "say where the contexts go with --output or --hub-repo")
+    on_s3 = dataset.startswith("s3://")
+    try:
+        separators = Separators(
+            begin_context=begin_context, begin_document=begin_document, between_documents=between_documents
+        )
+        source = DatasetSource(
+            path=dataset,
+            name=name,
+            split=split,
+            column=column,
+            store=StoreAccess(endpoint_url=endpoint_url, region=region) if on_s3 else None,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidInput("InvalidOption", f"{where}: {first['msg']}") from error
+
+    def open_dataset(location: StoreLocation) -> ObjectStore:
+        return open_store(location, local_root=store)
+
+    text_tokenizer = TextTokenizer(load_tokenizer(ModelSource(name=tokenizer_name), field="--tokenizer"))
+    documents = open_documents(source, open_store=open_dataset)
+    outputs: list[Output] = []
+    if output is not None:
+        outputs.append(StoreOutput(open_place(output, endpoint_url=endpoint_url, region=region, store_root=store)))
+    if hub_repo is not None:
+        from huggingface_hub import HfApi
+
+        outputs.append(HubOutput(HfApi(), hub_repo, hub_revision, hub_private))
+    wanted = Pretokenization(
+        # A folder's own name would mean nothing elsewhere, but its path at least tells where it came from.
+        tokenizer_name=os.path.abspath(tokenizer_name) if os.path.isdir(tokenizer_name) else tokenizer_name,
+        dataset=source,
+        context_size=context_size,
+        separators=separators,
+        shuffle=shuffle,
+        seed=seed,
+        max_tokens=max_tokens,
+    )
+    expected = 0 if max_tokens is None else max_tokens // context_size
+    with progress_bar("pretokenize", "contexts") as progress:
+        contexts = pretokenize_documents(
+            wanted, documents, text_tokenizer, outputs, progress=lambda done: progress(done, max(done, expected))
+        )
+    typer.echo(f"{contexts:,} contexts of {context_size} tokens ({contexts * context_size:,} tokens)")
