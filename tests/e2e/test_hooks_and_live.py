@@ -38,7 +38,10 @@ def source(*hooks: str) -> dict[str, Any]:
 
 def cached(*hooks: str) -> dict[str, Any]:
     # A row is 32 float32 numbers and 12 bytes: three shards, the last one partial.
-    return {"cache": source(*hooks) | {"storage": {"uri": f"s3://{BUCKET}/caches", "shardBytes": 2**17, **SECRET}}}
+    return {
+        "cache": source(*hooks)
+        | {"storage": {"uri": f"s3://{BUCKET}/caches", "dtype": "float32", "shardBytes": 2**17, **SECRET}}
+    }
 
 
 def job(name: str, hook: str, activations: dict[str, Any]) -> dict[str, Any]:
