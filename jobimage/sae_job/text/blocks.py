@@ -7,6 +7,7 @@ carries where the data set stood at its end, so that the next block can be made 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectNotFound, ObjectStore
-from sae_job.text.contexts import ContextPacker, PackerState
+from sae_job.text.contexts import ContextPacker, PackerState, SpecialTokens
 from sae_job.text.documents import Documents
 from sae_job.text.plan import (
     DatasetRecord,
@@ -27,7 +28,10 @@ from sae_job.text.plan import (
     contexts_per_block,
 )
 from sae_job.text.tokenize import TextTokenizer
+from sae_job.text.usable import excluded_token_ids, usable_positions
 from sae_operator.api.activation_cache import ActivationCacheSpec
+
+logger = logging.getLogger(__name__)
 
 # Rows are tokenized in batches of at most so many rows and characters.
 _BATCH_ROWS = 256
@@ -111,7 +115,7 @@ class BlockBuilder:
         self,
         spec: ActivationCacheSpec,
         documents: Documents,
-        tokenizer: TextTokenizer,
+        tokenizer: TextTokenizer | None,
         tokenizer_record: TokenizerRecord,
         *,
         vocabulary: int,
@@ -121,10 +125,17 @@ class BlockBuilder:
     ) -> None:
         """
         Args:
+            documents: text, or token ids that become contexts as they are.
+            tokenizer: only for text.
             vocabulary: the model takes token ids below this.
             previous: sidecar of the block before the first one to make.
             between_batches: called between batches of texts; may raise to end the work.
+
+        Raises:
+            InvalidInput: the tokenizer lacks a special token that the spec names.
         """
+        if tokenizer is None and not documents.tokenized:
+            raise ValueError("text needs a tokenizer")
         self._spec = spec
         self._tokenizer = tokenizer
         self._tokenizer_record = tokenizer_record
@@ -138,11 +149,11 @@ class BlockBuilder:
             if previous
             else PackerState()
         )
-        special = tokenizer.packing(prepend_bos=spec.sampling.prepend_bos)
-        self._packer = ContextPacker(spec.context_size, special, state)
-        self._contexts = self._stream()
+        self._packer = ContextPacker(spec.context_size, packing_of(spec, documents, tokenizer), state)
+        self._contexts = self._token_rows() if documents.tokenized else self._stream()
+        self._told_longer = False
         self.tokens_seen = 0
-        """Tokens of text that this builder has read, special tokens not counted."""
+        """Tokens that this builder has read, special tokens not counted."""
 
     def _stream(self) -> Iterator[Tensor]:
         batch: list[str] = []
@@ -158,16 +169,56 @@ class BlockBuilder:
 
     def _pack(self, texts: list[str]) -> Iterator[Tensor]:
         self._between_batches()
+        assert self._tokenizer is not None
         for document in self._tokenizer.encode(texts):
             self.tokens_seen += len(document)
             yield from self._packer.feed(document)
             self._rows_consumed += 1
 
+    def _token_rows(self) -> Iterator[Tensor]:
+        """The first tokens of each row, as they are."""
+        size = self._spec.context_size
+        path = self._spec.dataset.path
+        for number, row in self._documents.token_rows(skip=self._rows_consumed):
+            if number % _BATCH_ROWS == 0:
+                self._between_batches()
+            if len(row) < size:
+                raise InvalidInput(
+                    "RowTooShort",
+                    f"row {number} of {path!r} has {len(row)} token ids, fewer than contextSize {size}; lower "
+                    "contextSize, or give longer rows",
+                    field="spec.contextSize",
+                )
+            if len(row) > size and not self._told_longer:
+                logger.warning(
+                    "row %d of %r has %d token ids; the first %d (contextSize) are used, the rest is thrown away, "
+                    "here and in other rows",
+                    number,
+                    path,
+                    len(row),
+                    size,
+                )
+                self._told_longer = True
+            context = torch.tensor(row[:size], dtype=torch.int64)
+            self._check_ids(context, f"row {number} of {path!r}", "spec.dataset.path")
+            self.tokens_seen += size
+            self._rows_consumed += 1
+            yield context
+
+    def _check_ids(self, tokens: Tensor, source: str, field: str) -> None:
+        lowest, highest = (int(value) for value in tokens.aminmax())
+        if lowest < 0 or highest >= self._vocabulary:
+            raise InvalidInput(
+                "TokenizerMismatch",
+                f"{source} gives token id {lowest if lowest < 0 else highest}, the model takes {self._vocabulary} ids",
+                field=field,
+            )
+
     def write_next(self, store: ObjectStore) -> BlockRecord | None:
         """Make the next block and store it, then its sidecar; None when the data set has no whole context left.
 
         Raises:
-            InvalidInput: the tokenizer gives ids that the model does not take.
+            InvalidInput: tokenizer or data set give ids that the model does not take; a row of token ids is too short.
         """
         from safetensors.torch import save
 
@@ -182,12 +233,8 @@ class BlockBuilder:
         state = self._packer.state
         order = shuffled_order(self._spec.seed, self._next_block, len(contexts))
         stacked = torch.stack(contexts)[torch.from_numpy(order)]
-        if int(stacked.max()) >= self._vocabulary:
-            raise InvalidInput(
-                "TokenizerMismatch",
-                f"the tokenizer gives token id {int(stacked.max())}, the model takes {self._vocabulary} ids",
-                field="spec.model.name",
-            )
+        if not self._documents.tokenized:
+            self._check_ids(stacked, "the tokenizer", "spec.model.name")
         data = save({"contexts": stacked})
         record = BlockRecord(
             sha256=hashlib.sha256(data).hexdigest(),
@@ -208,7 +255,17 @@ class BlockBuilder:
 
     def _usable(self, contexts: Tensor) -> Tensor:
         """Positions of each context that may become rows, int64 [contexts]."""
-        if not self._spec.sampling.exclude_special_tokens:
-            return torch.full((len(contexts),), contexts.shape[1], dtype=torch.int64)
-        special = torch.tensor(self._tokenizer_record.special_token_ids, dtype=contexts.dtype)
-        return (~torch.isin(contexts, special)).sum(dim=1)
+        sampling = self._spec.sampling
+        excluded = excluded_token_ids(sampling, self._tokenizer_record.special_token_ids)
+        return usable_positions(contexts, excluded, sampling.positions.of(self._spec.context_size)).sum(dim=1)
+
+
+def packing_of(spec: ActivationCacheSpec, documents: Documents, tokenizer: TextTokenizer | None) -> SpecialTokens:
+    """Tokens that packing inserts: none into rows of token ids.
+
+    Raises:
+        InvalidInput: the tokenizer lacks one that the spec names.
+    """
+    if documents.tokenized or tokenizer is None:
+        return SpecialTokens()
+    return tokenizer.packing(prepend_bos=spec.sampling.prepend_bos, separators=spec.sampling.separators)

@@ -1,41 +1,31 @@
-"""Data sets as streams of documents: local files and folders, folders written by `save_to_disk`, and the Hub."""
+"""Data sets as streams of documents or of rows of token ids, wherever they lie."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sae_job.errors import InvalidInput
+from sae_job.storage.base import ObjectStore
 from sae_job.text.hub import first_line, is_connection_trouble, is_local, resolve_commit
+from sae_job.text.hub_dataset import hub_metadata, read_hub_dataset
+from sae_job.text.local_files import fingerprint, local_files, local_metadata, read_files, reader_for
 from sae_job.text.plan import DatasetRecord
+from sae_job.text.s3_files import S3, StoredFiles, stored_files
+from sae_operator.api.store import StoreLocation
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from sae_operator.api.activation_cache import DatasetSource
 
-logger = logging.getLogger(__name__)
+    Rows = Dataset | IterableDataset | StoredFiles
 
-# Columns that hold text, in order of preference, and those that hold token ids.
-TEXT_COLUMNS = ("text", "problem")
+# Columns that are read when the spec names none, in order of preference; the first ones hold token ids.
 TOKEN_COLUMNS = ("tokens", "input_ids")
-# File name ending -> reader of the `datasets` library.
-READERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".csv": "csv",
-}
-# Of each local file this much of both ends enters the fingerprint: enough to notice a change, cheap for terabytes.
-_FINGERPRINT_BYTES = 65_536
+TEXT_COLUMNS = ("text", "problem")
 
 
 @dataclass(frozen=True)
@@ -44,10 +34,17 @@ class Documents:
 
     Attributes:
         record: what it is, resolved to a commit or fingerprint; its column is the one that is read.
+        metadata: reads `sae_lens.json` beside the data; gives None when there is none.
     """
 
     record: DatasetRecord
-    _rows: Dataset | IterableDataset
+    _rows: Rows
+    metadata: Callable[[], bytes | None] = field(default=lambda: None)
+
+    @property
+    def tokenized(self) -> bool:
+        """Whether rows are token ids; otherwise they are text."""
+        return self.record.tokenized
 
     def texts(self, skip: int = 0) -> Iterator[str]:
         """Texts of the rows in order, without the first `skip`; a row without text gives an empty string.
@@ -55,12 +52,7 @@ class Documents:
         Raises:
             InvalidInput: the column holds something else than text, or a file is damaged.
         """
-        column = self.record.column
-        if column is None:
-            return
-        rows = iter(cast("Iterable[dict[str, Any]]", self._rows.skip(skip) if skip else self._rows))
-        for row in self._readable(rows, skip):
-            value = row[column]
+        for number, value in self._values(skip):
             if value is None:
                 yield ""
             elif isinstance(value, str):
@@ -68,17 +60,38 @@ class Documents:
             else:
                 raise InvalidInput(
                     "ColumnNotText",
-                    f"column {column!r} holds {type(value).__name__}, not text; name another column",
+                    f"{self._place(number)} is {type(value).__name__}, not text; name another column",
                     field="spec.dataset.column",
                 )
 
-    def _readable(self, rows: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
-        """The rows from `number` on, with what the library says of a damaged file as the user's mistake."""
+    def token_rows(self, skip: int = 0) -> Iterator[tuple[int, list[int]]]:
+        """Number and token ids of the rows in order, without the first `skip`.
+
+        Raises:
+            InvalidInput: the column holds something else than lists of integers, or a file is damaged.
+        """
+        for number, value in self._values(skip):
+            if not _is_token_ids(value):
+                raise InvalidInput(
+                    "ColumnNotTokens",
+                    f"{self._place(number)} is no list of token ids; mend that row or name another column",
+                    field="spec.dataset.column",
+                )
+            yield number, value
+
+    def _place(self, number: int) -> str:
+        return f"row {number} of {self.record.path!r}, column {self.record.column!r}"
+
+    def _values(self, skip: int) -> Iterator[tuple[int, Any]]:
+        """Number and value of the rows, with what the library says of a damaged file as the user's mistake."""
+        column = self.record.column
+        if column is None:
+            return
+        rows = iter(self._rows.skip(skip) if skip else self._rows)
+        number = skip
         while True:
             try:
-                row = next(rows)
-            except StopIteration:
-                return
+                row = cast("dict[str, Any] | None", next(rows, None))
             except ValueError as error:
                 if is_connection_trouble(error):
                     raise
@@ -87,28 +100,53 @@ class Documents:
                     f"{self.record.path!r} cannot be read behind row {number}: {first_line(error)}; mend that file",
                     field="spec.dataset.path",
                 ) from error
-            yield row
+            if row is None:
+                return
+            if column not in row:
+                raise InvalidInput(
+                    "DatasetUnreadable",
+                    f"{self.record.path!r} cannot be read behind row {number}: no column {column!r}; mend that file",
+                    field="spec.dataset.path",
+                )
+            yield number, row[column]
             number += 1
 
 
-def open_documents(source: DatasetSource, *, revision: str | None = None) -> Documents:
-    """Open a data set and find its text.
+def open_documents(
+    source: DatasetSource,
+    *,
+    revision: str | None = None,
+    open_store: Callable[[StoreLocation], ObjectStore] | None = None,
+) -> Documents:
+    """Open a data set and find its text or token ids.
 
     Args:
         revision: commit to read on the Hub, instead of the one that the source's revision stands for now.
+        open_store: opens the store of an `s3://` path.
 
     Raises:
         InvalidInput: there is no such data set, split, file or column.
+        StoreError: the store of an `s3://` path failed.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    if is_local(source.path):
+    commit, digest = None, None
+    rows: Rows
+    metadata: Callable[[], bytes | None]
+    if source.path.startswith(S3):
+        if open_store is None:
+            raise ValueError(f"{source.path} needs open_store")
+        rows = stored_files(source, open_store)
+        digest, metadata = rows.fingerprint, rows.metadata
+    elif is_local(source.path):
         path = Path(source.path).expanduser()
-        commit = None
-        files = _local_files(source, path)
-        fingerprint = _fingerprint(files, path)
-        rows = _saved_to_disk(source, path) if _is_saved_to_disk(path) else _read_files(source, files)
+        files = local_files(source, path)
+        digest = fingerprint(files, path)
+        rows = read_files(reader_for(source, [file.name for file in files]), files)
+
+        def metadata() -> bytes | None:
+            return local_metadata(path)
     else:
         commit = revision or resolve_commit(
             source.path,
@@ -117,150 +155,28 @@ def open_documents(source: DatasetSource, *, revision: str | None = None) -> Doc
             name_field="spec.dataset.path",
             revision_field="spec.dataset.revision",
         )
-        fingerprint = None
-        rows = _from_hub(source, commit)
+        rows = read_hub_dataset(source, commit)
+
+        def metadata() -> bytes | None:
+            return hub_metadata(source, commit)
+
+    column, tokenized = _column(source, rows)
     record = DatasetRecord(
         path=source.path,
         name=source.name,
         split=source.split,
         revision=commit,
-        fingerprint=fingerprint,
-        column=_text_column(source, rows),
+        fingerprint=digest,
+        column=column,
+        tokenized=tokenized,
     )
-    return Documents(record, rows)
+    return Documents(record, rows, metadata)
 
 
-def _is_saved_to_disk(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _saved_to_disk(source: DatasetSource, path: Path) -> Dataset:
-    from datasets import DatasetDict, load_from_disk
-
-    loaded = load_from_disk(str(path))
-    if not isinstance(loaded, DatasetDict):
-        return loaded
-    if source.split not in loaded:
-        raise _no_split(source, list(map(str, loaded)))
-    return loaded[source.split]
-
-
-def _no_split(source: DatasetSource, splits: Sequence[str]) -> InvalidInput:
-    return InvalidInput(
-        "SplitNotFound",
-        f"{source.path!r} has no split {source.split!r}; there are: {', '.join(splits) or 'none by name'}",
-        field="spec.dataset.split",
-    )
-
-
-def _local_files(source: DatasetSource, path: Path) -> list[Path]:
-    """Files of the data set, sorted: those whose path names the split or, for `train` without any such, all."""
-    if _is_saved_to_disk(path):
-        return sorted(path.rglob("*.arrow"))
-    if path.is_file():
-        return [path]
-    if source.data_files:
-        files = [path / name for name in source.data_files]
-        for index, file in enumerate(files):
-            if not file.is_file():
-                raise InvalidInput("FileNotFound", f"{file} is not a file", field=f"spec.dataset.dataFiles[{index}]")
-        return files
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in READERS
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    named = [file for file in found if _names_split(file.relative_to(path), source.split)]
-    if named or source.split != "train":
-        if not named:
-            raise _no_split(source, [])
-        return named
-    return found
-
-
-def _names_split(path: Path, split: str) -> bool:
-    """Whether a word of the path is the split's name, as in `train-00000-of-00002.parquet` or `train/a.jsonl`."""
-    return split in re.split(r"[^A-Za-z0-9]+", str(path))
-
-
-def _fingerprint(files: Sequence[Path], root: Path) -> str:
-    """Digest over names, sizes, and both ends of the files."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        name = file.relative_to(root) if file != root else Path(file.name)
-        digest.update(f"{name}\n{size}\n".encode())
-        with file.open("rb") as content:
-            digest.update(content.read(_FINGERPRINT_BYTES))
-            content.seek(max(0, size - _FINGERPRINT_BYTES))
-            digest.update(content.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()
-
-
-def _read_files(source: DatasetSource, files: Sequence[Path]) -> Dataset | IterableDataset:
-    """Stream local files; a text file is one document."""
-    from datasets import Dataset, load_dataset
-
-    readers = {READERS.get(file.suffix.lower()) for file in files}
-    if None in readers or not readers:
-        raise InvalidInput(
-            "DatasetUnreadable",
-            f"{source.path!r} holds no files that can be read; their names end in {', '.join(READERS)}",
-            field="spec.dataset.path",
-        )
-    if len(readers) > 1:
-        raise InvalidInput(
-            "DatasetMixed",
-            f"{source.path!r} holds files of several kinds ({', '.join(sorted(map(str, readers)))}); name some of them",
-            field="spec.dataset.dataFiles",
-        )
-    reader = str(readers.pop())
-    # The readers of the library fail on files without a row.
-    filled = [str(file) for file in files if file.stat().st_size > 0]
-    if not filled:
-        return Dataset.from_dict({})
-    options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
-    return load_dataset(reader, data_files={"train": filled}, split="train", streaming=True, **options)
-
-
-def _from_hub(source: DatasetSource, commit: str | None) -> Dataset | IterableDataset:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
+def _column(source: DatasetSource, rows: Rows) -> tuple[str | None, bool]:
+    """The column to read and whether it holds token ids, from the first row; no column when there are no rows."""
     try:
-        return load_dataset(
-            source.path,
-            name=source.name,
-            split=source.split,
-            revision=commit or source.revision,
-            data_files=list(source.data_files) or None,
-            streaming=source.streaming,
-        )
-    except DatasetNotFoundError as error:
-        if is_connection_trouble(error):
-            raise
-        raise InvalidInput("DatasetNotFound", first_line(error), field="spec.dataset.path") from error
-    except (ValueError, FileNotFoundError) as error:
-        if is_connection_trouble(error):
-            raise
-        raise InvalidInput("DatasetUnreadable", first_line(error), field=_field_to_blame(source, error)) from error
-
-
-def _field_to_blame(source: DatasetSource, error: Exception) -> str:
-    text = str(error).lower()
-    if "config" in text:
-        return "spec.dataset.name"
-    if "split" in text:
-        return "spec.dataset.split"
-    return "spec.dataset.dataFiles" if source.data_files else "spec.dataset.path"
-
-
-def _text_column(source: DatasetSource, rows: Dataset | IterableDataset) -> str | None:
-    """The column to read, from the first row; None when there are no rows."""
-    try:
-        first = next(iter(rows), None)
+        first = cast("dict[str, Any] | None", next(iter(rows), None))
     except (ValueError, OSError) as error:
         if is_connection_trouble(error):
             raise
@@ -268,27 +184,34 @@ def _text_column(source: DatasetSource, rows: Dataset | IterableDataset) -> str 
             "DatasetUnreadable", f"cannot read {source.path!r}: {first_line(error)}", field="spec.dataset.path"
         ) from error
     if first is None:
-        return None
+        return None, False
     there = ", ".join(first)
-    if source.column is not None:
-        if source.column not in first:
-            raise InvalidInput(
-                "ColumnNotFound",
-                f"{source.path!r} has no column {source.column!r}; there are: {there}",
-                field="spec.dataset.column",
-            )
-        return source.column
-    for column in TEXT_COLUMNS:
-        if column in first:
-            return column
-    if tokenized := next((column for column in TOKEN_COLUMNS if column in first), None):
+    if source.column is not None and source.column not in first:
         raise InvalidInput(
-            "DatasetTokenized",
-            f"{source.path!r} holds token ids (column {tokenized!r}); only data sets of text are read",
-            field="spec.dataset.path",
+            "ColumnNotFound",
+            f"{source.path!r} has no column {source.column!r}; there are: {there}",
+            field="spec.dataset.column",
         )
+    known = (*TOKEN_COLUMNS, *TEXT_COLUMNS)
+    column = source.column or next((column for column in known if column in first), None)
+    if column is None:
+        raise InvalidInput(
+            "ColumnNotFound",
+            f"{source.path!r} has none of the columns {', '.join(known)}; name one of: {there}",
+            field="spec.dataset.column",
+        )
+    value = first[column]
+    if _is_token_ids(value):
+        return column, True
+    if isinstance(value, str) or value is None:
+        return column, value is None and column in TOKEN_COLUMNS
     raise InvalidInput(
-        "ColumnNotFound",
-        f"{source.path!r} has none of the columns {' and '.join(TEXT_COLUMNS)}; name one of: {there}",
+        "ColumnNotText",
+        f"column {column!r} of {source.path!r} holds {type(value).__name__} in row 0, neither text nor a list of token "
+        f"ids; name another of: {there}",
         field="spec.dataset.column",
     )
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)

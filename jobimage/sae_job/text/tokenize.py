@@ -18,7 +18,7 @@ from sae_job.text.hub import first_line, is_connection_trouble
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sae_operator.api.activation_cache import ModelSource
+    from sae_operator.api.activation_cache import ModelSource, Separators
 
 
 def load_tokenizer(
@@ -71,10 +71,39 @@ class TextTokenizer:
         value = self.tokenizer.bos_token_id
         return value if isinstance(value, int) else None
 
-    def packing(self, *, prepend_bos: bool) -> SpecialTokens:
-        """With `prepend_bos`, BOS begins every context and stands between documents, where the tokenizer has one."""
+    def packing(self, *, prepend_bos: bool, separators: Separators | None = None) -> SpecialTokens:
+        """Ids of the tokens that packing inserts.
+
+        With `prepend_bos`, BOS begins every context and stands between documents, where the tokenizer has one; what
+        `separators` names goes before that.
+
+        Raises:
+            InvalidInput: the tokenizer has no token that `separators` names.
+        """
         bos = self.bos_token_id if prepend_bos else None
-        return SpecialTokens(begin_context=bos, separator=bos)
+        if separators is None:
+            return SpecialTokens(begin_context=bos, separator=bos)
+        return SpecialTokens(
+            begin_context=self._named(separators.begin_context, bos, "beginContext"),
+            begin_document=self._named(separators.begin_document, None, "beginDocument"),
+            separator=self._named(separators.between_documents, bos, "betweenDocuments"),
+        )
+
+    def _named(self, token: str | None, otherwise: int | None, field: str) -> int | None:
+        if token is None:
+            return otherwise
+        if token == "none":
+            return None
+        if token.isdigit():
+            return int(token)
+        value = getattr(self.tokenizer, f"{token}_token_id")
+        if not isinstance(value, int) or value < 0:
+            raise InvalidInput(
+                "SpecialTokenMissing",
+                f"the tokenizer has no {token.upper()} token; write a token id or none",
+                field=f"spec.sampling.separators.{field}",
+            )
+        return value
 
     def special_token_ids(self) -> list[int]:
         """Ids of every special token that the tokenizer knows of, ascending.

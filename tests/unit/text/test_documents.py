@@ -101,9 +101,40 @@ def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
     assert refusal(file)[:2] == ("ColumnNotText", "spec.dataset.column")
 
 
-def test_token_ids_are_no_text(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "a.jsonl", [{"input_ids": [1, 2]}])
-    assert refusal(file)[:2] == ("DatasetTokenized", "spec.dataset.path")
+def test_a_column_of_token_ids_comes_first(tmp_path: Path) -> None:
+    row = {"text": "one", "problem": "p", "input_ids": [1, 2], "tokens": [3, 4]}
+    file = write_lines(tmp_path / "a.jsonl", [row, row])
+    opened = open_documents(DatasetSource(path=str(file)))
+    assert opened.tokenized
+    assert list(opened.token_rows(skip=1)) == [(1, [3, 4])]
+    assert texts(file, column="text") == ["one", "one"]
+    named = open_documents(DatasetSource(path=str(file), column="input_ids"))
+    assert list(named.token_rows()) == [(0, [1, 2]), (1, [1, 2])]
+
+
+def test_a_row_that_holds_something_else_is_told_by_its_number(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [{"tokens": [1]}, {"tokens": None}])
+    with pytest.raises(InvalidInput, match="row 1 ") as caught:
+        list(open_documents(DatasetSource(path=str(file))).token_rows())
+    assert (caught.value.reason, caught.value.field) == ("ColumnNotTokens", "spec.dataset.column")
+
+
+def test_csv_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,other\none,1\ntwo,2\n")
+    assert texts(tmp_path) == ["one", "two"]
+
+
+def test_a_split_of_a_saved_data_set_is_read(tmp_path: Path) -> None:
+    import datasets
+
+    both = datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"text": [name, "two"]}) for name in ("train", "check")}
+    )
+    both.save_to_disk(tmp_path / "set")
+    assert texts(tmp_path / "set", split="check") == ["check", "two"]
+    reason, field, message = refusal(tmp_path / "set", split="none")
+    assert (reason, field) == ("SplitNotFound", "spec.dataset.split")
+    assert "train, check" in message
 
 
 def test_what_does_not_exist_is_told(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from sae_job.errors import InvalidInput
 from sae_job.text.contexts import SpecialTokens
 from sae_job.text.tokenize import TextTokenizer, load_tokenizer
-from sae_operator.api.activation_cache import ModelSource
+from sae_operator.api.activation_cache import ModelSource, Separators
 from tests.tiny_model import BOS, EOS, PAD, write_tiny_model
 
 
@@ -42,6 +42,22 @@ def test_an_empty_text_gives_no_tokens(tokenizer: TextTokenizer) -> None:
 def test_bos_begins_contexts_and_separates_documents_only_where_it_is_asked_for(tokenizer: TextTokenizer) -> None:
     assert tokenizer.packing(prepend_bos=True) == SpecialTokens(begin_context=BOS, separator=BOS)
     assert tokenizer.packing(prepend_bos=False) == SpecialTokens()
+
+
+def test_separators_are_the_tokenizers_tokens_or_ids(tokenizer: TextTokenizer) -> None:
+    separators = Separators(begin_context="none", begin_document="eos", between_documents="7")
+    assert tokenizer.packing(prepend_bos=True, separators=separators) == SpecialTokens(None, EOS, 7)
+    left_out = Separators(between_documents="eos")
+    assert tokenizer.packing(prepend_bos=True, separators=left_out) == SpecialTokens(BOS, None, EOS)
+
+
+def test_a_special_token_that_the_tokenizer_lacks_is_told(tokenizer: TextTokenizer) -> None:
+    with pytest.raises(InvalidInput, match="no SEP token") as caught:
+        tokenizer.packing(prepend_bos=True, separators=Separators(between_documents="sep"))
+    assert (caught.value.reason, caught.value.field) == (
+        "SpecialTokenMissing",
+        "spec.sampling.separators.betweenDocuments",
+    )
 
 
 def test_all_special_tokens_are_found(tokenizer: TextTokenizer) -> None:
