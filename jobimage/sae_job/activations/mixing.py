@@ -10,9 +10,10 @@ few shards, are joined into one each. When all shards can be held, the epoch is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -43,8 +44,10 @@ class Phase:
         return sum(segment.stop - segment.start for segment in self.segments)
 
 
-def plan_epoch(rows: Sequence[int], *, seed: int, epoch: int, mix_shards: int) -> list[Phase]:
-    """Phases of one epoch; every row of every shard is in exactly one segment.
+class EpochPlan:
+    """Phases of one epoch, made when they are looked at; every row of every shard is in exactly one segment.
+
+    Of shards that hold fewer rows than `mix_shards`, phases may be empty.
 
     Args:
         rows: rows of each shard that are read.
@@ -52,31 +55,49 @@ def plan_epoch(rows: Sequence[int], *, seed: int, epoch: int, mix_shards: int) -
         epoch: number of the epoch.
         mix_shards: shards that a phase mixes, at least 1.
     """
-    filled = [shard for shard, count in enumerate(rows) if count > 0]
-    order = torch.randperm(len(filled), generator=seeded_generator("shards", seed, epoch)).tolist()
-    shards = [filled[place] for place in order]
-    if len(shards) <= mix_shards:
-        return [Phase(tuple(Segment(shard, 0, rows[shard]) for shard in shards))] if shards else []
-    window = mix_shards
-    grouped: dict[int, list[Segment]] = {}
-    for place, shard in enumerate(shards):
-        for part in range(window):
-            start, stop = rows[shard] * part // window, rows[shard] * (part + 1) // window
+
+    def __init__(self, rows: Sequence[int], *, seed: int, epoch: int, mix_shards: int) -> None:
+        self._rows = rows
+        self._mix_shards = mix_shards
+        filled = np.flatnonzero(np.asarray(rows, dtype=np.int64))
+        order = torch.randperm(len(filled), generator=seeded_generator("shards", seed, epoch)).numpy()
+        self._shards: list[int] = filled[order].tolist()
+
+    def __len__(self) -> int:
+        if len(self._shards) <= self._mix_shards:
+            return min(len(self._shards), 1)
+        return len(self._shards) - self._mix_shards + 2
+
+    def __iter__(self) -> Iterator[Phase]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Phase:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        count, window = len(self._shards), self._mix_shards
+        if count <= window:
+            return Phase(tuple(Segment(shard, 0, self._rows[shard]) for shard in self._shards))
+        if number == 0:
+            return self._phase((place, 0, window - place) for place in range(window))
+        if number == len(self) - 1:
+            return self._phase((place, count - place, window) for place in range(count - window + 1, count))
+        last = number + window - 1
+        return self._phase((place, last - place, last - place + 1) for place in range(last - window + 1, last + 1))
+
+    def shards_after(self, number: int) -> list[int]:
+        """Shards that no phase up to this one (-1: none) holds, in the order in which later ones bring them in."""
+        return self._shards[number + self._mix_shards :] if number >= 0 else self._shards
+
+    def _phase(self, parts: Iterable[tuple[int, int, int]]) -> Phase:
+        """A phase of parts `first` to `last` of the shards at some places of the order."""
+        return Phase(tuple(self._segments(parts)))
+
+    def _segments(self, parts: Iterable[tuple[int, int, int]]) -> Iterator[Segment]:
+        for place, first, last in parts:
+            shard = self._shards[place]
+            start, stop = (self._rows[shard] * part // self._mix_shards for part in (first, last))
             if stop > start:
-                phase = min(max(place + part, window - 1), len(shards))
-                grouped.setdefault(phase, []).append(Segment(shard, start, stop))
-    return [Phase(_joined(grouped[phase])) for phase in sorted(grouped)]
-
-
-def _joined(segments: list[Segment]) -> tuple[Segment, ...]:
-    """Neighbouring segments of one shard as one."""
-    joined: list[Segment] = []
-    for segment in segments:
-        if joined and (joined[-1].shard, joined[-1].stop) == (segment.shard, segment.start):
-            joined[-1] = Segment(segment.shard, joined[-1].start, segment.stop)
-        else:
-            joined.append(segment)
-    return tuple(joined)
+                yield Segment(shard, start, stop)
 
 
 def row_order(count: int, *, seed: int, epoch: int, shard: int) -> torch.Tensor:
@@ -90,6 +111,6 @@ def phase_labels(phase: Phase, *, seed: int, epoch: int, number: int) -> torch.T
     The n-th row of a segment's label is the segment's n-th row, so together with `row_order` this is a uniform
     shuffle of the phase's rows.
     """
-    lengths = torch.tensor([segment.stop - segment.start for segment in phase.segments])
+    lengths = torch.tensor([segment.stop - segment.start for segment in phase.segments], dtype=torch.int64)
     labels = torch.repeat_interleave(torch.arange(len(phase.segments)), lengths)
     return labels[torch.randperm(len(labels), generator=seeded_generator("phase", seed, epoch, number))]

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 
+from sae_job.activations.batches import HeldOut, MixedRows
+from sae_job.activations.codecs import Codec
 from sae_job.activations.first_rows import ShardRows, read_first_rows
-from sae_job.activations.format import POSITION, SEQUENCE, STORAGE_DTYPES, TOKEN_IDS
-from sae_job.activations.loading import ShardLoader, read_sequence
-from sae_job.activations.manifest import CacheManifest, ShardEntry, read_manifest
-from sae_job.activations.mixing import Phase, phase_labels, plan_epoch, row_order
+from sae_job.activations.format import KEEP, ROW_FIELDS, SEQUENCE, ShardLayout, layout_of_part
+from sae_job.activations.gathering import ShardTensors
+from sae_job.activations.loading import PartRead, ShardId, ShardLoader, ShardRead, TensorRead
+from sae_job.activations.manifest import CacheManifest, PartEntry, read_manifest
+from sae_job.activations.parts import read_tensors
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectStore
 
+__all__ = [
+    "CachedActivations",
+    "HeldOut",
+    "default_mix_shards",
+    "default_read_ahead_bytes",
+    "held_out_contexts_for",
+    "reader_memory_bytes",
+]
+
 # Two shards of the default size; one where shards are larger.
 READ_AHEAD_BYTES = 2**29
-# Shards that are mixed by default: 8 of the default size. Of larger ones fewer, so that memory stays bounded.
-MIX_SHARDS, FEWEST_MIX_SHARDS = 8, 2
+# Bytes of shards that are mixed by default: 8 shards of the default size, and all of a cache that is smaller.
 MIX_BYTES = 2**31
+# A batch of rows from more shards than this is gathered in pieces too small to be fast.
+MOST_MIX_SHARDS, FEWEST_MIX_SHARDS = 128, 2
 
 
 def default_mix_shards(shard_bytes: int) -> int:
     """Shards that rows of one batch come from by default, for full shards of this size."""
-    return max(FEWEST_MIX_SHARDS, min(MIX_SHARDS, MIX_BYTES // shard_bytes))
+    return max(FEWEST_MIX_SHARDS, min(MOST_MIX_SHARDS, MIX_BYTES // shard_bytes))
 
 
 def default_read_ahead_bytes(shard_bytes: int) -> int:
@@ -39,57 +51,12 @@ def reader_memory_bytes(cache_bytes: int, shard_bytes: int) -> int:
     return min(cache_bytes, in_use + default_read_ahead_bytes(shard_bytes))
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Rows that are never trained on, in order of context and position.
-
-    Attributes:
-        activations: per hook [rows, d_in] in storage dtype.
-        token_ids: int32 [rows].
-        sequence: global index of the context, int32 [rows].
-        position: position in the context, int32 [rows].
-    """
-
-    activations: dict[str, torch.Tensor]
-    token_ids: torch.Tensor
-    sequence: torch.Tensor
-    position: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _RowSet:
-    """Rows that an epoch is made of: the first `total` rows of the cache, without those that are held out.
-
-    Attributes:
-        total: rows, held-out ones included.
-        shards: what they are read from.
-        training: rows of each shard that are trained on.
-        partly: shard -> places of rows that are trained on, of the one shard that holds contexts of both kinds.
-    """
-
-    total: int
-    shards: list[ShardRows]
-    training: list[int]
-    partly: dict[int, torch.Tensor]
-
-    def entry(self, shard: int) -> ShardEntry:
-        return self.shards[shard].entry
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where reading stands: rows `0` to `offset` of the phase are read."""
-
-    epoch: int
-    phase: int
-    offset: int
-
-
 def held_out_contexts_for(store: ObjectStore, manifest: CacheManifest, rows: int) -> int:
     """Smallest number of first contexts of a cache that hold at least `rows` rows; 0 when no rows are asked for.
 
     It is the same for a cache and for a longer one that extends it: a partial shard's rows come from the first
-    contexts of the full one.
+    contexts of the full one. It is the same for all hooks, too: of hooks that were added later, some rows may be left
+    out.
 
     Raises:
         InvalidInput: the cache has fewer rows, or a shard is damaged.
@@ -99,7 +66,8 @@ def held_out_contexts_for(store: ObjectStore, manifest: CacheManifest, rows: int
         return 0
     for entry in manifest.shards:
         if before + entry.rows >= rows:
-            return int(read_sequence(store, entry).sort().values[rows - before - 1]) + 1
+            sequence = read_tensors(store, entry.parts[0], manifest.layout(entry, 0), (SEQUENCE,))[SEQUENCE]
+            return int(sequence.sort().values[rows - before - 1]) + 1
         before += entry.rows
     raise InvalidInput(
         "TooFewRows",
@@ -109,56 +77,183 @@ def held_out_contexts_for(store: ObjectStore, manifest: CacheManifest, rows: int
     )
 
 
-class CachedActivations:
-    """Endless batches of rows of a finished cache, mixed across shards, epoch after epoch.
+def check_fits(
+    manifest: CacheManifest,
+    hooks: Sequence[str],
+    *,
+    d_in: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Check what is expected of a cache against what it is.
 
-    The order of rows is a pure function of the cache, the seed and the other arguments of `open`; threads and timing
-    have no part in it. Memory: `mix_shards` shards in use, and `read_ahead_bytes` of shards before they are needed.
+    Args:
+        manifest: what the cache says of itself.
+        hooks: hooks that are to be read.
+        d_in: widths that they must have; any when None.
+        dtype: storage dtype that the cache must have; any when None.
+
+    Raises:
+        InvalidInput: it holds something else; the message tells what.
+    """
+    for hook in hooks:
+        try:
+            held = manifest.hook(hook).d_in
+        except InvalidInput as error:
+            raise InvalidInput(error.reason, f"{error.message}; {facts_of(manifest)}", field=error.field) from error
+        wanted = held if d_in is None else d_in.get(hook, held)
+        if held != wanted:
+            raise InvalidInput(
+                "WidthMismatch",
+                f"activations of {hook!r} have dIn {held} in the cache, not {wanted}: {facts_of(manifest)}",
+                field="spec.activations",
+            )
+    if dtype is not None and dtype != manifest.dtype:
+        raise InvalidInput(
+            "DtypeMismatch",
+            f"the cache is stored as {manifest.dtype}, not {dtype}: {facts_of(manifest)}",
+            field="spec.activations",
+        )
+
+
+def facts_of(manifest: CacheManifest) -> str:
+    """What a cache holds, in a sentence."""
+    hooks = ", ".join(f"{hook.name} (dIn {hook.d_in})" for hook in manifest.hooks)
+    return (
+        f"it holds {manifest.tokens} rows of {hooks} in {manifest.dtype}, of {manifest.model.get('name')} "
+        f"on contexts of {manifest.context_size} tokens"
+    )
+
+
+class CachedShards:
+    """Shards of a finished cache: of the hooks asked for, nothing else is read.
+
+    Args:
+        store: the cache's folder.
+        manifest: what it says of itself.
+        hooks: hooks to read.
+        read_ahead_bytes: bytes that may be held before they are needed.
+
+    Raises:
+        InvalidInput: the cache does not hold a hook.
     """
 
     def __init__(
-        self,
-        store: ObjectStore,
-        manifest: CacheManifest,
-        *,
-        hooks: Sequence[str],
-        batch_size: int,
-        seed: int,
-        held_out_contexts: int,
-        total_rows: int | None,
-        read_ahead_bytes: int,
-        mix_shards: int,
+        self, store: ObjectStore, manifest: CacheManifest, hooks: Sequence[str], *, read_ahead_bytes: int
     ) -> None:
-        self.manifest = manifest
         self._store = store
-        self._hooks = [manifest.hook(name) for name in hooks]
-        self._dtype = STORAGE_DTYPES[manifest.dtype]
-        self._batch_size = batch_size
-        self._seed = seed
-        self._held_out_contexts = held_out_contexts
-        self._mix_shards = mix_shards
-        self._pin_memory = torch.cuda.is_available()
-        self._all_rows = self._row_set(manifest.tokens if total_rows is None else min(total_rows, manifest.tokens))
-        self.training_rows = sum(self._all_rows.training)
-        if self.training_rows == 0:
-            raise InvalidInput(
-                "TooFewRows",
-                f"no rows are left to train on: {held_out_contexts} contexts of {self._all_rows.total} rows are held "
-                "out; lower heldOutTokens, or raise tokens",
-                field="spec.evaluation.heldOutTokens",
-            )
-        self._loader = ShardLoader(
-            store,
-            largest_bytes=max(entry.bytes for entry in manifest.shards),
-            read_ahead_bytes=read_ahead_bytes,
+        self._manifest = manifest
+        self._hooks = {name: manifest.hook(name).d_in for name in hooks}
+        self._codec = manifest.codec
+        self._groups: dict[int, list[str]] = {}
+        for hook in hooks:
+            self._groups.setdefault(manifest.group_of(hook), []).append(hook)
+        self._layouts: dict[tuple[int, int], ShardLayout] = {}
+        self._shards: dict[ShardId, ShardRows] = {}
+        self._in_use: dict[ShardId, ShardTensors] = {}
+        self._loader = ShardLoader(store, read_ahead_bytes=read_ahead_bytes)
+
+    @property
+    def hooks(self) -> Mapping[str, int]:
+        return self._hooks
+
+    @property
+    def codec(self) -> Codec:
+        return self._codec
+
+    @property
+    def rows(self) -> int:
+        return self._manifest.tokens
+
+    @property
+    def context_size(self) -> int:
+        return self._manifest.context_size
+
+    def first_rows(self, total: int) -> list[ShardRows]:
+        found = read_first_rows(self._store, self._manifest, total, {0, *self._groups})
+        self._shards |= {shard.shard: shard for shard in found}
+        return found
+
+    def places_from(self, shard: ShardId, context: int) -> torch.Tensor:
+        return torch.nonzero(self._fields(shard, (SEQUENCE,))[SEQUENCE] >= context).flatten()
+
+    def row_fields(self, shard: ShardId) -> dict[str, torch.Tensor]:
+        return self._fields(shard, ROW_FIELDS)
+
+    def want(self, now: Iterable[ShardId], later: Iterable[ShardId]) -> None:
+        self._in_use.clear()
+        self._loader.want([self._read(shard) for shard in now], (self._read(shard) for shard in later))
+
+    def get(self, shard: ShardId) -> ShardTensors:
+        if shard not in self._in_use:
+            self._in_use[shard] = self._tensors(shard)
+        return self._in_use[shard]
+
+    def close(self) -> None:
+        self._in_use.clear()
+        self._loader.close()
+
+    def _fields(self, shard: ShardId, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return read_tensors(self._store, self._part(shard, 0), self._layout(shard, 0), names)
+
+    def _tensors(self, shard: ShardId) -> ShardTensors:
+        loaded = self._loader.get(shard).tensors
+        stored: dict[str, dict[str, torch.Tensor]] = {}
+        constants: dict[str, dict[str, torch.Tensor]] = {}
+        kept: np.ndarray | None = None
+        for group, hooks in self._groups.items():
+            for hook in hooks:
+                width = self._hooks[hook]
+                stored[hook] = {suffix: loaded[group, hook + suffix] for suffix, *_ in self._codec.row_tensors(width)}
+                constants[hook] = {suffix: loaded[group, hook + suffix] for suffix, *_ in self._codec.constants(width)}
+            if group > 0:
+                keep = loaded[group, KEEP].bool().numpy()
+                kept = keep if kept is None else kept & keep
+        return ShardTensors(stored, constants, None if kept is None or bool(kept.all()) else kept)
+
+    def _read(self, shard: ShardId) -> ShardRead:
+        return ShardRead(shard, tuple(self._read_part(shard, group, hooks) for group, hooks in self._groups.items()))
+
+    def _read_part(self, shard: ShardId, group: int, hooks: Sequence[str]) -> PartRead:
+        names = [KEEP] if group > 0 else []
+        for hook in hooks:
+            width = self._hooks[hook]
+            tensors = [*self._codec.constants(width), *self._codec.row_tensors(width)]
+            names += [hook + suffix for suffix, *_ in tensors]
+        part, layout = self._part(shard, group), self._layout(shard, group)
+        return PartRead(
+            group, part.key, tuple(TensorRead(name, layout.tensors[name], part.crc32[name]) for name in names)
         )
-        # Rows that the current epoch is made of: those of the epoch that was begun, when the cache has grown since.
-        self._epoch_rows = self._all_rows
-        self._phases = self._plan(0)
-        self._place = _Place(0, 0, 0)
-        self._labels: torch.Tensor | None = None
-        self._cursors: list[int] = []
-        self._orders: dict[int, torch.Tensor] = {}
+
+    def _part(self, shard: ShardId, group: int) -> PartEntry:
+        part = self._shards[shard].parts[group]
+        layout = self._layout(shard, group)
+        if layout.size != part.bytes or layout.tensors.keys() - part.crc32.keys():
+            raise InvalidInput(
+                "CorruptManifest",
+                f"{self._store.uri}: {part.key} has {part.bytes} bytes, but {shard.rows} rows of what the manifest "
+                f"tells are {layout.size} ({facts_of(self._manifest)}): delete manifest.json, and raise the cache's "
+                "spec.retry to write it again",
+            )
+        return part
+
+    def _layout(self, shard: ShardId, group: int) -> ShardLayout:
+        key = (shard.rows, group)
+        if key not in self._layouts:
+            widths = self._manifest.group_widths(group)
+            self._layouts[key] = layout_of_part(shard.rows, widths, self._codec, group)
+        return self._layouts[key]
+
+
+class CachedActivations(MixedRows):
+    """Endless batches of rows of a finished cache, mixed across shards, epoch after epoch.
+
+    Memory: `mix_shards` shards in use, and `read_ahead_bytes` of shards before they are needed; of each only the hooks
+    that are read. Files are mapped, so that this memory is the system's cache of files.
+    """
+
+    def __init__(self, manifest: CacheManifest, source: CachedShards, **arguments: object) -> None:
+        super().__init__(source, **arguments)  # pyright: ignore[reportArgumentType] - as given to `open`
+        self.manifest = manifest
 
     @classmethod
     def open(
@@ -172,8 +267,13 @@ class CachedActivations:
         total_rows: int | None = None,
         read_ahead_bytes: int | None = None,
         mix_shards: int | None = None,
+        device: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        d_in: Mapping[str, int] | None = None,
+        dtype: str | None = None,
     ) -> CachedActivations:
-        """Open the finished cache in a folder.
+        """Open the finished cache in a folder. Neither model, tokenizer nor data set is needed.
 
         Args:
             store: the cache's folder.
@@ -185,211 +285,28 @@ class CachedActivations:
             read_ahead_bytes: bytes of shards that may be held before they are needed; None for the default.
             mix_shards: shards that rows of one batch come from; None for the default, which depends on the size of
                 full shards.
+            device: where rows of 8-bit formats are decoded, when it is a GPU.
+            rank: number of this process among those that share the rows.
+            world_size: how many processes share the rows.
+            d_in: widths that the hooks must have; any when None.
+            dtype: storage dtype that the cache must have; any when None.
 
         Raises:
-            InvalidInput: no finished cache, an unknown hook, or no rows left to train on.
+            InvalidInput: no finished cache, an unknown hook, another width or dtype, or no rows left to train on.
         """
         manifest = read_manifest(store)
+        check_fits(manifest, hooks, d_in=d_in, dtype=dtype)
+        if read_ahead_bytes is None:
+            read_ahead_bytes = default_read_ahead_bytes(manifest.shard_bytes)
         return cls(
-            store,
             manifest,
-            hooks=hooks,
+            CachedShards(store, manifest, hooks, read_ahead_bytes=read_ahead_bytes),
             batch_size=batch_size,
             seed=seed,
             held_out_contexts=held_out_contexts,
             total_rows=total_rows,
-            read_ahead_bytes=(
-                default_read_ahead_bytes(manifest.shard_bytes) if read_ahead_bytes is None else read_ahead_bytes
-            ),
             mix_shards=default_mix_shards(manifest.shard_bytes) if mix_shards is None else mix_shards,
+            device=device,
+            rank=rank,
+            world_size=world_size,
         )
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next row belongs to, from 0."""
-        return self._place.epoch
-
-    def next_batch(self) -> dict[str, torch.Tensor]:
-        """The next rows, [batch_size, d_in] per hook in storage dtype on the CPU (pinned where there is a GPU).
-
-        Every batch is full: at the end of an epoch the rest comes from the next one. The tensors are the caller's.
-
-        Raises:
-            InvalidInput: a shard is missing or corrupt.
-        """
-        batch = {
-            hook.name: torch.empty((self._batch_size, hook.d_in), dtype=self._dtype, pin_memory=self._pin_memory)
-            for hook in self._hooks
-        }
-        done = 0
-        while done < self._batch_size:
-            done = self._take(batch, done)
-        return batch
-
-    def state(self) -> dict[str, Any]:
-        """Where reading stands, as JSON; `restore` continues exactly there."""
-        return {
-            "epoch": self._place.epoch,
-            "phase": self._place.phase,
-            "offset": self._place.offset,
-            "rows": self._epoch_rows.total,
-            "seed": self._seed,
-            "heldOutContexts": self._held_out_contexts,
-            "mixShards": self._mix_shards,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state. When the cache has grown since, the epoch that was begun ends as it was planned.
-
-        Raises:
-            InvalidInput: the state belongs to another order of rows.
-        """
-        ours = self.state()
-        for name in ("seed", "heldOutContexts", "mixShards"):
-            if state[name] != ours[name]:
-                raise InvalidInput(
-                    "ReaderStateMismatch",
-                    f"the checkpoint was reading with {name} {state[name]}, not {ours[name]}: use another output for "
-                    "this run",
-                )
-        if state["rows"] > self.manifest.tokens:
-            raise InvalidInput(
-                "ReaderStateMismatch",
-                f"the checkpoint was reading {state['rows']} rows, but the cache has {self.manifest.tokens}: use the "
-                "same cache",
-            )
-        same = state["rows"] == self._all_rows.total
-        self._epoch_rows = self._all_rows if same else self._row_set(state["rows"])
-        self._phases = self._plan(state["epoch"])
-        self._place = _Place(state["epoch"], state["phase"], state["offset"])
-        self._labels = None
-        self._orders = {}
-
-    def held_out(self, max_rows: int) -> HeldOut:
-        """The first `max_rows` rows of the held-out contexts, or all when there are fewer.
-
-        Raises:
-            InvalidInput: a shard is missing or corrupt.
-        """
-        parts: list[HeldOut] = []
-        rows = 0
-        for shard in self._all_rows.shards:
-            if shard.entry.start >= self._held_out_contexts or rows >= max_rows:
-                break
-            part = self._held_out_of(shard.entry, max_rows - rows)
-            rows += len(part.sequence)
-            parts.append(part)
-        # What was loaded for this is loaded again when training comes to it.
-        self._labels = None
-        self._loader.want((), ())
-        return HeldOut(
-            {
-                hook.name: torch.cat(
-                    [torch.empty((0, hook.d_in), dtype=self._dtype), *(part.activations[hook.name] for part in parts)]
-                )
-                for hook in self._hooks
-            },
-            *(
-                torch.cat([torch.empty(0, dtype=torch.int32), *(getattr(part, name) for part in parts)])
-                for name in ("token_ids", "sequence", "position")
-            ),
-        )
-
-    def close(self) -> None:
-        """Stop reading ahead and free the memory."""
-        self._loader.close()
-
-    def _held_out_of(self, entry: ShardEntry, max_rows: int) -> HeldOut:
-        self._loader.want((entry,), ())
-        shard = self._loader.get(entry)
-        sequence, position = shard.tensor(SEQUENCE), shard.tensor(POSITION)
-        rows = torch.nonzero(sequence < self._held_out_contexts).flatten()
-        place = sequence[rows].long() * self.manifest.context_size + position[rows].long()
-        rows = rows[torch.argsort(place)][:max_rows]
-        return HeldOut(
-            {hook.name: shard.tensor(hook.name)[rows] for hook in self._hooks},
-            shard.tensor(TOKEN_IDS)[rows],
-            sequence[rows],
-            position[rows],
-        )
-
-    def _row_set(self, total: int) -> _RowSet:
-        """The first `total` rows of the cache."""
-        shards = read_first_rows(self._store, self.manifest, total)
-        training: list[int] = []
-        partly: dict[int, torch.Tensor] = {}
-        for number, shard in enumerate(shards):
-            count = shard.rows
-            if shard.entry.start < self._held_out_contexts < shard.entry.stop:
-                places = torch.nonzero(read_sequence(self._store, shard.entry) >= self._held_out_contexts).flatten()
-                partly[number] = places
-                count = int((places < count).sum())
-            elif shard.entry.stop <= self._held_out_contexts:
-                count = 0
-            training.append(count)
-        return _RowSet(total, shards, training, partly)
-
-    def _plan(self, epoch: int) -> list[Phase]:
-        return plan_epoch(self._epoch_rows.training, seed=self._seed, epoch=epoch, mix_shards=self._mix_shards)
-
-    def _take(self, batch: dict[str, torch.Tensor], done: int) -> int:
-        """Copy rows of the current phase into a batch that has `done` rows; returns how many it has then."""
-        place = self._place
-        if self._labels is None:
-            self._labels = self._enter_phase()
-        taken = self._labels[place.offset : place.offset + self._batch_size - done]
-        segments = self._phases[place.phase].segments
-        # Rows of one shard lie together in the batch: the order inside a batch means nothing to training.
-        for number, count in enumerate(torch.bincount(taken, minlength=len(segments)).tolist()):
-            if count == 0:
-                continue
-            segment, cursor = segments[number], self._cursors[number]
-            rows = self._orders[segment.shard][cursor : cursor + count]
-            shard = self._loader.get(self._epoch_rows.entry(segment.shard))
-            for hook in self._hooks:
-                torch.index_select(shard.tensor(hook.name), 0, rows, out=batch[hook.name][done : done + count])
-            self._cursors[number] += count
-            done += count
-        self._advance(place.offset + len(taken))
-        return done
-
-    def _enter_phase(self) -> torch.Tensor:
-        """Bring in the shards of the current phase and begin to read those that come after; returns the phase's
-        labels."""
-        place = self._place
-        phase = self._phases[place.phase]
-        shards = [segment.shard for segment in phase.segments]
-        self._loader.want([self._epoch_rows.entry(shard) for shard in shards], self._later())
-        self._orders = {shard: self._orders[shard] if shard in self._orders else self._order(shard) for shard in shards}
-        labels = phase_labels(phase, seed=self._seed, epoch=place.epoch, number=place.phase)
-        read = torch.bincount(labels[: place.offset], minlength=len(shards)).tolist()
-        self._cursors = [segment.start + count for segment, count in zip(phase.segments, read, strict=True)]
-        return labels
-
-    def _order(self, shard: int) -> torch.Tensor:
-        rows = self._epoch_rows
-        order = row_order(rows.training[shard], seed=self._seed, epoch=self._place.epoch, shard=shard)
-        return rows.partly[shard][order] if shard in rows.partly else order
-
-    def _later(self) -> Iterator[ShardEntry]:
-        """Shards in the order in which they are needed after the current phase, into the next epoch."""
-        for phase in self._phases[self._place.phase + 1 :]:
-            yield from (self._epoch_rows.entry(segment.shard) for segment in phase.segments)
-        rows = self._all_rows
-        upcoming = plan_epoch(rows.training, seed=self._seed, epoch=self._place.epoch + 1, mix_shards=self._mix_shards)
-        for phase in upcoming:
-            yield from (rows.entry(segment.shard) for segment in phase.segments)
-
-    def _advance(self, offset: int) -> None:
-        place = self._place
-        if offset < self._phases[place.phase].rows:
-            self._place = _Place(place.epoch, place.phase, offset)
-            return
-        self._labels = None
-        if place.phase + 1 < len(self._phases):
-            self._place = _Place(place.epoch, place.phase + 1, 0)
-            return
-        self._place = _Place(place.epoch + 1, 0, 0)
-        self._epoch_rows = self._all_rows
-        self._phases = self._plan(place.epoch + 1)
-        self._orders = {}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load
 
+from sae_job.activations.format import parse_layout
 from sae_job.activations.manifest import CacheManifest
 from sae_job.activations.reader import (
     CachedActivations,
@@ -18,11 +21,12 @@ from sae_job.activations.reader import (
     reader_memory_bytes,
 )
 from sae_job.errors import InvalidInput
+from sae_job.storage.base import ObjectStore
 from sae_job.storage.file_store import FileStore
 from tests.caches import finished_cache
-from tests.faults import FaultPlan, fail
+from tests.faults import FaultPlan, FaultyStore, fail
 
-Cache = tuple[FileStore, CacheManifest]
+Cache = tuple[ObjectStore, CacheManifest]
 HOOK = "layer.0"
 ROWS = 2000
 
@@ -32,9 +36,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return finished_cache(tmp_path_factory.mktemp("cache"), tokens=ROWS, dtype="float32")
 
 
-def test_of_large_shards_fewer_are_mixed_so_that_memory_stays_bounded() -> None:
-    mixed = {size: default_mix_shards(size) for size in (2**12, 2**28, 2**29, 2**30, 2**34)}
-    assert mixed == {2**12: 8, 2**28: 8, 2**29: 4, 2**30: 2, 2**34: 2}
+def test_as_many_shards_are_mixed_as_two_gibibytes_hold() -> None:
+    mixed = {size: default_mix_shards(size) for size in (2**12, 2**26, 2**28, 2**29, 2**30, 2**34)}
+    assert mixed == {2**12: 128, 2**26: 32, 2**28: 8, 2**29: 4, 2**30: 2, 2**34: 2}
     assert reader_memory_bytes(2**40, 2**28) == 8 * 2**28 + 2**29
     assert reader_memory_bytes(2**40, 2**30) == 3 * 2**30, "one shard is read ahead, however large it is"
     assert reader_memory_bytes(2**20, 2**28) == 2**20
@@ -58,7 +62,7 @@ def keys(rows: torch.Tensor) -> list[bytes]:
 
 
 def all_rows(cache: Cache, name: str = HOOK) -> torch.Tensor:
-    return torch.cat([load(cache[0].get(entry.key))[name] for entry in cache[1].shards])
+    return torch.cat([load(cache[0].get(entry.parts[0].key))[name] for entry in cache[1].shards])
 
 
 def take(reader: CachedActivations, batches: int) -> torch.Tensor:
@@ -107,7 +111,9 @@ def test_the_order_is_a_function_of_the_seed(cache: Cache) -> None:
 
 def test_a_batch_mixes_shards(cache: Cache) -> None:
     home = {
-        key: number for number, entry in enumerate(cache[1].shards) for key in keys(load(cache[0].get(entry.key))[HOOK])
+        key: number
+        for number, entry in enumerate(cache[1].shards)
+        for key in keys(load(cache[0].get(entry.parts[0].key))[HOOK])
     }
     reader = open_reader(cache, batch_size=128)
     for _ in range(ROWS // 128):
@@ -241,6 +247,18 @@ def test_a_manifest_that_cannot_be_understood_is_told(tmp_path: Path, data: byte
     assert caught.value.reason == reason
 
 
+class BytesPlan(FaultyStore):
+    """Counts the bytes that are read."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        super().__init__(store, FaultPlan())
+        self.bytes = 0
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        self.bytes += len(buffer)
+        return super().read_into(key, start, buffer)
+
+
 def read_until_error(cache: Cache, **changes: object) -> InvalidInput:
     reader = open_reader(cache, **changes)
     with pytest.raises(InvalidInput) as caught:
@@ -249,50 +267,92 @@ def read_until_error(cache: Cache, **changes: object) -> InvalidInput:
     return caught.value
 
 
-@pytest.mark.parametrize("place", [0, 9, 300, -1])
-def test_a_flipped_bit_is_found(tmp_path: Path, place: int) -> None:
-    cache = finished_cache(tmp_path, tokens=1000)
-    key = cache[1].shards[1].key
-    data = bytearray(cache[0].get(key))
-    data[place] ^= 1
-    cache[0].put(key, data)
-    error = read_until_error(cache)
+@pytest.fixture(params=[True, False], ids=["mapped", "fetched"])
+def wrap(request: pytest.FixtureRequest) -> Callable[[FileStore], ObjectStore]:
+    """Files are mapped; of other stores, ranges are fetched."""
+    return (lambda store: store) if request.param else FaultPlan().wrap
+
+
+@pytest.mark.parametrize("place", [0, 1001, -1])
+def test_a_flipped_bit_in_what_is_read_is_found(
+    tmp_path: Path, wrap: Callable[[FileStore], ObjectStore], place: int
+) -> None:
+    """At both ends of the hook's rows, and between."""
+    store, manifest = finished_cache(tmp_path, tokens=1000)
+    part = manifest.shards[1].parts[0]
+    rows = parse_layout(store.get(part.key)).tensors[HOOK]
+    data = bytearray(store.get(part.key))
+    data[rows.offset + place % rows.bytes] ^= 1
+    store.put(part.key, data)
+    error = read_until_error((wrap(store), manifest))
     assert error.reason == "CorruptShard"
-    assert key in error.message
+    assert f"{part.key} is corrupt (the CRC-32 of tensor 'layer.0' differs" in error.message
     assert "delete it, its .json and the cache's manifest.json, and raise the cache's spec.retry" in error.message
 
 
-def test_a_shard_that_changes_between_epochs_is_found(tmp_path: Path) -> None:
-    cache = finished_cache(tmp_path, tokens=1000)
-    reader = open_reader(cache, mix_shards=1, read_ahead_bytes=0)
+def test_what_is_not_read_is_not_looked_at(tmp_path: Path) -> None:
+    """Of a hook of many, its own bytes are read and nothing else."""
+    hooks = {"layer.0": 16, "layer.1": 8, "layer.2": 16}
+    store, manifest = finished_cache(tmp_path, hooks=hooks, tokens=1000, dtype="float32")
+    expected = open_reader((store, manifest), hooks=["layer.1"])
+    plan = BytesPlan(store)
+    for entry in manifest.shards:
+        data = bytearray(store.get(entry.parts[0].key))
+        mine = parse_layout(bytes(data)).tensors["layer.1"]
+        for place in range(len(data)):
+            if not mine.offset <= place < mine.offset + mine.bytes:
+                data[place] ^= 255
+        store.put(entry.parts[0].key, data)
+    for source in (store, plan):
+        reader = open_reader((source, manifest), hooks=["layer.1"])
+        for _ in range(1000 // 64):
+            assert torch.equal(reader.next_batch()["layer.1"], expected.next_batch()["layer.1"])
+        reader.close()
+        expected.restore(expected.state() | {"epoch": 0, "phase": 0, "offset": 0})
+    assert plan.bytes == 1000 * 8 * 4
+    expected.close()
+
+
+def test_a_shard_that_changes_between_epochs_is_found(tmp_path: Path, wrap: Callable[[FileStore], ObjectStore]) -> None:
+    store, manifest = finished_cache(tmp_path, tokens=1000)
+    reader = open_reader((wrap(store), manifest), mix_shards=1, read_ahead_bytes=0)
     take(reader, 16)
-    entry = cache[1].shards[0]
-    data = bytearray(cache[0].get(entry.key))
+    part = manifest.shards[0].parts[0]
+    data = bytearray(store.get(part.key))
     data[-1] ^= 1
-    cache[0].put(entry.key, data)
-    with pytest.raises(InvalidInput, match="its CRC-32 differs"):
+    store.put(part.key, data)
+    with pytest.raises(InvalidInput, match=r"the CRC-32 of tensor 'layer\.0' differs"):
         take(reader, 32)
     reader.close()
 
 
-@pytest.mark.parametrize(("data", "why"), [(None, "it is missing"), (b"short", "it is shorter than")])
-def test_a_shard_that_is_not_there_whole_is_told(tmp_path: Path, data: bytes | None, why: str) -> None:
-    cache = finished_cache(tmp_path, tokens=1000)
-    key = cache[1].shards[0].key
-    if data is None:
-        cache[0].delete(key)
+@pytest.mark.parametrize(
+    ("length", "why"),
+    [
+        (None, "it is missing"),
+        (5, "it ends before the end of tensor 'layer.0'"),
+        (-1, "it ends before the end of tensor 'layer.0'"),
+    ],
+)
+def test_a_shard_that_is_not_there_whole_is_told(
+    tmp_path: Path, wrap: Callable[[FileStore], ObjectStore], length: int | None, why: str
+) -> None:
+    store, manifest = finished_cache(tmp_path, tokens=1000)
+    key = manifest.shards[0].parts[0].key
+    data = store.get(key)
+    if length is None:
+        store.delete(key)
     else:
-        cache[0].put(key, data)
-    error = read_until_error(cache)
+        store.put(key, data[:length])
+    error = read_until_error((wrap(store), manifest))
     assert error.reason == "CorruptShard"
-    assert why in error.message
+    assert f"{key} is corrupt ({why})" in error.message
 
 
 def test_no_more_shards_are_held_than_are_mixed_and_read_ahead(cache: Cache) -> None:
     """Every shard is fetched once an epoch, and read-ahead keeps within its bytes."""
     plan = FaultPlan()
-    faulty = (plan.wrap(cache[0]), cache[1])
-    reader = open_reader(faulty, mix_shards=2, read_ahead_bytes=0)  # pyright: ignore[reportArgumentType]
+    reader = open_reader((plan.wrap(cache[0]), cache[1]), mix_shards=2, read_ahead_bytes=0)
     take(reader, ROWS // 64)
     fetched = Counter(name for name in plan.names if name.startswith("read_into"))
     reader.close()
@@ -302,7 +362,77 @@ def test_no_more_shards_are_held_than_are_mixed_and_read_ahead(cache: Cache) -> 
 
 def test_a_store_that_fails_ends_the_reading(cache: Cache) -> None:
     plan = FaultPlan("read_into", fail)
-    reader = open_reader((plan.wrap(cache[0]), cache[1]))  # pyright: ignore[reportArgumentType]
+    reader = open_reader((plan.wrap(cache[0]), cache[1]))
     with pytest.raises(Exception, match="cannot be reached"):
         take(reader, ROWS // 64)
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("expected", "reason", "message"),
+    [
+        ({"hooks": ["layer.00"]}, "HookNotFound", "no activations of 'layer.00'; nearest: layer.0"),
+        ({"d_in": {"layer.0": 24}}, "WidthMismatch", "of 'layer.0' have dIn 16 in the cache, not 24"),
+        ({"dtype": "bfloat16"}, "DtypeMismatch", "the cache is stored as float32, not bfloat16"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_with_what_it_holds(
+    cache: Cache, expected: dict[str, object], reason: str, message: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        open_reader(cache, **expected)
+    assert caught.value.reason == reason
+    assert message in caught.value.message
+    assert "holds 2000 rows of layer.0 (dIn 16) in float32, of lookup on contexts of 16 tokens" in caught.value.message
+
+
+def test_a_manifest_that_tells_other_widths_than_are_stored_is_refused(cache: Cache, tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    for info in cache[0].list():
+        store.put(info.key, cache[0].get(info.key))
+    hook = cache[1].hooks[0].model_copy(update={"d_in": 8})
+    store.put("manifest.json", cache[1].model_copy(update={"hooks": [hook]}).to_bytes())
+    with pytest.raises(
+        InvalidInput, match=r"but \d+ rows of what the manifest tells are \d+ .it holds .* .dIn 8."
+    ) as caught:
+        open_reader((store, cache[1])).next_batch()
+    assert caught.value.reason == "CorruptManifest"
+
+
+class ManyShards(FaultyStore):
+    """A store in which every shard is one of the first two, and whose calls are counted."""
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        real = re.sub(r"\d{6}", lambda number: f"{int(number.group()) % 2:06d}", key)
+        return super().read_into(real, start, buffer)
+
+
+def test_opening_a_cache_of_very_many_shards_touches_but_those_of_the_first_batch(cache: Cache, tmp_path: Path) -> None:
+    first, second = cache[1].shards[:2]
+    shards = [
+        (first, second)[number % 2].model_copy(
+            update={
+                "start": number // 2 * second.stop + (first, second)[number % 2].start,
+                "stop": number // 2 * second.stop + (first, second)[number % 2].stop,
+                "parts": [
+                    part.model_copy(update={"key": f"shards/{number:06d}.safetensors"})
+                    for part in (first, second)[number % 2].parts
+                ],
+            }
+        )
+        for number in range(10_000)
+    ]
+    rows = sum(entry.rows for entry in shards)
+    store = FileStore(tmp_path)
+    for part in (*first.parts, *second.parts):
+        store.put(part.key, cache[0].get(part.key))
+    store.put("manifest.json", cache[1].model_copy(update={"shards": shards, "tokens": rows}).to_bytes())
+    plan = FaultPlan()
+    # The first shards hold contexts of both kinds.
+    reader = open_reader((ManyShards(store, plan), cache[1]), held_out_contexts=5, mix_shards=4, read_ahead_bytes=0)
+    opened = list(plan.names)
+    assert opened == ["get manifest.json", "read_into shards/000000.safetensors"]
+    assert rows - reader.training_rows == int((all_rows(cache, "sequence") < 5).sum())
+    reader.next_batch()
+    assert len(plan.names) - len(opened) == 4
     reader.close()
