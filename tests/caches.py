@@ -194,13 +194,21 @@ def finished_cache(
     shard_bytes: int = 2**14,
     dtype: StorageDtype = "bfloat16",
     seed: int = 0,
+    max_norm_ratio: float = 0.0,
 ) -> tuple[FileStore, CacheManifest]:
     """A finished cache of `LookupModel`'s activations, through the real steps; returns its folder and manifest."""
     from sae_job.activations.manifest import read_manifest
 
     hooks = hooks or {"layer.0": 16}
     spec = cache_spec(
-        root, hooks=hooks, tokens=tokens, context_size=context_size, shard_bytes=shard_bytes, dtype=dtype, seed=seed
+        root,
+        hooks=hooks,
+        tokens=tokens,
+        context_size=context_size,
+        shard_bytes=shard_bytes,
+        dtype=dtype,
+        seed=seed,
+        max_norm_ratio=max_norm_ratio,
     )
     step = cache_step(spec)
     store = FileStore(path_of_file_uri(step.location.uri))

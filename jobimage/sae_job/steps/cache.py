@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -10,11 +10,9 @@ import torch
 
 from sae_job.activations.base_rows import BaseRows
 from sae_job.activations.codecs import CODECS
-from sae_job.activations.contexts import ContextReader
-from sae_job.activations.harvest import ActivationModel, ContextBatch, Encoding, HostCopy, harvest
+from sae_job.activations.filling import ShardFiller
+from sae_job.activations.harvest import ActivationModel
 from sae_job.activations.manifest import Sidecar
-from sae_job.activations.open_shard import OpenShard
-from sae_job.activations.sink_filter import SinkFilter, row_norms
 from sae_job.activations.stored_parts import PartLayouts, proved_parts
 from sae_job.activations.writer import ShardWriter, shards_in_memory
 from sae_job.errors import InvalidInput, Stopped
@@ -23,7 +21,6 @@ from sae_job.models.mirror import localized
 from sae_job.steps.context import StepContext
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex, row_bytes
-from sae_job.text.usable import excluded_token_ids, usable_positions
 from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 
 SOFTWARE = ("sae-operator", "torch", "transformers")
@@ -126,13 +123,8 @@ class _Worker:
         self._store = store
         self._index = index
         self._layouts = layouts
-        self._model = model
         self._device = device
-        self._contexts = ContextReader(store, index)
-        self._excluded = excluded_token_ids(step.spec.sampling, index.tokenizer.special_token_ids)
-        self._positions = step.spec.sampling.positions.of(index.context_size)
-        self._copies = HostCopy()
-        self._encoding = self._calibrate({group: index.groups[group].hooks for group in groups})
+        self._filler = ShardFiller(store, index, step.spec, model, groups, before_batch=self._stop_if_asked)
 
     def write(self, work: Sequence[_ShardWork], *, done: int) -> None:
         """Write these shards; `done` rows are stored already."""
@@ -144,7 +136,7 @@ class _Worker:
         )
         writer = ShardWriter(
             self._store,
-            encoding=self._encoding,
+            encoding=self._filler.encoding,
             seed=spec.seed,
             rows_per_shard=index.rows_per_shard,
             software=software_versions(),
@@ -157,7 +149,7 @@ class _Worker:
                 base = None if 0 in missing.groups else self._base_rows(missing.base)
                 layouts = {group: self._layouts.of(rows, group) for group in missing.groups}
                 shard = writer.begin(missing.number, rows, layouts, base=None if base is None else missing.base)
-                for count in self._fill(shard, base):
+                for count in self._filler.fill(shard, base):
                     done += count
                     self._context.reporter.update(tokens=done, shards_complete=complete + writer.stored)
                 writer.finish(shard)
@@ -175,83 +167,9 @@ class _Worker:
             context_size=self._index.context_size,
         )
 
-    def _fill(self, shard: OpenShard, base: BaseRows | None) -> Iterator[int]:
-        """Run the model until a shard is full; yields how many rows each batch gave."""
-        plan = self._index.shards[shard.number]
-        encoding = self._encoding.only(shard.parts)
-        for batch in harvest(
-            self._model, self._batches(plan.start, plan.stop, base), encoding=encoding, copies=self._copies
-        ):
-            yield shard.add(batch)
-            if shard.full:
-                return
-        if base is not None:
-            raise InvalidInput(
-                "CorruptShard",
-                f"shard {shard.number} of {self._store.uri} has rows of other contexts than planned: delete its "
-                ".safetensors and .json, and raise spec.retry to write it again",
-            )
-        raise InvalidInput(
-            "TooFewRows",
-            f"the norm filter leaves only {shard.filled} of {shard.rows} rows of shard {shard.number}, and drops "
-            f"{shard.dropped}: raise maxNormRatio, or set it to 0",
-            field="spec.sampling.maxNormRatio",
-        )
-
-    def _batches(self, start: int, stop: int, base: BaseRows | None) -> Iterator[ContextBatch]:
-        """The same forward passes whichever hooks are asked for: results hang on them in the last bits."""
-        size = self._spec.model.batch_size
-        for first in range(start, stop, size):
-            if self._context.should_stop():
-                raise Stopped("asked to stop: the shards that were finished are stored and will not be written again")
-            end = min(first + size, stop)
-            if base is None:
-                tokens = self._contexts.read(first, end)
-                usable = self._usable(tokens).reshape(-1)
-                wanted = None if bool(usable.all()) else torch.nonzero(usable).flatten()
-                yield ContextBatch(first, tokens, wanted)
-                continue
-            wanted, places = base.of_contexts(first, end)
-            if len(wanted) > 0:
-                yield ContextBatch(first, self._contexts.read(first, end), wanted, places)
-
-    def _usable(self, tokens: torch.Tensor) -> torch.Tensor:
-        return usable_positions(tokens, self._excluded, self._positions)
-
-    def _calibrate(self, hooks: Mapping[int, Sequence[str]]) -> Encoding:
-        """Median norms, and what the number format needs to know, from the cache's first forward pass that has usable
-        positions: every worker finds the same, whichever hooks it takes."""
-        ratio = self._spec.sampling.max_norm_ratio
-        codec = CODECS[self._spec.storage.dtype]
-        filters = {group: SinkFilter(0, {}) for group in hooks}
-        constants: dict[str, dict[str, torch.Tensor]] = {}
-        if ratio == 0 and not codec.constants(1):
-            return Encoding(codec, constants, filters, hooks)
-        tokens, usable = self._first_usable_batch()
-        activations = self._model.activations(tokens)
-        for group, names in hooks.items():
-            found = {hook: activations[hook] for hook in names}
-            if ratio > 0:
-                filters[group] = SinkFilter.calibrate(found, usable, ratio)
-            for hook, values in found.items():
-                rows = values[usable.to(values.device)]
-                if ratio > 0:
-                    # Whatever other hooks make of these rows: the constants of a hook are its own.
-                    rows = rows[row_norms(rows) <= ratio * filters[group].median_norms[hook]]
-                constants[hook] = codec.calibrate(rows)
-        return Encoding(codec, constants, filters, hooks)
-
-    def _first_usable_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [contexts, positions] of the first batch with usable positions, and which they are."""
-        size = self._spec.model.batch_size
-        for first in range(0, self._index.contexts, size):
-            tokens = self._contexts.read(first, min(first + size, self._index.contexts))
-            usable = self._usable(tokens)
-            if bool(usable.any()):
-                return tokens, usable
-        raise InvalidInput(
-            "TooFewRows", "no position of any context may become a row: see spec.sampling", field="spec.sampling"
-        )
+    def _stop_if_asked(self) -> None:
+        if self._context.should_stop():
+            raise Stopped("asked to stop: the shards that were finished are stored and will not be written again")
 
 
 def software_versions() -> dict[str, str]:
