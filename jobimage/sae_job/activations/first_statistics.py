@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from sae_job.activations.first_rows import read_first_rows
+from sae_job.activations.loading import ShardId
 from sae_job.activations.manifest import CacheManifest, HookStatistics, HookSums, Sidecar, read_sidecar
 from sae_job.activations.statistics import merge_sums
 from sae_job.storage.base import ObjectStore
@@ -37,19 +39,20 @@ def statistics_of_first_rows(
     whole = {hook: manifest.hook(hook) for hook in hooks}
     if total >= manifest.tokens:
         return whole
-    shards = [(number, shard.entry.rows) for number, shard in enumerate(read_first_rows(store, manifest, total))]
-    found: dict[str, list[tuple[int, HookSums]]] = {hook: [] for hook in hooks}
+    groups = {hook: statistics.group for hook, statistics in whole.items()}
+    shards = [shard.shard for shard in read_first_rows(store, manifest, total, {0, *groups.values()})]
+    found: dict[str, list[HookSums]] = {hook: [] for hook in hooks}
 
-    def read(shard: tuple[int, int]) -> Sidecar | None:
-        number, rows = shard
-        return read_sidecar(store, number, rows, manifest.rows_per_shard)
+    def read(shard: ShardId, group: int) -> Sidecar | None:
+        return read_sidecar(store, shard.number, shard.rows, manifest.rows_per_shard, group)
 
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sidecar") as threads:
-        sidecars = list(threads.map(read, shards))
-    for sidecar in sidecars:
-        if sidecar is None:
-            logger.warning("%s lacks sidecars of shards: statistics are those of all its rows", store.uri)
-            return whole
-        for hook in hooks:
-            found[hook].append((sidecar.rows, sidecar.hooks[hook]))
-    return {hook: merge_sums(hook, sums) for hook, sums in found.items()}
+        for group in sorted(set(groups.values())):
+            for sidecar in threads.map(partial(read, group=group), shards):
+                if sidecar is None:
+                    logger.warning("%s lacks sidecars of shards: statistics are those of all its rows", store.uri)
+                    return whole
+                for hook in hooks:
+                    if groups[hook] == group:
+                        found[hook].append(sidecar.hooks[hook])
+    return {hook: merge_sums(hook, sums, group=groups[hook]) for hook, sums in found.items()}

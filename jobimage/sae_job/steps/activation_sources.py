@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from sae_job.activations.first_statistics import statistics_of_first_rows
 from sae_job.activations.live import LiveActivations, LiveSource
 from sae_job.activations.manifest import CacheManifest, read_manifest
 from sae_job.activations.reader import CachedActivations, HeldOut, held_out_contexts_for
+from sae_job.activations.usage import note_use
 from sae_job.errors import InvalidInput
 from sae_job.models.full import FullModel
 from sae_job.models.hooked import HookedModel
@@ -72,8 +73,8 @@ class ActivationSource(Protocol):
         """
         ...
 
-    def statistics(self) -> Mapping[str, ActivationStatistics]:
-        """Statistics of every hook's activations; they depend on nothing but the rows that the job asked for."""
+    def statistics(self, hooks: Sequence[str]) -> Mapping[str, ActivationStatistics]:
+        """Statistics of these hooks' activations; they depend on nothing but the rows that the job asked for."""
         ...
 
     def open(self, plan: TrainingPlan) -> OpenActivations:
@@ -110,6 +111,7 @@ def open_source(step: TrainStep, context: StepContext, *, device: torch.device) 
     """
     store = context.open_store(step.activations)
     if step.spec.activations.live is None:
+        note_use(store, context.now())
         return CacheSource(store, read_manifest(store), context, asked=step.cache, device=device)
     index = CacheIndex.load(store)
     if index is None or step.cache is None:
@@ -161,8 +163,8 @@ class CacheSource:
             device=self._device
         )
 
-    def statistics(self) -> Mapping[str, ActivationStatistics]:
-        return statistics_of_first_rows(self.store, self._manifest, self.rows, hooks=list(self.widths))
+    def statistics(self, hooks: Sequence[str]) -> Mapping[str, ActivationStatistics]:
+        return statistics_of_first_rows(self.store, self._manifest, self.rows, hooks=hooks)
 
     def open(self, plan: TrainingPlan) -> OpenActivations:
         stream = CachedActivations.open(
@@ -172,6 +174,7 @@ class CacheSource:
             seed=ORDER_SEED,
             held_out_contexts=held_out_contexts_for(self.store, self._manifest, plan.held_out_rows),
             total_rows=self.rows,
+            device=self._device,
         )
         self._stream = stream
         return OpenActivations(stream, stream.held_out(plan.held_out_rows))
@@ -243,8 +246,8 @@ class LiveModelSource:
     def whole_model(self) -> FullModel:
         return self._local_model().load_full(device=self._device)
 
-    def statistics(self) -> Mapping[str, ActivationStatistics]:
-        return {statistics.name: statistics for statistics in self._live().statistics()}
+    def statistics(self, hooks: Sequence[str]) -> Mapping[str, ActivationStatistics]:
+        return {statistics.name: statistics for statistics in self._live().statistics() if statistics.name in hooks}
 
     def open(self, plan: TrainingPlan) -> OpenActivations:
         source = self._live()

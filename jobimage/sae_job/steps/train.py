@@ -12,7 +12,6 @@ import torch
 
 from sae_job.activations.contexts import ContextReader
 from sae_job.activations.reader import HeldOut
-from sae_job.activations.usage import note_use
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.evaluation.cross_entropy import CrossEntropy, cross_entropies
 from sae_job.evaluation.metrics import HeldOutRows
@@ -60,14 +59,13 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
         return result_of("train", finished, adopted=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_source(step, context, device=device)
-    note_use(source.store, context.now())
     plan = resolve_plan(spec, cache_rows=source.rows, widths=source.widths)
     left_over = None if finished is None else finished["tokens"]
     snapshot = _checkpoint(checkpoints, plan, left_over=left_over)
     if snapshot is not None:
         plan = plan.with_scales_of(snapshot.state["plan"])
     elif plan.needs_statistics:
-        plan = plan.scaled_by(source.statistics())
+        plan = plan.scaled_by(source.statistics(plan.hooks))
     try:
         data = source.open(plan)
         trainer = Trainer(

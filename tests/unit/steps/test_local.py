@@ -168,6 +168,35 @@ def test_a_cache_of_its_own_is_made_before_the_job_that_refers_to_it(inputs: Pat
     assert display.titles == ["shared prepare", "shared cache", "shared finalize", "job preflight", "job train"]
 
 
+def live(inputs: Path) -> dict[str, Any]:
+    return {key: value for key, value in cache(inputs).items() if key != "storage"} | {"bufferBytes": 2**20}
+
+
+def test_a_live_job_has_no_cache_steps_and_stores_contexts_alone(inputs: Path, tmp_path: Path) -> None:
+    display = Recorded()
+    (outcome,) = run_resources(resources(job({"live": live(inputs)})), store_root=tmp_path, display=display)
+    assert display.titles == ["job preflight", "job train"]
+    assert outcome.result.tokens == 8192
+    folder = tmp_path / "bucket/job"
+    assert (folder / "k4/cfg.json").exists()
+    assert (folder / "activations/tokens/index.json").exists()
+    assert not list(tmp_path.rglob("shards"))
+    for step, total in (("preflight", 3000), ("train", 8192)):
+        last = [state for state in display.states if state.step == step][-1]
+        assert last.tokens == last.total_tokens == total
+
+
+def test_an_interrupted_live_run_continues_to_the_same_result(inputs: Path, tmp_path: Path) -> None:
+    manifest = resources(job({"live": live(inputs)}))
+    run_resources(manifest, store_root=tmp_path / "undisturbed")
+    for step in ("preflight", "train"):
+        interrupt = Recorded(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run_resources(manifest, store_root=tmp_path / "interrupted", display=interrupt)
+    run_resources(manifest, store_root=tmp_path / "interrupted")
+    assert outputs(tmp_path / "interrupted") == outputs(tmp_path / "undisturbed")
+
+
 def test_a_reference_to_a_cache_that_is_not_there_names_the_field() -> None:
     with pytest.raises(InvalidInput, match=r"spec\.activations\.cacheRef\.name: no ActivationCache named 'none'"):
         in_dependency_order(resources(job({"cacheRef": {"name": "none"}})))
