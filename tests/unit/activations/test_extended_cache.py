@@ -12,7 +12,8 @@ from safetensors.torch import load
 
 from sae_job.activations.first_rows import ShardRows, first_rows
 from sae_job.activations.format import sidecar_key
-from sae_job.activations.manifest import CacheManifest, Sidecar, read_sidecar
+from sae_job.activations.loading import ShardId
+from sae_job.activations.manifest import CacheManifest, PartEntry, Sidecar, read_sidecar
 from sae_job.activations.reader import CachedActivations, HeldOut, held_out_contexts_for
 from sae_job.errors import InvalidInput
 from sae_job.storage.file_store import FileStore
@@ -71,10 +72,10 @@ def undisturbed(cache: Cache, *, held_out_contexts: int = 0, mix: int = 3) -> to
 
 def test_an_extended_cache_lists_the_full_shard_and_keeps_the_partial_one(tmp_path: Path) -> None:
     short = cache_of(tmp_path, ROWS)
-    assert short[1].shards[-1].key == PART
+    assert short[1].shards[-1].parts[0].key == PART
     long = cache_of(tmp_path, 2 * ROWS)
-    assert PART not in [entry.key for entry in long[1].shards]
-    full = stored_rows(long, long[1].shards[4].key)
+    assert PART not in [entry.parts[0].key for entry in long[1].shards]
+    full = stored_rows(long, long[1].shards[4].parts[0].key)
     assert keys(stored_rows(long, PART)) != keys(full[:140]), (
         "in an order of its own, or there is nothing to tell apart"
     )
@@ -162,7 +163,7 @@ def test_held_out_rows_too_come_from_the_partial_shard(tmp_path: Path) -> None:
     """A real model rounds differently in batches of other sizes, so equal contexts are not equal bits."""
     cache_of(tmp_path, ROWS)
     long = cache_of(tmp_path, 2 * ROWS)
-    long[0].delete(long[1].shards[4].key)
+    long[0].delete(long[1].shards[4].parts[0].key)
     reader = open_reader(long, held_out_contexts=61)
     assert int(reader.held_out(ROWS).sequence.max()) == 60
     take(reader, BATCHES)
@@ -178,8 +179,8 @@ def test_without_the_partial_shard_or_its_proof_the_full_one_is_read(tmp_path: P
     read = keys(take(reader, ROWS // BATCH))
     reader.close()
     entries = long[1].shards
-    whole = [stored_rows(long, entry.key) for entry in entries[:4]]
-    assert read == keys(torch.cat([*whole, stored_rows(long, entries[4].key)[:140]]))
+    whole = [stored_rows(long, entry.parts[0].key) for entry in entries[:4]]
+    assert read == keys(torch.cat([*whole, stored_rows(long, entries[4].parts[0].key)[:140]]))
 
 
 def test_a_partial_shard_that_is_not_listed_is_verified_too(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_a_partial_shard_that_is_not_listed_is_verified_too(tmp_path: Path) -> N
     data[-1] ^= 1
     long[0].put(PART, data)
     reader = open_reader(long)
-    with pytest.raises(InvalidInput, match=f"{PART} is corrupt .its SHA-256 differs"):
+    with pytest.raises(InvalidInput, match=f"{PART} is corrupt .the CRC-32 of tensor '{HOOK}' differs"):
         take(reader, ROWS // BATCH)
     reader.close()
 
@@ -199,14 +200,14 @@ def test_the_objects_follow_from_the_manifest_and_the_row_count(tmp_path: Path) 
     part = read_sidecar(store, 4, 140, 215)
     assert part is not None
     _, manifest = cache_of(tmp_path, 2 * ROWS)
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, int, int]] = []
 
     def objects(total: int, stored: Sidecar | None) -> list[tuple[str, int]]:
-        def stored_part(number: int, rows: int) -> Sidecar | None:
-            asked.append((number, rows))
+        def stored_part(number: int, rows: int, group: int) -> Sidecar | None:
+            asked.append((number, rows, group))
             return stored
 
-        return [(shard.entry.key, shard.rows) for shard in first_rows(manifest, total, stored_part)]
+        return [(shard.parts[0].key, shard.rows) for shard in first_rows(manifest, total, {0}, stored_part)]
 
     full = [(f"shards/{number:06d}.safetensors", 215) for number in range(9)]
     assert objects(0, None) == []
@@ -215,10 +216,12 @@ def test_the_objects_follow_from_the_manifest_and_the_row_count(tmp_path: Path) 
     assert asked == [], "at the end of a shard there is nothing to choose"
     assert objects(ROWS, None) == [*full[:4], ("shards/000004.safetensors", 140)]
     assert objects(ROWS, part) == [*full[:4], (PART, 140)]
-    assert asked == [(4, 140), (4, 140)]
-    assert first_rows(manifest, ROWS, lambda number, rows: part)[4] == ShardRows(
-        manifest.shards[4].model_copy(
-            update={"key": PART, "rows": 140, "bytes": part.bytes, "sha256": part.sha256, "crc32": part.crc32}
-        ),
+    assert asked == [(4, 140, 0), (4, 140, 0)]
+    entry = manifest.shards[4]
+    assert first_rows(manifest, ROWS, {0}, lambda number, rows, group: part)[4] == ShardRows(
+        ShardId(4, 140),
         140,
+        entry.start,
+        entry.stop,
+        {0: PartEntry(key=PART, bytes=part.bytes, sha256=part.sha256, crc32=part.crc32)},
     )
