@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae_job.commands import cache as cache_commands
+from sae_job.commands.pretokenize import PRETOKENIZE_EPILOG, pretokenize
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.storage.base import StoreError
 from sae_operator import __version__
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cache_commands.app)
+app.command(epilog=PRETOKENIZE_EPILOG)(pretokenize)
 
 Files = Annotated[
     list[Path],
