@@ -1,16 +1,12 @@
-"""Special tokens and attention sinks do not become rows."""
+"""Attention sinks do not become rows."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from sae_job.activations.sink_filter import SinkFilter, row_norms, usable_positions
-
-
-def test_excluded_tokens_are_not_usable() -> None:
-    tokens = torch.tensor([[0, 5, 2], [7, 0, 2]], dtype=torch.int32)
-    assert usable_positions(tokens, [0, 2]).tolist() == [[False, True, False], [True, False, False]]
-    assert usable_positions(tokens, []).all()
+from sae_job.activations.sink_filter import SinkFilter, row_norms
+from sae_job.errors import InvalidInput
 
 
 def test_rows_above_a_multiple_of_the_median_are_dropped() -> None:
@@ -38,3 +34,15 @@ def test_without_a_ratio_nothing_is_dropped() -> None:
 def test_norms_of_bfloat16_are_taken_in_float32() -> None:
     # 4096 ones: in bfloat16 a running sum of squares would stop growing at 256.
     assert row_norms(torch.ones(1, 4096, dtype=torch.bfloat16)).tolist() == [64.0]
+
+
+def test_what_is_not_a_number_is_left_for_the_sums_to_refuse() -> None:
+    kept = SinkFilter(2.0, {"h": 1.0}).keep({"h": torch.tensor([[float("nan")], [float("inf")], [1.0]])})
+    assert kept is not None
+    assert kept.tolist() == [True, False, True]
+
+
+def test_a_median_that_is_not_finite_is_refused() -> None:
+    values = torch.tensor([[[float("nan")], [1.0]]])
+    with pytest.raises(InvalidInput, match="activations of h are infinite or not numbers"):
+        SinkFilter.calibrate({"h": values}, torch.ones(1, 2, dtype=torch.bool), ratio=2.0)

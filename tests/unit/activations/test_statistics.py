@@ -17,7 +17,7 @@ from sae_job.errors import InvalidInput
 
 def test_closed_form() -> None:
     sums = sums_of(torch.tensor([[3.0, 4.0], [0.0, 5.0], [-6.0, 8.0]]), "h")
-    assert (sums.d_in, sums.sum, sums.sum_norm, sums.sum_squared_norm) == (2, [-3.0, 17.0], 20.0, 150.0)
+    assert (sums.d_in, sums.rows, sums.sum, sums.sum_norm, sums.sum_squared_norm) == (2, 3, [-3.0, 17.0], 20.0, 150.0)
 
 
 def test_columns_are_summed_exactly() -> None:
@@ -34,7 +34,7 @@ def test_columns_are_summed_exactly() -> None:
 def test_merged_statistics_are_those_of_all_rows(counts: list[int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(sum(counts))
     shards = [(torch.randn(count, 5, generator=generator) + 2).to(dtype) for count in counts]
-    merged = merge_sums("h", [(len(shard), sums_of(shard, "h")) for shard in shards])
+    merged = merge_sums("h", [sums_of(shard, "h") for shard in shards])
     everything = torch.cat(shards).double()
     norms = everything.norm(dim=1)
     assert merged.mean == pytest.approx(everything.mean(dim=0).tolist(), rel=1e-12)
@@ -51,8 +51,28 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
 
 def test_shards_that_were_filtered_differently_are_refused() -> None:
     def sums(median: float) -> HookSums:
-        return HookSums(d_in=1, sum=[1.0], sum_norm=1.0, sum_squared_norm=1.0, calibration_median_norm=median)
+        return HookSums(d_in=1, rows=1, sum=[1.0], sum_norm=1.0, sum_squared_norm=1.0, calibration_median_norm=median)
 
-    assert merge_sums("h", [(1, sums(2.0)), (1, sums(2.0))]).calibration_median_norm == 2.0
+    assert merge_sums("h", [sums(2.0), sums(2.0)]).calibration_median_norm == 2.0
     with pytest.raises(InvalidInput, match="disagree on the median norm of h"):
-        merge_sums("h", [(1, sums(2.0)), (1, sums(2.5))])
+        merge_sums("h", [sums(2.0), sums(2.5)])
+
+
+def test_rows_that_are_not_kept_do_not_count() -> None:
+    rows = torch.tensor([[3.0, 4.0], [1e30, 1e30], [-6.0, 8.0]])
+    sums = sums_of(rows, "h", keep=torch.tensor([1, 0, 1], dtype=torch.uint8))
+    assert (sums.rows, sums.sum, sums.sum_norm, sums.sum_squared_norm) == (2, [-3.0, 12.0], 15.0, 125.0)
+    assert merge_sums("h", [sums, sums], group=1).mean == [-1.5, 6.0]
+    assert (merge_sums("h", [sums, sums], group=1).rows, merge_sums("h", [sums], group=1).group) == (4, 1)
+
+
+def test_a_hook_without_any_row_is_told() -> None:
+    none = sums_of(torch.ones(2, 3), "h", keep=torch.zeros(2, dtype=torch.uint8))
+    with pytest.raises(InvalidInput, match="leaves no row of h: raise maxNormRatio"):
+        merge_sums("h", [none])
+
+
+def test_a_model_that_overflows_is_told_apart_from_a_format_that_does() -> None:
+    with pytest.raises(InvalidInput, match=r"infinite or not numbers: use another model\.dtype") as caught:
+        sums_of(torch.tensor([[math.nan]], dtype=torch.bfloat16), "layer.3")
+    assert caught.value.field == "spec.model.dtype"
