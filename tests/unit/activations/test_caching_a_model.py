@@ -74,7 +74,7 @@ def test_rows_are_the_models_hidden_states(sources: tuple[Path, Path], tmp_path:
     contexts = ContextReader(store, index)
     special = torch.arange(len(SPECIAL_TOKENS))
     for entry in manifest.shards:
-        shard = load(store.get(entry.key))
+        shard = load(store.get(entry.parts[0].key))
         assert not torch.isin(shard["token_ids"], special).any()
         # The same batches as the worker made: results hang on them in the last bits.
         found: dict[str, list[torch.Tensor]] = {name: [] for name in HOOKS}
