@@ -147,12 +147,13 @@ def test_the_extension_leaves_shards_and_contexts_untouched(extensions: Extensio
 def test_the_second_sae_is_of_the_hook_that_was_added(extensions: Extensions, s3: Any, tmp_path: Path) -> None:
     sae = load_sae(s3, "second", tmp_path)
     assert sae.encode(torch.randn(4, WIDTH)).shape == (4, 64)
-    assert json.loads((tmp_path / "cfg.json").read_text())["metadata"]["hook_name"] == B
+    assert json.loads((tmp_path / "cfg.json").read_text())["hook_name"] == B
 
 
 def test_a_live_job_stores_contexts_and_no_activations(extensions: Extensions, s3: Any, tmp_path: Path) -> None:
     assert "cacheName" not in extensions.live.look()["status"]
-    assert [phase for phase in extensions.live.phases if phase in ("WaitingForCache", "Preflight")] == ["Preflight"]
+    steps = {job["metadata"]["labels"]["sae-operator.dev/step"] for job in extensions.live.jobs()}
+    assert steps == {"preflight", "train"}
     below = etags(s3, "live/activations/")
     assert "tokens/index.json" in below
     assert not [key for key in below if "shards" in key]
