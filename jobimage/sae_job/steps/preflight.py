@@ -17,6 +17,7 @@ from sae_job.models.facts import ModelFacts, check_batch_size, check_context_siz
 from sae_job.models.mirror import LocalModel, localized
 from sae_job.steps.activation_sources import model_of
 from sae_job.steps.context import StepContext
+from sae_job.steps.memory import PROCESS_BYTES, has_gpu, memory_limit
 from sae_job.steps.output_marker import check_output, claim_output, finished_results, result_of
 from sae_job.steps.prepare import cache_bytes, check_size, finished_manifest, prepare_contexts_for
 from sae_job.storage.base import ObjectStore
@@ -36,13 +37,8 @@ _CHECKPOINT_BYTES_PER_PARAMETER = 16
 _LATENT_ARRAYS = 3
 # A token id in a stored context.
 TOKEN_BYTES = 4
-# Interpreter and libraries.
-_PROCESS_BYTES = 2**30
 # What a live source calls a cache's fields.
 _FIELDS_OF_LIVE = {"storage.dtype": "dtype", "storage.shardBytes": "bufferBytes"}
-# Suffixes of a Kubernetes quantity, from 10**-9 and from 2**10 on.
-_DECIMAL_SUFFIXES = ("n", "u", "m", "", "k", "M", "G", "T", "P", "E")
-_BINARY_SUFFIXES = ("Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 
 
 def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
@@ -253,7 +249,7 @@ def memory_bytes(plan: TrainingPlan, held_bytes: int) -> int:
     """What the training pod needs, device and host together: weights with gradients and moments, a checkpoint of them,
     a step, and `held_bytes` of what is read or computed, or of a language model."""
     weights = _parameters(plan) * (_BYTES_PER_PARAMETER + _CHECKPOINT_BYTES_PER_PARAMETER)
-    return _PROCESS_BYTES + held_bytes + weights + _LATENT_ARRAYS * _latent_bytes(plan)
+    return PROCESS_BYTES + held_bytes + weights + _LATENT_ARRAYS * _latent_bytes(plan)
 
 
 def _parameters(plan: TrainingPlan) -> int:
@@ -266,11 +262,10 @@ def _latent_bytes(plan: TrainingPlan) -> int:
 
 def _check_memory(spec: SAETrainingJobSpec, plan: TrainingPlan, reader: int) -> None:
     """Raises InvalidInput when a pod without a GPU cannot even hold the weights, one step and the shards it reads."""
-    limits = spec.run.resources.limits
-    if "memory" not in limits or any("gpu" in name for name in limits):
+    limit = memory_limit(spec.run)
+    if limit is None or has_gpu(spec.run):
         return
     training = _parameters(plan) * _BYTES_PER_PARAMETER + _latent_bytes(plan)
-    limit = quantity_bytes(limits["memory"])
     if limit < training + reader:
         lower = "the cache's shardBytes" if spec.activations.live is None else "bufferBytes of the live source"
         raise InvalidInput(
@@ -279,13 +274,3 @@ def _check_memory(spec: SAETrainingJobSpec, plan: TrainingPlan, reader: int) -> 
             f"limit is {limit >> 20} MiB; raise it, or lower batchSize, dSae, the number of SAEs or {lower}",
             field="spec.run.resources.limits.memory",
         )
-
-
-def quantity_bytes(quantity: int | str) -> int:
-    """A Kubernetes quantity of memory in bytes: `1536Mi`, `2G`, `1e9`, `4096`."""
-    text = str(quantity)
-    number = text.rstrip("numkKMGTPEi")
-    suffix = text[len(number) :]
-    if suffix in _BINARY_SUFFIXES:
-        return int(float(number) * 2 ** (10 * (_BINARY_SUFFIXES.index(suffix) + 1)))
-    return int(float(number) * 10.0 ** (3 * (_DECIMAL_SUFFIXES.index(suffix) - 3)))

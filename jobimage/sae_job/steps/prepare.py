@@ -18,6 +18,7 @@ from sae_job.steps.prepare_contexts import store_contexts
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
 from sae_job.text.blocks import BlockRecord
 from sae_job.text.plan import (
+    INDEX_KEY,
     BlockEntry,
     CacheIndex,
     ModelRecord,
@@ -87,6 +88,7 @@ def prepare_contexts_for(
         InvalidInput, Stopped: as `run_prepare`.
     """
     _mark(store, spec)
+    there = store.head(INDEX_KEY)
     earlier = CacheIndex.load(store)
     model = localized(
         spec.model,
@@ -108,7 +110,9 @@ def prepare_contexts_for(
     records, plan = store_contexts(asked, facts, store, context, shard_rows=shape.rows_per_shard)
     index = _index(spec, facts, shape, records, plan)
     if index != earlier:
-        index.save(store)
+        # Two caches of one folder that are prepared at the same time must not lose what either adds: the one that
+        # comes second is tried again.
+        index.save(store, over=there, first=there is None)
     return facts, index
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from sae_job.errors import InvalidInput
-from sae_job.storage.base import ObjectNotFound, ObjectStore
+from sae_job.storage.base import ObjectInfo, ObjectNotFound, ObjectStore
 from sae_operator.api.activation_cache import ActivationCacheSpec
 
 INDEX_KEY = "tokens/index.json"
@@ -147,8 +147,18 @@ class CacheIndex(IndexPart):
     def encode(self) -> bytes:
         return (self.model_dump_json(by_alias=True) + "\n").encode()
 
-    def save(self, store: ObjectStore) -> None:
-        store.put(INDEX_KEY, self.encode())
+    def save(self, store: ObjectStore, *, over: ObjectInfo | None = None, first: bool = False) -> None:
+        """Store it, in place of what is there.
+
+        Args:
+            store: the cache's folder.
+            over: what must be there.
+            first: nothing must be there.
+
+        Raises:
+            PreconditionFailed: another prepare was faster.
+        """
+        store.put(INDEX_KEY, self.encode(), if_match=None if over is None else over.etag, if_absent=first)
 
 
 def block_key(block: int) -> str:

@@ -12,8 +12,9 @@ import torch
 from sae_job.errors import InvalidInput
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.steps.context import StepContext
+from sae_job.steps.memory import quantity_bytes
 from sae_job.steps.output_marker import claim_output
-from sae_job.steps.preflight import quantity_bytes, run_preflight
+from sae_job.steps.preflight import run_preflight
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_job.text.plan import CacheIndex
 from sae_operator.api.activation_cache import ActivationCacheSpec

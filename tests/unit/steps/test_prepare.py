@@ -14,6 +14,7 @@ from sae_job.errors import InvalidInput, Stopped
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.steps.context import StepContext
 from sae_job.steps.prepare import run_prepare
+from sae_job.storage.base import PreconditionFailed
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_job.text import plan
 from sae_job.text.blocks import read_block, read_block_records
@@ -284,3 +285,56 @@ def test_a_damaged_block_is_told(bench: Bench) -> None:
     store.put("tokens/000000.safetensors", b"other bytes")
     with pytest.raises(InvalidInput, match="differs from its checksum"):
         read_block(store, 0, sha256=index_of(store).blocks[0].sha256)
+
+
+def test_the_plan_is_told_before_the_start(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        result = bench.prepare(bench.spec())
+    (plan_told,) = [record.message for record in caplog.records if record.message.startswith("plan of the cache:")]
+    told = dict(line.strip().split(maxsplit=1) for line in plan_told.splitlines()[1:])
+    assert result.plan is not None
+    assert told["store"] == f"{result.plan['bytes']:,} bytes"
+    assert told["rows"].startswith("1,500 in 4 shards")
+    assert told["hooks"] == "model.layers.1"
+    assert told["shard"].startswith("buffers")
+    assert told["a"] == f"worker takes {result.plan['memoryBytes'] / 2**20:,.1f} MiB in all"
+
+
+def test_a_worker_that_its_pod_cannot_hold_is_told_before_any_text_is_read(bench: Bench) -> None:
+    run = {"resources": {"limits": {"memory": "100Ki"}}}
+    reason, field, message = bench.refusal(bench.spec(run=run, dataset={"path": "/nowhere"}))
+    assert (reason, field) == ("NotEnoughMemory", "spec.run.resources.limits.memory")
+    assert "the limit is 0.1 MiB: raise it" in message
+    assert bench.prepare(bench.spec(run={"resources": {"limits": {"memory": "1Gi"}}})).exit_code == 0
+
+
+def test_another_prepare_that_was_faster_is_not_overwritten(bench: Bench) -> None:
+    spec = bench.spec()
+    bench.prepare(spec)
+
+    class Raced(FileStore):
+        def put(self, key: str, data: Any, **conditions: Any) -> Any:
+            if key == plan.INDEX_KEY:
+                super().put(key, super().get(key) + b" ")
+            return super().put(key, data, **conditions)
+
+    raced = Raced(bench.store(spec).root)
+    step = CacheStep(
+        step="prepare",
+        namespace="team",
+        name="tiny",
+        uid="u",
+        spec=bench.spec(hooks=[{"name": "model.layers.1"}, {"name": "model.layers.0"}]),
+        location=cache_location(spec, "team"),
+    )
+    context = StepContext(
+        reporter=ProgressReporter("prepare", clock=lambda: 0.0),
+        should_stop=lambda: False,
+        open_store=lambda _: raced,
+        now=lambda: 0.0,
+    )
+    with pytest.raises(PreconditionFailed):
+        run_prepare(step, context)
+    assert [group.hooks for group in index_of(bench.store(spec)).groups] == [["model.layers.1"]]
+    assert bench.prepare(step.spec).exit_code == 0
+    assert [group.hooks for group in index_of(bench.store(spec)).groups] == [["model.layers.1"], ["model.layers.0"]]
