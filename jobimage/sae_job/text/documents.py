@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -144,9 +145,7 @@ def open_documents(
         files = local_files(source, path)
         digest = fingerprint(files, path)
         rows = read_files(reader_for(source, [file.name for file in files]), files)
-
-        def metadata() -> bytes | None:
-            return local_metadata(path)
+        metadata = partial(local_metadata, path)
     else:
         commit = revision or resolve_commit(
             source.path,
@@ -156,10 +155,7 @@ def open_documents(
             revision_field="spec.dataset.revision",
         )
         rows = read_hub_dataset(source, commit)
-
-        def metadata() -> bytes | None:
-            return hub_metadata(source, commit)
-
+        metadata = partial(hub_metadata, source, commit)
     column, tokenized = _column(source, rows)
     record = DatasetRecord(
         path=source.path,

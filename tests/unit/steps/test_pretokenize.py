@@ -148,7 +148,7 @@ def test_data_and_metadata_go_to_the_same_revision_and_metadata_last(inputs: tup
 
 def test_token_ids_are_not_tokenized_again(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     make(inputs, [StoreOutput(FileStore(tmp_path))])
-    with pytest.raises(InvalidInput, match="holds token ids; name"):
+    with pytest.raises(InvalidInput, match="holds token ids already; name a column of text"):
         pretokenize_documents(
             Pretokenization("t", DatasetSource(path=str(tmp_path)), SIZE, BOS_TWICE),
             open_documents(DatasetSource(path=str(tmp_path))),
