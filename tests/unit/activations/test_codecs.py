@@ -140,3 +140,11 @@ def test_int8_is_more_exact_than_float8_for_rows_off_centre() -> None:
     values = rows_of(500, 64, 2)
     errors = {name: float((round_trip(CODECS[name], values) - values).square().mean()) for name in SCALED}
     assert errors["int8"] < errors["float8"] / 20
+
+
+def test_every_finite_float8_value_is_read_as_pytorch_reads_it() -> None:
+    """The only other value, NaN, is stored in rows whose scale is not finite."""
+    numbers = torch.arange(256, dtype=torch.uint8)
+    stored = numbers[(numbers & 0x7F) != 0x7F].view(torch.float8_e4m3fn).reshape(2, 127)
+    read = CODECS["float8"].decode({VALUES: stored, SCALE: torch.tensor([1.0, 2.0])}, {})
+    assert torch.equal(read, stored.float() * torch.tensor([[1.0], [2.0]]))
