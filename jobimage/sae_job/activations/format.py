@@ -35,12 +35,7 @@ KEEP = "keep"
 # What a checksum of the header is called among those of the tensors.
 HEADER = "/header"
 
-# Names of the plain formats in a spec, in torch and in a safetensors header.
-STORAGE_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+# Names of dtypes in a safetensors header.
 SAFETENSORS_NAMES: dict[torch.dtype, str] = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
