@@ -20,11 +20,11 @@ MOST_FREE = 64
 
 @dataclass(frozen=True)
 class ShardTensors:
-    """A shard in memory; tensors are valid while it is held.
+    """A shard in memory.
 
     Attributes:
-        stored: hook -> suffix -> what is stored of its rows, [rows, ...].
-        constants: hook -> suffix -> what is stored once for the shard.
+        stored: hook -> suffix -> what is stored of its rows, [rows, ...]; valid while the shard is held.
+        constants: hook -> suffix -> what is stored once for the shard; valid as long as this is.
         kept: which rows may be given out, bool [rows]; None when all.
     """
 

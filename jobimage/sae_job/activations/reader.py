@@ -204,7 +204,11 @@ class CachedShards:
             for hook in hooks:
                 width = self._hooks[hook]
                 stored[hook] = {suffix: loaded[group, hook + suffix] for suffix, *_ in self._codec.row_tensors(width)}
-                constants[hook] = {suffix: loaded[group, hook + suffix] for suffix, *_ in self._codec.constants(width)}
+                # A batch is decoded when all its rows are there: shards that it took rows of may have gone by then, and
+                # their memory may be other shards'.
+                constants[hook] = {
+                    suffix: loaded[group, hook + suffix].clone() for suffix, *_ in self._codec.constants(width)
+                }
             if group > 0:
                 keep = loaded[group, KEEP].bool().numpy()
                 kept = keep if kept is None else kept & keep

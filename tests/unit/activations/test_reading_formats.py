@@ -13,6 +13,7 @@ from sae_job.activations.manifest import Sidecar
 from sae_job.activations.reader import CachedActivations
 from sae_job.errors import InvalidInput
 from sae_job.storage.file_store import FileStore
+from tests.caches import finished_cache
 from tests.faults import FaultPlan
 from tests.grouped_cache import CONTEXT_SIZE, GroupedCache, write_grouped_cache
 
@@ -126,6 +127,29 @@ def test_rows_are_decoded_as_the_format_says(tmp_path: Path, dtype: str, mapped:
         assert batch[hook].dtype == expected.dtype == (torch.float32 if dtype.endswith("8") else getattr(torch, dtype))
         assert sorted_rows(batch[hook].float()) == sorted_rows(expected.float())
     reader.close()
+
+
+def test_a_batch_is_decoded_as_the_shards_say_that_it_came_from(tmp_path: Path) -> None:
+    """Even when these were let go before it was full, and their memory holds other shards by then."""
+    store, _ = finished_cache(tmp_path, hooks={"a": 16, "b": 24}, tokens=1500, dtype="int8", shard_bytes=2**13)
+    readers = [
+        CachedActivations.open(
+            place,
+            hooks=["a", "b"],
+            batch_size=64,
+            seed=1,
+            held_out_contexts=0,
+            mix_shards=2,
+            read_ahead_bytes=1,
+        )
+        for place in (store, FaultPlan().wrap(store))
+    ]
+    for _ in range(60):
+        mapped, read = (reader.next_batch() for reader in readers)
+        assert torch.equal(mapped["a"], read["a"])
+        assert torch.equal(mapped["b"], read["b"])
+    for reader in readers:
+        reader.close()
 
 
 @pytest.mark.parametrize("name", ["keep", "c/mean", "c/spread", "c/scale", "c"])
