@@ -201,7 +201,7 @@ class MixedRows:
             InvalidInput: a shard is missing or corrupt, or the norm ratio leaves out every row.
             StoreError: the store cannot be read.
         """
-        batch = self._batch(self._batch_size)
+        batch = self._batch(self._batch_size, self._memory)
         done, begun = 0, self._place.epoch
         while done < self._batch_size * self._world_size:
             done = self._take(batch, done)
@@ -261,17 +261,17 @@ class MixedRows:
             InvalidInput: a shard is missing or corrupt.
         """
         parts: list[HeldOut] = []
-        rows = 0
+        rows, once = 0, BatchMemory(reused=False)
         for shard in self._all_rows.shards:
             if shard.start >= self._held_out_contexts or rows >= max_rows:
                 break
-            part = self._held_out_of(shard.shard, max_rows - rows)
+            part = self._held_out_of(shard.shard, max_rows - rows, once)
             rows += len(part.sequence)
             parts.append(part)
         # What was held for this is wanted again when training comes to it.
         self._labels = None
         self._source.want((), ())
-        none = self._batch(0).decoded(None)
+        none = self._batch(0, once).decoded(None)
         return HeldOut(
             {hook: torch.cat([empty, *(part.activations[hook] for part in parts)]) for hook, empty in none.items()},
             *(
@@ -284,10 +284,10 @@ class MixedRows:
         """Stop reading ahead and free the memory."""
         self._source.close()
 
-    def _batch(self, rows: int) -> Batch:
-        return Batch(self._source.hooks, self._source.codec, rows, self._memory)
+    def _batch(self, rows: int, memory: BatchMemory) -> Batch:
+        return Batch(self._source.hooks, self._source.codec, rows, memory)
 
-    def _held_out_of(self, shard: ShardId, max_rows: int) -> HeldOut:
+    def _held_out_of(self, shard: ShardId, max_rows: int, memory: BatchMemory) -> HeldOut:
         self._source.want((shard,), ())
         tensors = self._source.get(shard)
         fields = self._source.row_fields(shard)
@@ -298,7 +298,7 @@ class MixedRows:
         rows = torch.nonzero(held_out).flatten()
         place = sequence[rows].long() * self._source.context_size + position[rows].long()
         rows = rows[torch.argsort(place)][:max_rows]
-        batch = self._batch(len(rows))
+        batch = self._batch(len(rows), memory)
         batch.add(tensors, rows.numpy())
         return HeldOut(batch.decoded(None), fields[TOKEN_IDS][rows], sequence[rows], position[rows])
 

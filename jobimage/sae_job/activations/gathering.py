@@ -56,16 +56,20 @@ class BatchMemory:
     as copying rows there.
 
     Where there is a GPU it is pinned, and torch itself keeps it.
+
+    Args:
+        reused: False for what is gathered once: then it is pageable, and nobody keeps it.
     """
 
-    def __init__(self) -> None:
-        self._pinned = torch.cuda.is_available()
+    def __init__(self, *, reused: bool = True) -> None:
+        self._reused = reused
+        self._pinned = reused and torch.cuda.is_available()
         self._free: list[np.ndarray] = []
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor with any content; its memory comes back when the last tensor over it is gone."""
         size = math.prod(shape) * dtype.itemsize
-        if self._pinned or size == 0:
+        if self._pinned or not self._reused or size == 0:
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._pinned)
         block = self._block(size)
         start = -block.ctypes.data % ALIGNMENT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from sae_job.activations.reader import (
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.file_store import FileStore
+from sae_operator.api.activation_cache import StorageDtype
 from tests.caches import finished_cache
 from tests.faults import FaultPlan, FaultyStore, fail
 
@@ -435,4 +437,21 @@ def test_opening_a_cache_of_very_many_shards_touches_but_those_of_the_first_batc
     assert rows - reader.training_rows == int((all_rows(cache, "sequence") < 5).sum())
     reader.next_batch()
     assert len(plan.names) - len(opened) == 4
+    reader.close()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_memory_that_held_out_rows_were_gathered_in_is_not_kept(tmp_path: Path, dtype: StorageDtype) -> None:
+    """They are gathered once, and may be larger than all batches."""
+    store, manifest = finished_cache(tmp_path, hooks={"a": 64}, tokens=20_000, dtype=dtype, shard_bytes=2**20)
+    reader = CachedActivations.open(store, hooks=["a"], batch_size=64, seed=0, held_out_contexts=600)
+    tracemalloc.start()
+    try:
+        size = reader.held_out(manifest.tokens).activations["a"].nbytes
+        reader.next_batch()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size > 2**20
+    assert kept < size / 4
     reader.close()
