@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.storage.base import ObjectStore
-from sae_job.text.contexts import ContextPacker
+from sae_job.text.contexts import ContextPacker, SpecialTokens
 from sae_job.text.documents import Documents
 from sae_job.text.local_files import METADATA_FILE
 from sae_job.text.tokenize import TextTokenizer
@@ -24,7 +25,11 @@ from sae_operator.api.activation_cache import DatasetSource, Separators
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+logger = logging.getLogger(__name__)
+
 SHARD_BYTES = 2**26
+# So many tokens are held and shuffled at once, 1 GiB; longer data sets are shuffled in parts of this size.
+SHUFFLE_TOKENS = 2**28
 COLUMN = "input_ids"
 _SHARD = re.compile(r"^data/train-\d{5}\.parquet$")
 _BATCH_ROWS, _BATCH_CHARACTERS = 256, 2**21
@@ -39,10 +44,12 @@ class Pretokenization:
         dataset: the text.
         context_size: tokens of each context.
         separators: tokens that packing inserts; what is None inserts nothing.
-        shuffle: put the contexts of each file in an order that `seed` decides.
+        shuffle: put the contexts in an order that `seed` decides: of the whole data set up to `shuffle_tokens`, of each
+            part of about that size in a longer one.
         seed: of that order.
         max_tokens: make no more tokens than this; None for all of the text.
         shard_bytes: token ids of a file, in bytes of 4.
+        shuffle_tokens: tokens that are held in memory to be shuffled.
     """
 
     tokenizer_name: str
@@ -53,6 +60,18 @@ class Pretokenization:
     seed: int = 0
     max_tokens: int | None = None
     shard_bytes: int = SHARD_BYTES
+    shuffle_tokens: int = SHUFFLE_TOKENS
+
+    @property
+    def contexts_per_file(self) -> int:
+        return max(1, self.shard_bytes // (4 * self.context_size))
+
+    @property
+    def contexts_per_part(self) -> int:
+        """Contexts that are shuffled together, of whole files."""
+        if not self.shuffle:
+            return self.contexts_per_file
+        return max(1, self.shuffle_tokens // (self.context_size * self.contexts_per_file)) * self.contexts_per_file
 
     def metadata(self) -> dict[str, Any]:
         """What `sae_lens.json` says; tokens as they were written, not as ids."""
@@ -161,7 +180,7 @@ def pretokenize_documents(
     Args:
         documents: the text that `wanted.dataset` names.
         outputs: every one gets all files.
-        progress: told the contexts that are stored so far.
+        progress: told the contexts that are made so far.
 
     Raises:
         InvalidInput: the data set holds token ids, or too little text; a special token that the tokenizer lacks; an
@@ -170,50 +189,110 @@ def pretokenize_documents(
     """
     if documents.tokenized:
         raise InvalidInput(
-            "DatasetTokenized", f"{wanted.dataset.path!r} holds token ids already; name a column of text"
+            "DatasetTokenized",
+            f"{wanted.dataset.path!r} holds token ids already; name a column of text",
+            field="spec.dataset.column",
         )
-    special = tokenizer.packing(prepend_bos=False, separators=wanted.separators)
+    special = _special_tokens(wanted, tokenizer)
     packer = ContextPacker(wanted.context_size, special)
     for output in outputs:
         output.begin()
     limit = None if wanted.max_tokens is None else wanted.max_tokens // wanted.context_size
-    per_shard = max(1, wanted.shard_bytes // (4 * wanted.context_size))
-    keys: set[str] = set()
-    shard: list[np.ndarray[Any, Any]] = []
-    stored = 0
-
-    def store() -> None:
-        nonlocal stored
-        number = len(keys)
-        contexts = np.stack(shard)
-        if wanted.shuffle:
-            contexts = contexts[np.random.default_rng([wanted.seed, number]).permutation(len(contexts))]
-        key = f"data/train-{number:05d}.parquet"
-        data = encode_parquet(contexts)
-        for output in outputs:
-            output.put(key, data)
-        keys.add(key)
-        stored += len(shard)
-        shard.clear()
-        progress(stored)
-
+    files = _Files(wanted, outputs)
+    part = _Part(wanted.context_size, wanted.contexts_per_file)
+    made = 0
     for context in _contexts(documents, tokenizer, packer, should_stop):
-        if limit is not None and stored + len(shard) >= limit:
+        if limit is not None and made >= limit:
             break
-        shard.append(context.numpy().astype(np.int32))
-        if len(shard) == per_shard:
-            store()
-    if shard:
-        store()
-    if not keys:
+        if len(part) == wanted.contexts_per_part:
+            files.store(part)
+            part = _Part(wanted.context_size, wanted.contexts_per_file)
+            if wanted.shuffle and files.parts == 1:
+                logger.warning(
+                    "more contexts than are shuffled at once: each part of %d contexts is shuffled for itself",
+                    wanted.contexts_per_part,
+                )
+        part.append(context)
+        made += 1
+        progress(made)
+    if not made:
         raise InvalidInput(
             "NoTokens",
             f"the text of {wanted.dataset.path!r} does not fill one context of {wanted.context_size}; give more text",
+            field="spec.dataset.path",
         )
+    files.store(part)
     metadata = (json.dumps(wanted.metadata(), indent=2, ensure_ascii=False) + "\n").encode()
     for output in outputs:
-        output.finish(keys, metadata)
-    return stored
+        output.finish(files.keys, metadata)
+    return made
+
+
+def _special_tokens(wanted: Pretokenization, tokenizer: TextTokenizer) -> SpecialTokens:
+    special = tokenizer.packing(prepend_bos=False, separators=wanted.separators)
+    for token, field in (
+        (special.begin_context, "beginContext"),
+        (special.begin_document, "beginDocument"),
+        (special.separator, "betweenDocuments"),
+    ):
+        if token is not None and token >= tokenizer.size:
+            raise InvalidInput(
+                "TokenizerMismatch",
+                f"the tokenizer has no token {token}: its ids are below {tokenizer.size}",
+                field=f"spec.sampling.separators.{field}",
+            )
+    return special
+
+
+class _Part:
+    """Contexts in memory, in arrays of `rows` contexts: growing one array would hold everything twice."""
+
+    def __init__(self, context_size: int, rows: int) -> None:
+        self._shape = (rows, context_size)
+        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, context: Tensor) -> None:
+        row = self._length % self._shape[0]
+        if row == 0:
+            self._arrays.append(np.empty(self._shape, dtype=np.int32))
+        self._arrays[-1][row] = context.numpy()
+        self._length += 1
+
+    def take(self, places: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Contexts at these places, int32 [places, context_size]."""
+        found = np.empty((len(places), self._shape[1]), dtype=np.int32)
+        arrays, rows = np.divmod(places, self._shape[0])
+        for number in np.unique(arrays):
+            here = arrays == number
+            found[here] = self._arrays[number][rows[here]]
+        return found
+
+
+class _Files:
+    """Numbers and stores the files."""
+
+    def __init__(self, wanted: Pretokenization, outputs: list[Output]) -> None:
+        self._wanted = wanted
+        self._outputs = outputs
+        self.keys: set[str] = set()
+        self.parts = 0
+
+    def store(self, part: _Part) -> None:
+        order = np.arange(len(part))
+        if self._wanted.shuffle:
+            order = np.random.default_rng([self._wanted.seed, self.parts]).permutation(len(part))
+        self.parts += 1
+        size = self._wanted.contexts_per_file
+        for start in range(0, len(order), size):
+            key = f"data/train-{len(self.keys):05d}.parquet"
+            data = encode_parquet(part.take(order[start : start + size]))
+            for output in self._outputs:
+                output.put(key, data)
+            self.keys.add(key)
 
 
 def encode_parquet(contexts: np.ndarray[Any, Any]) -> bytes:
@@ -239,7 +318,7 @@ def _contexts(
 ) -> Iterator[Tensor]:
     for texts in _batches(documents.texts()):
         if should_stop():
-            raise Stopped("the data set has no metadata file yet: it is not finished")
+            raise Stopped("stopped; the data set has no metadata file yet: the same command begins anew")
         for document in tokenizer.encode(texts):
             yield from packer.feed(document)
 

@@ -71,6 +71,11 @@ class TextTokenizer:
         value = self.tokenizer.bos_token_id
         return value if isinstance(value, int) else None
 
+    @property
+    def size(self) -> int:
+        """Token ids are below this."""
+        return len(self.tokenizer)
+
     def packing(self, *, prepend_bos: bool, separators: Separators | None = None) -> SpecialTokens:
         """Ids of the tokens that packing inserts.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from sae_job.errors import InvalidInput
+from sae_job.errors import InvalidInput, Stopped
 from sae_job.steps.pretokenize import HubOutput, Output, Pretokenization, StoreOutput, pretokenize_documents
 from sae_job.storage.file_store import FileStore
 from sae_job.text.contexts import pack_contexts
@@ -28,7 +30,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_tiny_model(root / "model"), write_tiny_text(root / "text", documents=30, words=(5, 20))
 
 
-def make(inputs: tuple[Path, Path], outputs: list[Output], **fields: Any) -> int:
+def make(
+    inputs: tuple[Path, Path],
+    outputs: list[Output],
+    *,
+    progress: Callable[[int], None] = lambda contexts: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    **fields: Any,
+) -> int:
     model, text = inputs
     source = DatasetSource(path=str(text))
     wanted = Pretokenization(
@@ -43,7 +52,9 @@ def make(inputs: tuple[Path, Path], outputs: list[Output], **fields: Any) -> int
         }
     )
     tokenizer = TextTokenizer(load_tokenizer(ModelSource(name=str(model))))
-    return pretokenize_documents(wanted, open_documents(source), tokenizer, outputs)
+    return pretokenize_documents(
+        wanted, open_documents(source), tokenizer, outputs, progress=progress, should_stop=should_stop
+    )
 
 
 def on_the_fly(inputs: tuple[Path, Path]) -> list[list[int]]:
@@ -74,7 +85,7 @@ def test_the_datasets_library_reads_them(inputs: tuple[Path, Path], tmp_path: Pa
     assert list(loaded["input_ids"]) == on_the_fly(inputs)
 
 
-def test_a_shuffle_moves_contexts_inside_their_file(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_shuffle_moves_contexts_across_all_files(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     expected = on_the_fly(inputs)
     made = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -82,8 +93,52 @@ def test_a_shuffle_moves_contexts_inside_their_file(inputs: tuple[Path, Path], t
         made[name] = rows_of(tmp_path / name)
     assert made["a"] == made["b"]
     assert made["a"] != made["c"]
-    assert made["a"][:50] != expected[:50]
-    assert sorted(made["a"][:50]) == sorted(expected[:50])
+    order = np.random.default_rng([1, 0]).permutation(len(expected))
+    assert made["a"] == [expected[place] for place in order]
+
+
+def test_more_contexts_than_are_held_are_shuffled_in_parts(
+    inputs: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = on_the_fly(inputs)
+    assert len(expected) > 100
+    # Files of 50 contexts; 149 contexts hold two of them.
+    make(inputs, [StoreOutput(FileStore(tmp_path))], shuffle=True, seed=3, shuffle_tokens=149 * SIZE)
+    found = rows_of(tmp_path)
+    for part, start in enumerate(range(0, len(expected), 100)):
+        there = expected[start : start + 100]
+        order = np.random.default_rng([3, part]).permutation(len(there))
+        assert found[start : start + 100] == [there[place] for place in order]
+    (told,) = [record.message for record in caplog.records if "shuffled" in record.message]
+    assert "each part of 100 contexts" in told
+
+
+def test_progress_counts_contexts(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    told: list[int] = []
+    contexts = make(inputs, [StoreOutput(FileStore(tmp_path))], progress=told.append)
+    assert told == list(range(1, contexts + 1))
+
+
+def test_a_stop_leaves_no_finished_data_set_and_the_next_run_makes_it(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped, match="begins anew"):
+        make(inputs, [StoreOutput(FileStore(tmp_path))], should_stop=lambda: True)
+    assert not (tmp_path / "sae_lens.json").exists()
+    make(inputs, [StoreOutput(FileStore(tmp_path))])
+    assert rows_of(tmp_path) == on_the_fly(inputs)
+
+
+def test_a_token_that_the_tokenizer_does_not_have_is_told(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="has no token 259: its ids are below 259") as caught:
+        make(inputs, [StoreOutput(FileStore(tmp_path))], separators=Separators(begin_document="259"))
+    assert caught.value.field == "spec.sampling.separators.beginDocument"
+
+
+def test_too_little_text_is_told(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="does not fill one context of 1000000") as caught:
+        make(inputs, [StoreOutput(FileStore(tmp_path))], context_size=1_000_000)
+    assert (caught.value.reason, caught.value.field) == ("NoTokens", "spec.dataset.path")
 
 
 def test_the_metadata_tells_what_was_made(inputs: tuple[Path, Path], tmp_path: Path) -> None:
