@@ -14,7 +14,7 @@ from sae_job.activations.manifest import CacheManifest
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.steps.cache import write_shards
 from sae_job.steps.context import StepContext
-from sae_job.steps.finalize import run_finalize
+from sae_job.steps.finalize import hook_of, run_finalize
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_job.text.plan import (
@@ -93,7 +93,7 @@ def cache_spec(
     return ActivationCacheSpec(
         model=ModelSource(name="lookup", batch_size=batch_size),
         dataset=DatasetSource(path="numbers"),
-        hooks=[Hook(name=hook) for hook in hooks or {"layer.0": 16}],
+        hooks=[Hook.model_validate(hook_of(hook)) for hook in hooks or {"layer.0": 16}],
         context_size=context_size,
         tokens=tokens,
         seed=seed,

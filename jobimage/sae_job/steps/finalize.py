@@ -133,13 +133,14 @@ def recorded_spec(spec: ActivationCacheSpec, hooks: Sequence[str]) -> dict[str, 
     manifest = {key: value for key, value in spec.to_manifest().items() if key not in LEFT_OUT}
     storage = manifest["storage"]
     manifest["storage"] = {key: value for key, value in storage.items() if key not in LEFT_OUT_OF_STORAGE}
-    manifest["hooks"] = [_hook_of(key) for key in hooks]
+    manifest["hooks"] = [hook_of(key) for key in hooks]
     return manifest
 
 
-def _hook_of(key: str) -> dict[str, Any]:
+def hook_of(key: str) -> dict[str, Any]:
+    """The hook with a key, as a spec has it."""
     name, _, head = key.partition(":")
-    return {"name": name, "headIndex": int(head)} if head else {"name": name}
+    return {"name": name, "headIndex": int(head)} if head.isdecimal() else {"name": key}
 
 
 def write_manifest(store: ObjectStore, manifest: CacheManifest) -> CacheManifest:

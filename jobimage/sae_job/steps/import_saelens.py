@@ -36,7 +36,7 @@ from sae_job.activations.saelens_dataset import ContextStream
 from sae_job.activations.saelens_reading import SavedActivations
 from sae_job.activations.statistics import sums_of_stored
 from sae_job.errors import InvalidInput
-from sae_job.steps.finalize import merge, write_manifest
+from sae_job.steps.finalize import hook_of, merge, write_manifest
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import (
     BlockEntry,
@@ -157,7 +157,7 @@ def _spec(
         spec = ActivationCacheSpec(
             model=model,
             dataset=dataset,
-            hooks=[Hook(name=saved.hook)],
+            hooks=[Hook.model_validate(hook_of(saved.hook))],
             context_size=context_size,
             tokens=contexts * saved.positions,
             seed=seed,

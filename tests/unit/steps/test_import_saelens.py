@@ -93,6 +93,17 @@ def test_a_cache_holds_the_data_sets_values(tmp_path: Path, dtype: str) -> None:
     )
 
 
+def test_what_was_exported_of_one_attention_head_comes_back(tmp_path: Path) -> None:
+    key = "blocks.3.attn.hook_z:2"
+    store, cached = finished_cache(tmp_path / "cache", hooks={key: 8, "blocks.3.mlp": 4}, tokens=500)
+    CacheExport(store, cached, key).write(tmp_path / "set")
+    manifest = import_to(
+        FileStore(tmp_path / "back"), tmp_path / "set", context_size=16, positions=Positions(start=1)
+    ).manifest
+    assert manifest.spec["hooks"] == [{"name": "blocks.3.attn.hook_z", "headIndex": 2}]
+    assert [hook.name for hook in manifest.hooks] == [key]
+
+
 @pytest.mark.parametrize("dtype", get_args(StorageDtype))
 def test_it_is_a_sound_cache_in_every_format(tmp_path: Path, dtype: StorageDtype) -> None:
     save(tmp_path / "set")
