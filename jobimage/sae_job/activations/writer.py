@@ -70,6 +70,7 @@ class ShardWriter:
         software: versions that wrote the shard.
         device: what the model ran on.
         in_memory: shards held at a time, at least 1.
+        before_upload: called in the background before each part of a shard is stored; ends the work by raising.
         pause: waits so many seconds between tries of an upload.
     """
 
@@ -83,6 +84,7 @@ class ShardWriter:
         software: Mapping[str, str],
         device: str,
         in_memory: int = SHARDS_IN_MEMORY,
+        before_upload: Callable[[OpenShard], None] = lambda shard: None,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store = store
@@ -91,6 +93,7 @@ class ShardWriter:
         self._rows_per_shard = rows_per_shard
         self._software = dict(software)
         self._device = device
+        self._before_upload = before_upload
         self._pause = pause
         self._buffers: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
         for _ in range(in_memory):
@@ -169,6 +172,7 @@ class ShardWriter:
             for group, part in sorted(shard.parts.items()):
                 sidecar = self._describe(shard, part, base)
                 key = shard_key(shard.number, shard.rows, self._rows_per_shard, group)
+                self._before_upload(shard)
                 self._put(key, part.bytes)
                 self._put(sidecar_key(key), sidecar.to_bytes())
                 base = sidecar if group == 0 else base

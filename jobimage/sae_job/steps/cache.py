@@ -11,8 +11,10 @@ import torch
 from sae_job.activations.base_rows import BaseRows
 from sae_job.activations.codecs import CODECS
 from sae_job.activations.filling import ShardFiller
+from sae_job.activations.format import shard_key
 from sae_job.activations.harvest import ActivationModel
 from sae_job.activations.manifest import Sidecar
+from sae_job.activations.open_shard import OpenShard
 from sae_job.activations.stored_parts import PartLayouts, proved_parts
 from sae_job.activations.writer import ShardWriter, shards_in_memory
 from sae_job.errors import InvalidInput, Stopped
@@ -20,7 +22,7 @@ from sae_job.models.load import default_device
 from sae_job.models.mirror import localized
 from sae_job.steps.context import StepContext
 from sae_job.storage.base import ObjectStore
-from sae_job.text.plan import CacheIndex, row_bytes
+from sae_job.text.plan import INDEX_KEY, CacheIndex, row_bytes
 from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 
 SOFTWARE = ("sae-operator", "torch", "transformers")
@@ -30,8 +32,8 @@ def run_cache(step: CacheStep | TrainStep, context: StepContext) -> StepResult:
     """Write what is not stored yet of the shards i with i % completions == completion_index.
 
     Raises:
-        InvalidInput: the contexts or a stored part are damaged, too few rows pass the norm filter, or activations are
-            not finite.
+        InvalidInput: the contexts or a stored part are damaged, too few rows pass the norm filter, activations are
+            not finite, or the cache was planned anew for other hooks meanwhile.
         Stopped: asked to stop; shards that were finished are stored.
     """
     if not isinstance(step, CacheStep):
@@ -66,8 +68,9 @@ def _write_missing(
     device: str,
 ) -> StepResult:
     store = context.open_store(step.location)
+    there = store.head(INDEX_KEY)
     index = CacheIndex.load(store)
-    if index is None:
+    if there is None or index is None:
         raise InvalidInput("NotPrepared", f"{store.uri} holds no contexts: run the prepare step first")
     layouts = PartLayouts(index, CODECS[step.spec.storage.dtype])
     numbers = range(context.completion_index, len(index.shards), step.completions)
@@ -82,7 +85,8 @@ def _write_missing(
     if work:
         groups = sorted({group for shard in work for group in shard.groups})
         model = load_model(index, [hook for group in groups for hook in index.groups[group].hooks])
-        _Worker(step, context, store, index, layouts, groups, model, device).write(work, done=stored)
+        plan = _FollowedPlan(store, index, there.etag)
+        _Worker(step, context, store, plan, layouts, groups, model, device).write(work, done=stored)
     return StepResult(
         step="cache",
         exit_code=ExitCode.DONE,
@@ -104,6 +108,45 @@ class _ShardWork:
     base: Sidecar | None
 
 
+class _FollowedPlan:
+    """The plan that a worker follows. Another resource that asks for other hooks may store another one meanwhile, and
+    its workers write files of the same names: theirs, which may be finished by then, must not be replaced.
+
+    Args:
+        store: the cache's folder.
+        index: the plan.
+        etag: of the object that it was read from.
+    """
+
+    def __init__(self, store: ObjectStore, index: CacheIndex, etag: str) -> None:
+        self.index = index
+        self._store = store
+        self._etag = etag
+
+    def check(self, shard: OpenShard) -> None:
+        """Raises InvalidInput when the plan that is there now means something else by the files of a shard's parts."""
+        info = self._store.head(INDEX_KEY)
+        if info is not None and info.etag == self._etag:
+            return
+        now = CacheIndex.load(self._store)
+        if now is None or not all(self._same(now, shard.number, group) for group in shard.parts):
+            raise InvalidInput(
+                "PlanChanged",
+                f"another cache resource has planned {self._store.uri} anew, for other hooks, or it was removed: raise "
+                "spec.retry when nobody else writes there",
+            )
+
+    def _same(self, now: CacheIndex, number: int, group: int) -> bool:
+        if number >= len(now.shards) or group >= len(now.groups):
+            return True
+        ours, theirs = self.index.shards[number], now.shards[number]
+        if shard_key(number, ours.rows, self.index.rows_per_shard) != shard_key(
+            number, theirs.rows, now.rows_per_shard
+        ):
+            return True
+        return ours == theirs and all(self.index.groups[known] == now.groups[known] for known in {0, group})
+
+
 class _Worker:
     """Writes shards with one model, which gives the hooks of `groups`."""
 
@@ -112,7 +155,7 @@ class _Worker:
         step: CacheStep,
         context: StepContext,
         store: ObjectStore,
-        index: CacheIndex,
+        plan: _FollowedPlan,
         layouts: PartLayouts,
         groups: Sequence[int],
         model: ActivationModel,
@@ -121,10 +164,11 @@ class _Worker:
         self._spec = step.spec
         self._context = context
         self._store = store
-        self._index = index
+        self._plan = plan
+        self._index = plan.index
         self._layouts = layouts
         self._device = device
-        self._filler = ShardFiller(store, index, step.spec, model, groups, before_batch=self._stop_if_asked)
+        self._filler = ShardFiller(store, plan.index, step.spec, model, groups, before_batch=self._stop_if_asked)
 
     def write(self, work: Sequence[_ShardWork], *, done: int) -> None:
         """Write these shards; `done` rows are stored already."""
@@ -142,6 +186,7 @@ class _Worker:
             software=software_versions(),
             device=self._device,
             in_memory=shards_in_memory(spec.storage.buffer_bytes, index.rows_per_shard * row),
+            before_upload=self._plan.check,
         )
         with writer:
             for missing in work:

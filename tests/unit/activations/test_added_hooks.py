@@ -13,12 +13,13 @@ from safetensors.torch import load
 
 from sae_job.activations.format import KEEP
 from sae_job.activations.manifest import CacheManifest, read_manifest
+from sae_job.activations.verify import verify_cache
 from sae_job.errors import InvalidInput
 from sae_job.steps.cache import write_shards
 from sae_job.steps.finalize import run_finalize
 from sae_job.steps.hook_groups import shape_of
 from sae_job.storage.file_store import FileStore, path_of_file_uri
-from sae_job.text.plan import CacheIndex
+from sae_job.text.plan import INDEX_KEY, CacheIndex
 from sae_operator.api.activation_cache import Dtype
 from tests.caches import LookupModel, cache_spec, cache_step, prepare_tokens, step_context
 from tests.faults import KILLED, FaultPlan, count_calls, folder_bytes, kill, run_in_child
@@ -287,3 +288,48 @@ def test_an_unfinished_cache_keeps_groups_that_are_asked_for_and_drops_others(ca
     index = CacheIndex.load(cache.store)
     assert index is not None
     assert [group.hooks for group in index.groups] == [["b"]]
+
+
+@pytest.mark.parametrize(("begun", "first", "second"), [("", "a", "b"), ("a", "ab", "ad"), ("a", "ab", "abd")])
+def test_a_worker_leaves_what_another_plan_wrote_meanwhile(cache: Cache, begun: str, first: str, second: str) -> None:
+    """All of these hooks have one width: files of both plans have the same names, and may have the same sizes."""
+    if begun:
+        cache.build(begun)
+    cache.prepare(first)
+
+    def meanwhile(index: CacheIndex) -> SparseModel:
+        cache.build(second)
+        return SparseModel(index.model.d_in)
+
+    with pytest.raises(InvalidInput, match=r"planned .* anew, for other hooks") as caught:
+        write_shards(cache.step(first), step_context(), meanwhile, device="cpu")
+    assert caught.value.reason == "PlanChanged"
+    found = verify_cache(cache.store)
+    assert (found.finished, found.problems) == (True, [])
+
+
+def test_a_worker_goes_on_when_more_is_planned_meanwhile(cache: Cache) -> None:
+    cache.prepare("a", 500)
+
+    def meanwhile(index: CacheIndex) -> SparseModel:
+        cache.prepare("ab", 800)
+        return SparseModel(index.model.d_in)
+
+    write_shards(cache.step("a", 500), step_context(), meanwhile, device="cpu")
+    there = {info.key for info in cache.store.list("shards/")}
+    assert {"shards/000000.json", "shards/000001-128.json"} <= there
+    cache.work("ab", 800)
+    found = verify_cache(cache.store)
+    assert (found.finished, found.problems, found.rows) == (True, [], 800)
+
+
+def test_a_worker_ends_when_its_cache_is_taken_away(cache: Cache) -> None:
+    cache.prepare("a")
+
+    def meanwhile(index: CacheIndex) -> SparseModel:
+        cache.store.delete(INDEX_KEY)
+        return SparseModel(index.model.d_in)
+
+    with pytest.raises(InvalidInput, match="or it was removed"):
+        write_shards(cache.step("a"), step_context(), meanwhile, device="cpu")
+    assert list(cache.store.list("shards/")) == []
