@@ -17,6 +17,7 @@ from sae_job.activations.manifest import CacheManifest, PartEntry, read_manifest
 from sae_job.activations.parts import read_tensors
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectStore
+from sae_job.text.plan import row_bytes
 
 __all__ = [
     "CachedActivations",
@@ -24,6 +25,7 @@ __all__ = [
     "default_mix_shards",
     "default_read_ahead_bytes",
     "held_out_contexts_for",
+    "read_bytes_of_shard",
     "reader_memory_bytes",
 ]
 
@@ -45,10 +47,27 @@ def default_read_ahead_bytes(shard_bytes: int) -> int:
     return max(READ_AHEAD_BYTES, shard_bytes)
 
 
-def reader_memory_bytes(cache_bytes: int, shard_bytes: int) -> int:
-    """Memory for shards that a reader takes by default, of a cache of so many bytes in shards of this size."""
-    in_use = default_mix_shards(shard_bytes) * shard_bytes
-    return min(cache_bytes, in_use + default_read_ahead_bytes(shard_bytes))
+def reader_memory_bytes(cache_bytes: int, shard_bytes: int, *, read_bytes: int | None = None) -> int:
+    """Memory for shards that a reader takes by default.
+
+    Args:
+        cache_bytes: size of the cache.
+        shard_bytes: size of a full shard, of the hooks that the cache began with: it decides how many are mixed.
+        read_bytes: what is read of a full shard (`read_bytes_of_shard`); as much when None.
+    """
+    read = shard_bytes if read_bytes is None else read_bytes
+    return min(cache_bytes, default_mix_shards(shard_bytes) * read + default_read_ahead_bytes(read))
+
+
+def read_bytes_of_shard(manifest: CacheManifest, hooks: Sequence[str]) -> int:
+    """Bytes that are read of a full shard for these hooks: more than a shard began with, where many were added.
+
+    Raises:
+        InvalidInput: the cache does not hold a hook.
+    """
+    widths = {hook: manifest.hook(hook).d_in for hook in hooks}
+    # Of what lies beside the activations only a later group's `keep` is read.
+    return manifest.rows_per_shard * row_bytes(widths, manifest.dtype, group=1)
 
 
 def held_out_contexts_for(store: ObjectStore, manifest: CacheManifest, rows: int) -> int:
@@ -301,7 +320,7 @@ class CachedActivations(MixedRows):
         manifest = read_manifest(store)
         check_fits(manifest, hooks, d_in=d_in, dtype=dtype)
         if read_ahead_bytes is None:
-            read_ahead_bytes = default_read_ahead_bytes(manifest.shard_bytes)
+            read_ahead_bytes = default_read_ahead_bytes(read_bytes_of_shard(manifest, hooks))
         return cls(
             manifest,
             CachedShards(store, manifest, hooks, read_ahead_bytes=read_ahead_bytes),

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sae_job.activations.manifest import CacheManifest, HookStatistics, read_manifest
-from sae_job.activations.reader import reader_memory_bytes
+from sae_job.activations.reader import read_bytes_of_shard, reader_memory_bytes
 from sae_job.errors import InvalidInput
 from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size, forward_bytes
 from sae_job.models.mirror import LocalModel, localized
@@ -113,10 +113,15 @@ def _needs(step: TrainStep, store: ObjectStore, context: StepContext) -> _Needs:
     if manifest is not None:
         facts = _inspect_scored(step, manifest, store, context)
         hooks = manifest.hooks if cache is None else [manifest.hook(hook.key) for hook in cache.hooks]
+        # Hooks that are not there are told later, with all that is known.
+        trained = {sae.hook for sae in spec.saes}
+        read = [hook.name for hook in hooks if hook.name in trained or None in trained]
         return _Needs(
             rows=manifest.tokens if cache is None else cache.tokens,
             widths={hook.name: hook.d_in for hook in hooks},
-            held_bytes=reader_memory_bytes(manifest.bytes, manifest.shard_bytes),
+            held_bytes=reader_memory_bytes(
+                manifest.bytes, manifest.shard_bytes, read_bytes=read_bytes_of_shard(manifest, read)
+            ),
             scored_model_bytes=0 if facts is None else facts.total_parameter_bytes,
             statistics={hook.name: hook for hook in hooks},
         )

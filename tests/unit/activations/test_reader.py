@@ -44,6 +44,8 @@ def test_as_many_shards_are_mixed_as_two_gibibytes_hold() -> None:
     assert reader_memory_bytes(2**40, 2**28) == 8 * 2**28 + 2**29
     assert reader_memory_bytes(2**40, 2**30) == 3 * 2**30, "one shard is read ahead, however large it is"
     assert reader_memory_bytes(2**20, 2**28) == 2**20
+    assert reader_memory_bytes(2**40, 2**28, read_bytes=2**32) == 9 * 2**32, "many hooks were added"
+    assert reader_memory_bytes(2**40, 2**28, read_bytes=2**26) == 8 * 2**26 + 2**29, "one hook of several is read"
 
 
 def open_reader(cache: Cache, **changes: object) -> CachedActivations:

@@ -10,7 +10,7 @@ import torch
 from sae_job.activations.first_rows import first_rows
 from sae_job.activations.loading import ShardId
 from sae_job.activations.manifest import Sidecar
-from sae_job.activations.reader import CachedActivations
+from sae_job.activations.reader import CachedActivations, read_bytes_of_shard
 from sae_job.errors import InvalidInput
 from sae_job.storage.file_store import FileStore
 from tests.caches import finished_cache
@@ -74,6 +74,12 @@ def test_rows_that_a_group_leaves_out_are_never_given_out(
         joined = torch.cat([batch[hook] for hook in hooks], dim=1)
         assert sorted_rows(joined) == sorted_rows(torch.cat([cache.rows[hook][kept] for hook in hooks], dim=1))
     reader.close()
+
+
+@pytest.mark.parametrize(("hooks", "values"), [(["a"], 6), (["a", "c"], 11), (["e", "b", "d"], 9)])
+def test_what_is_read_of_a_shard_is_known_before(cache: GroupedCache, hooks: list[str], values: int) -> None:
+    """40 rows of float32, and a byte for each row that tells whether to keep it."""
+    assert read_bytes_of_shard(cache.manifest, hooks) == 40 * (4 * values + 1)
 
 
 def test_held_out_rows_too_are_only_those_that_are_kept(folder: Path, cache: GroupedCache) -> None:
