@@ -44,6 +44,7 @@ _STANDARD = {"type": "standard", "l1Coefficient": 5}
 _TOPK = {"type": "topk", "k": 32}
 _URI = {"activations": {"uri": "s3://saes/finished"}}
 _NO_PARENTS = "uri must not contain '..' segments"
+_NO_BUCKET = "must be s3://bucket/prefix; a bucket's name has 3 to 63 lower-case letters, digits, '.' and '-'"
 _ONE_SOURCE = "exactly one of cacheRef, cache, uri and live must be set"
 _NO_POSITION = "sampling.positions leaves no position of a context"
 _HOOKS_UNIQUE = "hooks must be unique"
@@ -170,6 +171,14 @@ RULE_CASES = [
         "path must not contain '..' segments",
         {"dataset.path": "s3://texts/..."},
     ),
+    RuleCase(
+        CACHE,
+        {"model.name": "s3://Models/small"},
+        "spec.model.name",
+        f"name {_NO_BUCKET}",
+        {"model.name": "s3://models"},
+    ),
+    RuleCase(CACHE, {"dataset.path": "s3://"}, "spec.dataset.path", f"path {_NO_BUCKET}", {"dataset.path": "s3:/a"}),
     RuleCase(
         CACHE,
         {"model.processing": {"foldLayerNorm": True}},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
 from sae_operator.api.base import (
+    S3_PATTERN,
     TEXT_PATTERN,
     ApiModel,
     Count,
@@ -49,6 +51,12 @@ def _rules_of_address(field: str) -> tuple[Rule, ...]:
             f"!self.{field}.startsWith('s3://') || !self.{field}.matches('(^|/)\\\\.\\\\.(/|$)')",
             lambda source: not is_address(source) or has_no_parent_segment(getattr(source, field)),
             f"{field} must not contain '..' segments",
+            field,
+        ),
+        Rule(
+            f"!self.{field}.startsWith('s3://') || self.{field}.matches('{S3_PATTERN}')",
+            lambda source: not is_address(source) or re.match(S3_PATTERN, getattr(source, field)) is not None,
+            f"{field} must be s3://bucket/prefix; a bucket's name has 3 to 63 lower-case letters, digits, '.' and '-'",
             field,
         ),
     )
@@ -130,10 +138,12 @@ class DatasetSource(ApiModel):
 
 class Hook(ApiModel):
     name: HookName
-    """Module whose output is stored, by its dotted path, e.g. `model.layers.8`. An output with a dimension of heads is
-    flattened to heads · width."""
+    """Module whose output is stored, by its dotted path, e.g. `model.layers.8`; `<path>.input` is its input instead,
+    e.g. `model.layers.8.self_attn.o_proj.input`. With loader TransformerLens one of its names, e.g.
+    `blocks.8.hook_resid_post`. What has a dimension of heads is flattened to heads · width."""
     head_index: Annotated[int, Field(ge=0, le=4095)] | None = None
-    """Attention head whose output is stored alone; the hook is then called `name:headIndex`."""
+    """Attention head that is stored alone, where the hook has a dimension of heads; the hook is then called
+    `name:headIndex`."""
 
     @property
     def key(self) -> str:

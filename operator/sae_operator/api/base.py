@@ -112,6 +112,8 @@ CountOrZero = Annotated[int, BeforeValidator(_integral), Field(ge=0, le=MAX_COUN
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 OBJECT_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 TEXT_PATTERN = r"^[^\x00-\x1f\x7f]*$"
+# A bucket's name, and where it ends.
+S3_PATTERN = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/|$)"
 URI_PATTERN = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\x00-\x1f\x7f]*)?|file://[^\x00-\x1f\x7f]+)$"
 URL_PATTERN = r"^https?://[^\x00-\x20\x7f]+$"
 
