@@ -259,7 +259,7 @@ def _sae_plan(
 ) -> SaePlan:
     sae = spec.saes[index]
     field = f"spec.saes[{index}]"
-    hook = resolve_hook(sae, index, list(widths))
+    hook = resolve_hook(spec, index, list(widths))
     d_in = widths[hook]
     if spec.normalization == LAYER_NORM and d_in < 2:
         raise InvalidInput(
@@ -289,13 +289,17 @@ def _sae_plan(
     )
 
 
-def resolve_hook(sae: SaeSpec, index: int, hooks: list[str]) -> str:
+def resolve_hook(spec: SAETrainingJobSpec, index: int, hooks: list[str]) -> str:
     """The key of the hook that an SAE trains on: the one it names, or the only one.
+
+    Args:
+        index: place of the SAE in the spec.
+        hooks: keys of the hooks of the job's activations.
 
     Raises:
         InvalidInput: it is not there, or there are several and the SAE names none.
     """
-    field = f"spec.saes[{index}].hook"
+    field, sae = f"spec.saes[{index}].hook", spec.saes[index]
     if sae.hook is None:
         if len(hooks) != 1:
             raise InvalidInput(
@@ -303,8 +307,12 @@ def resolve_hook(sae: SaeSpec, index: int, hooks: list[str]) -> str:
             )
         return hooks[0]
     if sae.hook not in hooks:
+        reference = spec.activations.cache_ref
+        add = "" if reference is None else f"add it to spec.hooks of ActivationCache {reference.name!r}, or "
         raise InvalidInput(
-            "HookNotFound", f"there are no activations of {sae.hook!r}, but of {', '.join(hooks)}", field=field
+            "HookNotFound",
+            f"there are no activations of {sae.hook!r}, but of {', '.join(hooks)}: {add}name one of these",
+            field=field,
         )
     return sae.hook
 

@@ -130,7 +130,9 @@ def test_hook_may_be_left_out_only_when_there_is_one() -> None:
     sae = {"name": "a", "hook": "z", "architecture": {"type": "topk", "k": 2}}
     error = refused(hooks=("x", "y"), saes=[sae])
     assert error.reason == "HookNotFound"
-    assert "x, y" in error.message
+    assert error.message == "there are no activations of 'z', but of x, y: name one of these"
+    error = refused(hooks=("x", "y"), saes=[sae], activations={"cacheRef": {"name": "shared"}})
+    assert "add it to spec.hooks of ActivationCache 'shared', or name one of these" in error.message
 
 
 def test_k_is_compared_with_latents_that_follow_from_the_width() -> None:
