@@ -38,7 +38,8 @@ def memory_limit(run: RunSettings) -> int | None:
 
 def has_gpu(run: RunSettings) -> bool:
     """Whether a pod gets a GPU, which then holds what a model needs."""
-    return any("gpu" in name for name in run.resources.limits)
+    # A part of one (MIG) has a name such as nvidia.com/mig-1g.10gb.
+    return any("gpu" in name or "/mig-" in name for name in run.resources.limits)
 
 
 @dataclass(frozen=True)

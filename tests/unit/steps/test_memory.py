@@ -74,8 +74,9 @@ def test_only_fields_that_suffice_are_named() -> None:
     assert refusal(memory(), spec(limits={"memory": "90Mi"})).endswith("the limit is 90.0 MiB: raise it")
 
 
-def test_a_gpu_holds_weights_and_forward_pass() -> None:
-    limits = {"memory": "150Mi", "nvidia.com/gpu": "1"}
+@pytest.mark.parametrize("gpu", ["nvidia.com/gpu", "amd.com/gpu", "nvidia.com/mig-1g.10gb"])
+def test_a_gpu_holds_weights_and_forward_pass(gpu: str) -> None:
+    limits = {"memory": "150Mi", gpu: "1"}
     memory().check(spec(limits=limits))
     message = refusal(memory(shards=4), spec(limits=limits))
     assert "weights" not in message
