@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 
 from sae_job.activations.format import MANIFEST_KEY, SHARDS_PREFIX, shard_key, sidecar_key
 from sae_job.activations.manifest import CacheManifest, parse_manifest
+from sae_job.activations.marker import mark
 from sae_job.errors import InvalidInput
 from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size
 from sae_job.models.mirror import localized
@@ -15,7 +15,7 @@ from sae_job.steps.context import StepContext
 from sae_job.steps.hook_groups import CacheShape, shape_of
 from sae_job.steps.memory import WorkerMemory, has_gpu
 from sae_job.steps.prepare_contexts import store_contexts
-from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
+from sae_job.storage.base import ObjectNotFound, ObjectStore
 from sae_job.text.blocks import BlockRecord
 from sae_job.text.plan import (
     INDEX_KEY,
@@ -28,12 +28,10 @@ from sae_job.text.plan import (
     slack_for,
 )
 from sae_operator.api.activation_cache import ActivationCacheSpec
-from sae_operator.api.identity import CACHE_FORMAT_VERSION, cache_identity
+from sae_operator.api.identity import cache_identity
 from sae_operator.api.steps import CacheStep, ExitCode, HookFacts, StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
-
-MARKER_KEY = "sae-operator.json"
 
 
 def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult:
@@ -87,7 +85,8 @@ def prepare_contexts_for(
     Raises:
         InvalidInput, Stopped: as `run_prepare`.
     """
-    _mark(store, spec)
+    if not mark(store, cache_identity(spec)):
+        logger.info("continuing what is there below %s", store.uri)
     there = store.head(INDEX_KEY)
     earlier = CacheIndex.load(store)
     model = localized(
@@ -205,15 +204,6 @@ def _plan_lines(spec: ActivationCacheSpec, index: CacheIndex, memory: WorkerMemo
         *memory.lines(gpu=has_gpu(spec.run)),
         f"a worker takes {memory.total / 2**20:,.1f} MiB in all",
     ]
-
-
-def _mark(store: ObjectStore, spec: ActivationCacheSpec) -> None:
-    """Say that this folder is a cache of ours: nothing without the marker is ever deleted."""
-    marker = {"kind": "ActivationCache", "formatVersion": CACHE_FORMAT_VERSION, "identity": cache_identity(spec)}
-    try:
-        store.put(MARKER_KEY, (json.dumps(marker, sort_keys=True) + "\n").encode(), if_absent=True)
-    except PreconditionFailed:
-        logger.info("continuing what is there below %s", store.uri)
 
 
 def _index(
