@@ -25,12 +25,19 @@ class CacheShape:
     rows_per_shard: int
     tokens: int
 
-    def row_bytes(self, dtype: str) -> int:
-        """Bytes of a row in all parts."""
+    def row_bytes(self, dtype: str, *, first_group: int = 0) -> int:
+        """Bytes of a row in all parts, of this group and later ones."""
         return sum(
             row_bytes({hook: self.d_in[hook] for hook in group.hooks}, dtype, number)
             for number, group in enumerate(self.groups)
+            if number >= first_group
         )
+
+    def missing_row_bytes(self, dtype: str, finished: CacheManifest | None) -> int:
+        """Bytes of a row in the parts of one shard that are written together, beside those of a finished cache."""
+        if finished is None or finished.tokens < self.tokens:
+            return self.row_bytes(dtype)
+        return self.row_bytes(dtype, first_group=len(finished.groups))
 
 
 def shape_of(

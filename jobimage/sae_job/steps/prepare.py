@@ -54,7 +54,8 @@ def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult
     if manifest is not None and holds(manifest, spec):
         return _adopt(spec, manifest)
     facts, index = prepare_contexts_for(spec, store, context, manifest=manifest)
-    memory = _memory_of(spec, facts, CacheShape(index.groups, index.model.d_in, index.rows_per_shard, index.tokens))
+    shape = CacheShape(index.groups, index.model.d_in, index.rows_per_shard, index.tokens)
+    memory = _memory_of(spec, facts, shape, manifest)
     logger.info("%s", "\n  ".join(_plan_lines(spec, index, memory)))
     context.reporter.update(tokens=spec.tokens)
     complete = _complete_shards(store, index)
@@ -104,7 +105,7 @@ def prepare_contexts_for(
     shape = shape_of(spec, facts.d_in, earlier, manifest)
     _check_bytes(spec, shape.tokens, shape.row_bytes(spec.storage.dtype))
     if spec.run.resources.limits:
-        _memory_of(spec, facts, shape).check(spec)
+        _memory_of(spec, facts, shape, manifest).check(spec)
     asked = spec.model_copy(update={"tokens": shape.tokens})
     records, plan = store_contexts(asked, facts, store, context, shard_rows=shape.rows_per_shard)
     index = _index(spec, facts, shape, records, plan)
@@ -166,9 +167,11 @@ def _check_bytes(spec: ActivationCacheSpec, tokens: int, bytes_of_row: int) -> N
         )
 
 
-def _memory_of(spec: ActivationCacheSpec, facts: ModelFacts, shape: CacheShape) -> WorkerMemory:
+def _memory_of(
+    spec: ActivationCacheSpec, facts: ModelFacts, shape: CacheShape, finished: CacheManifest | None
+) -> WorkerMemory:
     rows = min(shape.tokens, shape.rows_per_shard)
-    return WorkerMemory.of(spec, facts, rows * shape.row_bytes(spec.storage.dtype))
+    return WorkerMemory.of(spec, facts, rows * shape.missing_row_bytes(spec.storage.dtype, finished))
 
 
 def _adopt(spec: ActivationCacheSpec, manifest: CacheManifest) -> StepResult:

@@ -333,3 +333,17 @@ def test_a_worker_ends_when_its_cache_is_taken_away(cache: Cache) -> None:
     with pytest.raises(InvalidInput, match="or it was removed"):
         write_shards(cache.step("a"), step_context(), meanwhile, device="cpu")
     assert list(cache.store.list("shards/")) == []
+
+
+def test_memory_is_needed_for_the_parts_that_are_written_alone(cache: Cache) -> None:
+    """12 bytes tell a row of group 0 apart, one whether to keep a row of a later group; bfloat16 takes two a value."""
+    manifest = cache.build("ab")
+
+    def row_bytes(hooks: str, tokens: int) -> int:
+        spec = cache.step(hooks, tokens).spec
+        shape = shape_of(spec, WIDTHS, CacheIndex.load(cache.store), manifest)
+        return shape.missing_row_bytes("bfloat16", manifest)
+
+    assert row_bytes("abc", ROWS) == 2 * WIDTHS["c"] + 1
+    assert row_bytes("abc", 2 * ROWS) == 2 * (WIDTHS["a"] + WIDTHS["b"] + WIDTHS["c"]) + 12 + 1
+    assert row_bytes("a", 2 * ROWS) == 2 * (WIDTHS["a"] + WIDTHS["b"]) + 12
