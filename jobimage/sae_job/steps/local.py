@@ -16,6 +16,7 @@ from sae_job.errors import InvalidInput, Stopped
 from sae_job.reporting.log import kept_log
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.steps.context import StepContext
+from sae_job.steps.fields import fields_of_activations
 from sae_job.steps.step import step_function, store_log
 from sae_job.steps.stopping import stop_on_signals
 from sae_job.storage.base import StoreError
@@ -139,7 +140,8 @@ class LocalRun:
                 return JobOutcome(name=name, output=spec.output, result=first)
             try:
                 if spec.activations.cache is not None:
-                    self.cache(name, namespace, spec.activations.cache)
+                    with fields_of_activations(spec):
+                        self.cache(name, namespace, spec.activations.cache)
                 result = self._run(train_step("train"))
             except (InvalidInput, Stopped, StoreError) as error:
                 # For log.txt alone: the caller tells the user.

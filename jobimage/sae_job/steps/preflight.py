@@ -6,8 +6,7 @@ For a job with a live source it also stores the contexts that the model will run
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sae_job.activations.manifest import CacheManifest, HookStatistics, read_manifest
@@ -17,6 +16,7 @@ from sae_job.models.facts import ModelFacts, check_batch_size, check_context_siz
 from sae_job.models.mirror import LocalModel, localized
 from sae_job.steps.activation_sources import model_of
 from sae_job.steps.context import StepContext
+from sae_job.steps.fields import fields_of_activations
 from sae_job.steps.memory import PROCESS_BYTES, has_gpu, memory_limit
 from sae_job.steps.output_marker import check_output, claim_output, finished_results, result_of
 from sae_job.steps.prepare import cache_bytes, check_size, finished_manifest, prepare_contexts_for
@@ -37,8 +37,6 @@ _CHECKPOINT_BYTES_PER_PARAMETER = 16
 _LATENT_ARRAYS = 3
 # A token id in a stored context.
 TOKEN_BYTES = 4
-# What a live source calls a cache's fields.
-_FIELDS_OF_LIVE = {"storage.dtype": "dtype", "storage.shardBytes": "bufferBytes"}
 
 
 def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
@@ -146,7 +144,7 @@ def _prepare_contexts(step: TrainStep, store: ObjectStore, context: StepContext)
     """Store the contexts of a live source; returns their bytes."""
     assert step.cache is not None, "a live source is described as a cache"
     context.reporter.update(total_tokens=step.cache.tokens)
-    with _fields_of_activations(step.spec):
+    with fields_of_activations(step.spec):
         _, index = prepare_contexts_for(step.cache, store, context)
     context.reporter.update(tokens=step.cache.tokens)
     logger.info("%d contexts are stored below %s", index.contexts, store.uri)
@@ -156,7 +154,7 @@ def _prepare_contexts(step: TrainStep, store: ObjectStore, context: StepContext)
 def _manifest(step: TrainStep, store: ObjectStore) -> CacheManifest | None:
     """The manifest of the cache; None when it is still to be built, or to be extended by hooks of the job."""
     if step.cache is not None:
-        with _fields_of_activations(step.spec):
+        with fields_of_activations(step.spec):
             manifest = finished_manifest(store, step.cache)
         held = set() if manifest is None else {hook.name for hook in manifest.hooks}
         return manifest if {hook.key for hook in step.cache.hooks} <= held else None
@@ -170,7 +168,7 @@ def _inspect(
     spec: SAETrainingJobSpec, cache: ActivationCacheSpec, store: ObjectStore, context: StepContext
 ) -> ModelFacts:
     """Facts of the model, after checking what the cache asks of it."""
-    with _fields_of_activations(spec):
+    with fields_of_activations(spec):
         facts = _localized(cache.model, store, None, context).inspect([hook.key for hook in cache.hooks])
         check_context_size(facts, cache.context_size)
         check_batch_size(cache.model, cache.context_size)
@@ -225,29 +223,6 @@ def _check_head(spec: SAETrainingJobSpec, facts: ModelFacts) -> None:
             f"{facts.name!r} predicts no tokens; leave ce_loss_score out",
             field="spec.evaluation.metrics",
         )
-
-
-@contextmanager
-def _fields_of_activations(spec: SAETrainingJobSpec) -> Iterator[None]:
-    """Errors about a cache's spec, told with the path that they have from the training job."""
-    try:
-        yield
-    except InvalidInput as error:
-        if not error.field:
-            raise
-        below = error.field.removeprefix("spec.")
-        activations = spec.activations
-        if activations.cache_ref is not None:
-            raise InvalidInput(
-                error.reason,
-                f"spec.{below} of ActivationCache {activations.cache_ref.name!r}: {error.message}",
-                field="spec.activations.cacheRef",
-            ) from error
-        if activations.live is not None:
-            field = f"spec.activations.live.{_FIELDS_OF_LIVE.get(below, below)}"
-        else:
-            field = f"spec.activations.cache.{below}"
-        raise InvalidInput(error.reason, error.message, field=field) from error
 
 
 def memory_bytes(plan: TrainingPlan, held_bytes: int) -> int:

@@ -18,6 +18,7 @@ from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.reporting.report import render_report
 from sae_job.steps.activation_sources import ActivationSource, open_source
 from sae_job.steps.context import StepContext
+from sae_job.steps.fields import fields_of_activations
 from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_results, result_of
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex
@@ -48,6 +49,11 @@ def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
     """
     if not isinstance(step, TrainStep):
         raise TypeError(f"the train step is given a {type(step).__name__}")
+    with fields_of_activations(step.spec):
+        return _train(step, context)
+
+
+def _train(step: TrainStep, context: StepContext) -> StepResult:
     spec = step.spec
     output = context.open_store(spec.output)
     claim_output(output, step)

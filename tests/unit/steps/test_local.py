@@ -202,6 +202,13 @@ def test_a_reference_to_a_cache_that_is_not_there_names_the_field() -> None:
         in_dependency_order(resources(job({"cacheRef": {"name": "none"}})))
 
 
+def test_what_is_wrong_with_an_inline_cache_is_told_with_its_path_in_the_job(inputs: Path, tmp_path: Path) -> None:
+    wrong = cache(inputs, dataset={"path": str(inputs / "text"), "column": "body"})
+    with pytest.raises(InvalidInput) as caught:
+        run_resources(resources(job({"cache": wrong})), store_root=tmp_path)
+    assert caught.value.field == "spec.activations.cache.dataset.column"
+
+
 def test_run_and_load_from_python(inputs: Path, tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(json.dumps(job({"cache": cache(inputs)})))
