@@ -19,6 +19,7 @@ from sae_job.activations.format import (
 from sae_job.activations.manifest import (
     CacheManifest,
     HookStatistics,
+    HookSums,
     parse_manifest,
 )
 from sae_job.activations.marker import LAST_USED_KEY, MARKER_KEY, MIRROR_PREFIX, is_ours, read_marker
@@ -146,7 +147,7 @@ class _Check:
             checks = [] if index is None else self._stored_parts(index)
         findings = self._check_parts(checks + shorter, contexts)
         if manifest is not None and self._statistics:
-            self._check_statistics(manifest, findings[: len(checks)])
+            self._check_statistics(manifest, checks, findings[: len(checks)])
         self._found.parts = len(checks)
         self._found.rows = sum(check.entry.rows for check in checks if check.group == 0)
         self._found.bytes = sum(check.part.bytes for check in checks)
@@ -268,15 +269,26 @@ class _Check:
         if not ahead:
             self._tell(INDEX_KEY, "plans other shards than the manifest lists", f"delete {MANIFEST_KEY}, and {_AGAIN}")
 
-    def _check_statistics(self, manifest: CacheManifest, findings: list[PartFindings]) -> None:
-        fix = _MEND_MANIFEST
+    def _check_statistics(
+        self, manifest: CacheManifest, checks: list[PartToCheck], findings: list[PartFindings]
+    ) -> None:
         for hook in manifest.hooks:
-            sums = [found.sums[hook.name] for found in findings if hook.name in found.sums]
+            median = {"calibration_median_norm": hook.calibration_median_norm}
+            counted: list[HookSums] = []
+            for check, found in zip(checks, findings, strict=True):
+                sums = found.sums.get(hook.name)
+                if sums is None:
+                    continue
+                # It cannot be counted: a sidecar alone tells it, and one that is missing is told already.
+                if sums.calibration_median_norm not in (None, hook.calibration_median_norm):
+                    what = f"tells another median norm of {hook.name} than the manifest"
+                    self._tell(sidecar_key(check.part.key), what, _MEND_PART, shard=check.shard)
+                counted.append(sums.model_copy(update=median))
             # Of a damaged part there are none, which is told already.
-            if len(sums) < len(manifest.shards):
+            if len(counted) < len(manifest.shards):
                 continue
-            if not _statistics_agree(hook, merge_sums(hook.name, sums, group=hook.group)):
-                self._tell(MANIFEST_KEY, f"tells other statistics of {hook.name} than its rows have", fix)
+            if not _statistics_agree(hook, merge_sums(hook.name, counted, group=hook.group)):
+                self._tell(MANIFEST_KEY, f"tells other statistics of {hook.name} than its rows have", _MEND_MANIFEST)
 
     def _listed(self, checks: list[PartToCheck], index: CacheIndex | None) -> set[str]:
         keys = {MARKER_KEY, MANIFEST_KEY, INDEX_KEY, LAST_USED_KEY}
@@ -297,5 +309,4 @@ def _statistics_agree(told: HookStatistics, counted: HookStatistics) -> bool:
         )
         and math.isclose(told.mean_norm, counted.mean_norm, rel_tol=RELATIVE_TOLERANCE)
         and math.isclose(told.mean_squared_norm, counted.mean_squared_norm, rel_tol=RELATIVE_TOLERANCE)
-        and told.calibration_median_norm == counted.calibration_median_norm
     )

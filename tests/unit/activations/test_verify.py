@@ -172,6 +172,15 @@ def test_a_sidecar_that_is_missing_or_says_otherwise_is_found(cache: tuple[FileS
     only_problem(verify_cache(store), key, "is missing")
 
 
+def test_a_sidecar_with_another_median_norm_or_none_is_found(tmp_path: Path) -> None:
+    store, manifest = finished_cache(tmp_path, hooks=HOOKS, tokens=700, shard_bytes=2**13, max_norm_ratio=10.0)
+    key = sidecar_key(part_of(manifest))
+    edit_json(store, key, lambda told: told["hooks"]["layer.0"].update(calibrationMedianNorm=1.5))
+    only_problem(verify_cache(store), key, "another median norm of layer.0 than the manifest")
+    store.delete(key)
+    only_problem(verify_cache(store), key, "is missing")
+
+
 @pytest.mark.parametrize("checksum", [TOKEN_IDS, "layer.1", HEADER, "sha256"])
 def test_a_manifest_with_another_checksum_is_found(cache: tuple[FileStore, CacheManifest], checksum: str) -> None:
     store, manifest = cache
