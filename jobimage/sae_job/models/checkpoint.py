@@ -14,6 +14,7 @@ from torch import nn
 from sae_job.errors import InvalidInput
 from sae_job.models.anatomy import Anatomy, model_class, total_layers, with_layers
 from sae_job.text.hub import first_line, is_connection_trouble, is_local, resolve_commit
+from sae_job.text.hub_waits import bound_hub_waits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -158,6 +159,8 @@ def _resolve(source: ModelSource) -> str | None:
 def _read_config(source: ModelSource, commit: str | None) -> PreTrainedConfig:
     from transformers import AutoConfig
 
+    if not is_local(source.name):
+        bound_hub_waits()
     try:
         config = AutoConfig.from_pretrained(source.name, revision=commit or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sae_job.errors import InvalidInput
+from sae_job.text.hub_waits import bound_hub_waits
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
@@ -43,6 +44,7 @@ def resolve_commit(
         RevisionNotFoundError,
     )
 
+    bound_hub_waits()
     api = HfApi()
     look_up = api.model_info if kind == "model" else api.dataset_info
     try:

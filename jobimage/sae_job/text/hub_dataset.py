@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sae_job.errors import InvalidInput
 from sae_job.text.hub import first_line, is_connection_trouble
+from sae_job.text.hub_waits import bound_dataset_waits, bound_hub_waits
 from sae_job.text.local_files import METADATA_FILE
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def read_hub_dataset(source: DatasetSource, commit: str | None) -> Dataset | Ite
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
+    bound_hub_waits()
+    bound_dataset_waits()
     try:
         return load_dataset(
             source.path,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sae_job.errors import InvalidInput
 from sae_job.text.contexts import SpecialTokens
-from sae_job.text.hub import first_line, is_connection_trouble
+from sae_job.text.hub import first_line, is_connection_trouble, is_local
+from sae_job.text.hub_waits import bound_hub_waits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,8 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    if not is_local(source.name):
+        bound_hub_waits()
     try:
         return AutoTokenizer.from_pretrained(source.name, revision=revision or source.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -76,30 +79,42 @@ class TextTokenizer:
         """Token ids are below this."""
         return len(self.tokenizer)
 
-    def packing(self, *, prepend_bos: bool, separators: Separators | None = None) -> SpecialTokens:
+    def packing(
+        self, *, prepend_bos: bool, separators: Separators | None = None, vocabulary: int | None = None
+    ) -> SpecialTokens:
         """Ids of the tokens that packing inserts.
 
         With `prepend_bos`, BOS begins every context and stands between documents, where the tokenizer has one; what
         `separators` names goes before that.
 
+        Args:
+            vocabulary: ids that `separators` names must be below this; below the tokenizer's own size when None.
+
         Raises:
-            InvalidInput: the tokenizer has no token that `separators` names.
+            InvalidInput: the tokenizer has no token that `separators` names, or such an id is too large.
         """
         bos = self.bos_token_id if prepend_bos else None
         if separators is None:
             return SpecialTokens(begin_context=bos, separator=bos)
+        limit = self.size if vocabulary is None else vocabulary
         return SpecialTokens(
-            begin_context=self._named(separators.begin_context, bos, "beginContext"),
-            begin_document=self._named(separators.begin_document, None, "beginDocument"),
-            separator=self._named(separators.between_documents, bos, "betweenDocuments"),
+            begin_context=self._named(separators.begin_context, bos, "beginContext", limit),
+            begin_document=self._named(separators.begin_document, None, "beginDocument", limit),
+            separator=self._named(separators.between_documents, bos, "betweenDocuments", limit),
         )
 
-    def _named(self, token: str | None, otherwise: int | None, field: str) -> int | None:
+    def _named(self, token: str | None, otherwise: int | None, field: str, limit: int) -> int | None:
         if token is None:
             return otherwise
         if token == "none":
             return None
         if token.isdigit():
+            if int(token) >= limit:
+                raise InvalidInput(
+                    "TokenizerMismatch",
+                    f"there is no token {token}: ids are below {limit}",
+                    field=f"spec.sampling.separators.{field}",
+                )
             return int(token)
         value = getattr(self.tokenizer, f"{token}_token_id")
         if not isinstance(value, int) or value < 0:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import threading
+import socket
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from sae_job.errors import InvalidInput
 from sae_job.text.hub import is_connection_trouble, resolve_commit
+from tests.hub_server import COMMIT, hub_server
 
-COMMIT = "a" * 40
 TAGGED = "b" * 40
 # Path of a request -> status, the Hub's error code, commit.
 ANSWERS: dict[str, tuple[int, str, str]] = {
@@ -27,36 +25,14 @@ ANSWERS: dict[str, tuple[int, str, str]] = {
 }
 
 
-class StandIn(BaseHTTPRequestHandler):
-    """Answers as the Hub does."""
-
-    def do_GET(self) -> None:
-        status, code, commit = ANSWERS.get(self.path.partition("?")[0], (404, "RepoNotFound", ""))
-        body = json.dumps({"id": "x", "_id": "x", "sha": commit, "siblings": []}).encode()
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Requests are not worth a line."""
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import huggingface_hub.constants
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with hub_server() as server:
+        server.answers.update(ANSWERS)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        yield
 
 
 def model_commit(name: str, revision: str | None = None) -> str | None:
@@ -101,12 +77,11 @@ def test_a_hub_that_cannot_be_reached_is_worth_a_retry(monkeypatch: pytest.Monke
     import huggingface_hub.constants
 
     # Bound but not listening: connections are refused.
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn, bind_and_activate=False)
-    server.server_bind()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    with pytest.raises(Exception, match="refused") as caught:
-        model_commit("team/model")
-    server.server_close()
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{bound.getsockname()[1]}")
+        with pytest.raises(Exception, match="refused") as caught:
+            model_commit("team/model")
     assert not isinstance(caught.value, InvalidInput)
     assert is_connection_trouble(caught.value)
 
