@@ -16,12 +16,13 @@ LAST_USED_KEY = "last-used.json"
 # A copy of the model's files, where one was asked for.
 MIRROR_PREFIX = "model/"
 
-# What we write below a cache's folder.
+_AT_THE_TOP = r"(?:manifest|sae-operator|last-used)\.json"
+# What we write below a cache's folder. A folder `model/` with what stands at the top of a cache is another cache.
 _OURS = re.compile(
-    r"manifest\.json|sae-operator\.json|last-used\.json"
+    rf"{_AT_THE_TOP}"
     r"|shards/\d{6,}(-\d+)?(\.g\d+)?\.(safetensors|json)"
     r"|tokens/(index\.json|\d{6,}\.(safetensors|json))"
-    rf"|{MIRROR_PREFIX}[^/]+"
+    rf"|{MIRROR_PREFIX}(?!{_AT_THE_TOP}$)[^/]+"
 )
 _IN_A_FOLDER = re.compile(rf"(?P<folder>(?:.*?/)?)(?:{_OURS.pattern})")
 

@@ -98,6 +98,15 @@ def test_only_folders_with_the_marker_of_a_cache_are_caches(store: FileStore) ->
     assert found.identity == "0123456789abcdef"
 
 
+def test_a_cache_in_a_folder_that_is_called_like_a_copy_of_a_model_is_one_of_its_own(store: FileStore) -> None:
+    put_cache(store, "imported")
+    put_cache(store, "imported/model")
+    assert [cache.uri for cache in find_caches(store)] == [f"{store.uri}/imported", f"{store.uri}/imported/model"]
+    inner = {f"imported/model/{key}" for key in (*CACHE_KEYS, MARKER_KEY)}
+    remove(plan_removal(StoreFolder(store, "imported")))
+    assert set(contents(store)) == inner
+
+
 def test_the_prefix_may_be_the_cache_itself(store: FileStore) -> None:
     put_cache(store)
     assert [cache.uri for cache in find_caches(store)] == [store.uri]
