@@ -46,8 +46,8 @@ def store_contexts(
     if not records:
         raise InvalidInput(
             "NoTokens",
-            f"the text of {spec.dataset.path!r} has {text_tokens} tokens, "
-            f"which do not fill one context of {spec.context_size}; give more text",
+            f"{spec.dataset.path!r} has {text_tokens} tokens, which do not fill one context of {spec.context_size}; "
+            "give more text",
             field="spec.dataset.path",
         )
     if plan.rows < spec.tokens:
@@ -94,7 +94,7 @@ def block_builder(
             path=spec.dataset.path,
             context_size=spec.context_size,
         )
-    special = packing_of(spec, documents, tokenizer)
+    special = packing_of(spec, documents, tokenizer, facts.vocabulary)
     record = TokenizerRecord(
         name=spec.model.name,
         sha256="" if tokenizer is None else tokenizer.sha256(),

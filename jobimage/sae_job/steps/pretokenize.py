@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.storage.base import ObjectStore
-from sae_job.text.contexts import ContextPacker, SpecialTokens
+from sae_job.text.contexts import ContextPacker
 from sae_job.text.documents import Documents
 from sae_job.text.local_files import METADATA_FILE
 from sae_job.text.tokenize import TextTokenizer
@@ -193,7 +193,7 @@ def pretokenize_documents(
             f"{wanted.dataset.path!r} holds token ids already; name a column of text",
             field="spec.dataset.column",
         )
-    special = _special_tokens(wanted, tokenizer)
+    special = tokenizer.packing(prepend_bos=False, separators=wanted.separators)
     packer = ContextPacker(wanted.context_size, special)
     for output in outputs:
         output.begin()
@@ -226,22 +226,6 @@ def pretokenize_documents(
     for output in outputs:
         output.finish(files.keys, metadata)
     return made
-
-
-def _special_tokens(wanted: Pretokenization, tokenizer: TextTokenizer) -> SpecialTokens:
-    special = tokenizer.packing(prepend_bos=False, separators=wanted.separators)
-    for token, field in (
-        (special.begin_context, "beginContext"),
-        (special.begin_document, "beginDocument"),
-        (special.separator, "betweenDocuments"),
-    ):
-        if token is not None and token >= tokenizer.size:
-            raise InvalidInput(
-                "TokenizerMismatch",
-                f"the tokenizer has no token {token}: its ids are below {tokenizer.size}",
-                field=f"spec.sampling.separators.{field}",
-            )
-    return special
 
 
 class _Part:

@@ -132,7 +132,7 @@ class BlockBuilder:
             between_batches: called between batches of texts; may raise to end the work.
 
         Raises:
-            InvalidInput: the tokenizer lacks a special token that the spec names.
+            InvalidInput: tokenizer or model lack a special token that the spec names.
         """
         if tokenizer is None and not documents.tokenized:
             raise ValueError("text needs a tokenizer")
@@ -149,7 +149,7 @@ class BlockBuilder:
             if previous
             else PackerState()
         )
-        self._packer = ContextPacker(spec.context_size, packing_of(spec, documents, tokenizer), state)
+        self._packer = ContextPacker(spec.context_size, packing_of(spec, documents, tokenizer, vocabulary), state)
         self._contexts = self._token_rows() if documents.tokenized else self._stream()
         self._told_longer = False
         self.tokens_seen = 0
@@ -260,12 +260,19 @@ class BlockBuilder:
         return usable_positions(contexts, excluded, sampling.positions.of(self._spec.context_size)).sum(dim=1)
 
 
-def packing_of(spec: ActivationCacheSpec, documents: Documents, tokenizer: TextTokenizer | None) -> SpecialTokens:
+def packing_of(
+    spec: ActivationCacheSpec, documents: Documents, tokenizer: TextTokenizer | None, vocabulary: int
+) -> SpecialTokens:
     """Tokens that packing inserts: none into rows of token ids.
 
+    Args:
+        vocabulary: the model takes token ids below this.
+
     Raises:
-        InvalidInput: the tokenizer lacks one that the spec names.
+        InvalidInput: tokenizer or model lack one that the spec names.
     """
     if documents.tokenized or tokenizer is None:
         return SpecialTokens()
-    return tokenizer.packing(prepend_bos=spec.sampling.prepend_bos, separators=spec.sampling.separators)
+    return tokenizer.packing(
+        prepend_bos=spec.sampling.prepend_bos, separators=spec.sampling.separators, vocabulary=vocabulary
+    )

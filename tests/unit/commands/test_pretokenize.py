@@ -66,7 +66,7 @@ def test_text_is_read_from_an_s3_address(inputs: list[str], tmp_path: Path) -> N
         (["--tokenizer", "/nowhere/model"], "--tokenizer: "),
         (["--begin-context", "cls"], "--begin-context: 'cls' is none of bos, eos, sep, a token id, or none"),
         (["--begin-document", "sep"], "--begin-document: the tokenizer has no SEP token"),
-        (["--between-documents", "259"], "--between-documents: the tokenizer has no token 259"),
+        (["--between-documents", "259"], "--between-documents: there is no token 259"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_its_option(

@@ -130,7 +130,7 @@ def test_a_stop_leaves_no_finished_data_set_and_the_next_run_makes_it(
 
 
 def test_a_token_that_the_tokenizer_does_not_have_is_told(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="has no token 259: its ids are below 259") as caught:
+    with pytest.raises(InvalidInput, match="there is no token 259: ids are below 259") as caught:
         make(inputs, [StoreOutput(FileStore(tmp_path))], separators=Separators(begin_document="259"))
     assert caught.value.field == "spec.sampling.separators.beginDocument"
 
