@@ -16,7 +16,7 @@ from sae_job.steps.prepare import hook_facts
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
 from sae_job.text.plan import CacheIndex
 from sae_operator.api.activation_cache import ActivationCacheSpec
-from sae_operator.api.identity import CACHE_FORMAT_VERSION, cache_identity
+from sae_operator.api.identity import CACHE_FORMAT_VERSION
 from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 
 # Another finalize can win the race for the manifest; more often than this it does not happen.
@@ -46,7 +46,9 @@ def run_finalize(step: CacheStep | TrainStep, context: StepContext) -> StepResul
             f"another cache resource has planned {store.uri} anew, for other hooks or fewer tokens: raise spec.retry "
             "when it is done",
         )
-    manifest = write_manifest(store, merge(step.spec, index, _read_sidecars(step.spec, store, index)))
+    manifest = write_manifest(
+        store, merge(step.spec, index, _read_sidecars(step.spec, store, index), identity=step.cache_identity)
+    )
     context.reporter.update(tokens=manifest.tokens, shards_complete=len(manifest.shards))
     return StepResult(
         step="finalize",
@@ -84,7 +86,9 @@ def _read_sidecars(spec: ActivationCacheSpec, store: ObjectStore, index: CacheIn
     return complete
 
 
-def merge(spec: ActivationCacheSpec, index: CacheIndex, sidecars: list[list[Sidecar]]) -> CacheManifest:
+def merge(
+    spec: ActivationCacheSpec, index: CacheIndex, sidecars: list[list[Sidecar]], *, identity: str
+) -> CacheManifest:
     """The manifest of a cache whose shards have these sidecars, in order, of each all groups.
 
     Raises:
@@ -96,7 +100,7 @@ def merge(spec: ActivationCacheSpec, index: CacheIndex, sidecars: list[list[Side
     every = [sidecar for shard in sidecars for sidecar in shard]
     return CacheManifest(
         format_version=CACHE_FORMAT_VERSION,
-        identity=cache_identity(spec),
+        identity=identity,
         spec=recorded_spec(spec, [hook for group in index.groups for hook in group.hooks]),
         model=raw["model"],
         dataset=raw["dataset"],

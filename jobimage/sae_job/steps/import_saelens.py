@@ -211,10 +211,11 @@ class _Import:
         if there is not None:
             return Imported(there, adopted=True)
         index = self._index()
-        manifest = merge(self._spec, index, [[sidecar] for sidecar in self._sidecars(index)])
+        sidecars = [[sidecar] for sidecar in self._sidecars(index)]
+        manifest = merge(self._spec, index, sidecars, identity=self._identity)
         told = manifest.spec | {"imported": {"format": "SAELens", "fingerprint": self._saved.fingerprint}}
         # Of the tokenizer nothing is known.
-        manifest = manifest.model_copy(update={"identity": self._identity, "spec": told, "tokenizer": {}})
+        manifest = manifest.model_copy(update={"spec": told, "tokenizer": {}})
         return Imported(write_manifest(self._store, manifest), adopted=False)
 
     def _index(self) -> CacheIndex:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
-from sae_operator.api.identity import training_identity
 from sae_operator.api.steps import ExitCode, SaeProgress, StepResult, TrainStep
 
 MARKER_KEY = "sae-operator.json"
@@ -33,7 +32,7 @@ def check_output(store: ObjectStore, step: TrainStep) -> bool:
     marker = _parse(data) or {}
     if marker.get("kind") != KIND:
         raise _taken(store, f"an {marker['kind']}" if "kind" in marker else "something else")
-    if marker.get("specHash") != training_identity(step.spec):
+    if marker.get("specHash") != step.training_identity:
         raise _taken(
             store,
             f"the job {marker.get('namespace')}/{marker.get('name')} with another spec",
@@ -58,7 +57,7 @@ def claim_output(store: ObjectStore, step: TrainStep) -> Literal["claimed", "res
         "uid": step.uid,
         "namespace": step.namespace,
         "name": step.name,
-        "specHash": training_identity(step.spec),
+        "specHash": step.training_identity,
     }
     try:
         store.put(MARKER_KEY, (json.dumps(marker, sort_keys=True) + "\n").encode(), if_absent=True)

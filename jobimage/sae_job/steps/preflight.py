@@ -145,7 +145,7 @@ def _prepare_contexts(step: TrainStep, store: ObjectStore, context: StepContext)
     assert step.cache is not None, "a live source is described as a cache"
     context.reporter.update(total_tokens=step.cache.tokens)
     with fields_of_activations(step.spec):
-        _, index = prepare_contexts_for(step.cache, store, context)
+        _, index = prepare_contexts_for(step.cache, store, context, identity=_cache_identity(step))
     context.reporter.update(tokens=step.cache.tokens)
     logger.info("%d contexts are stored below %s", index.contexts, store.uri)
     return index.contexts * index.context_size * TOKEN_BYTES
@@ -155,13 +155,19 @@ def _manifest(step: TrainStep, store: ObjectStore) -> CacheManifest | None:
     """The manifest of the cache; None when it is still to be built, or to be extended by hooks of the job."""
     if step.cache is not None:
         with fields_of_activations(step.spec):
-            manifest = finished_manifest(store, step.cache)
+            manifest = finished_manifest(store, _cache_identity(step))
         held = set() if manifest is None else {hook.name for hook in manifest.hooks}
         return manifest if {hook.key for hook in step.cache.hooks} <= held else None
     try:
         return read_manifest(store)
     except InvalidInput as error:
         raise InvalidInput(error.reason, error.message, field="spec.activations.uri") from error
+
+
+def _cache_identity(step: TrainStep) -> str:
+    identity = step.cache_identity
+    assert identity is not None, "the spec of the cache is known"
+    return identity
 
 
 def _inspect(

@@ -28,7 +28,6 @@ from sae_job.text.plan import (
     slack_for,
 )
 from sae_operator.api.activation_cache import ActivationCacheSpec
-from sae_operator.api.identity import cache_identity
 from sae_operator.api.steps import CacheStep, ExitCode, HookFacts, StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -50,10 +49,10 @@ def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult
     spec = step.spec
     store = context.open_store(step.location)
     context.reporter.update(total_tokens=spec.tokens)
-    manifest = finished_manifest(store, spec)
+    manifest = finished_manifest(store, step.cache_identity)
     if manifest is not None and holds(manifest, spec):
         return _adopt(spec, manifest)
-    facts, index = prepare_contexts_for(spec, store, context, manifest=manifest)
+    facts, index = prepare_contexts_for(spec, store, context, identity=step.cache_identity, manifest=manifest)
     shape = CacheShape(index.groups, index.model.d_in, index.rows_per_shard, index.tokens)
     memory = _memory_of(spec, facts, shape, manifest)
     logger.info("%s", "\n  ".join(_plan_lines(spec, index, memory)))
@@ -73,7 +72,12 @@ def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult
 
 
 def prepare_contexts_for(
-    spec: ActivationCacheSpec, store: ObjectStore, context: StepContext, *, manifest: CacheManifest | None = None
+    spec: ActivationCacheSpec,
+    store: ObjectStore,
+    context: StepContext,
+    *,
+    identity: str,
+    manifest: CacheManifest | None = None,
 ) -> tuple[ModelFacts, CacheIndex]:
     """Store contexts for `spec.tokens` rows and the plan of their shards, after those that are stored already.
 
@@ -81,12 +85,13 @@ def prepare_contexts_for(
         spec: the cache, or what a live source would be as a cache.
         store: its folder, which is marked as ours.
         context: for stopping, and for progress.
+        identity: of the cache.
         manifest: the finished cache that is extended, where there is one.
 
     Raises:
         InvalidInput, Stopped: as `run_prepare`.
     """
-    if not mark(store, cache_identity(spec)):
+    if not mark(store, identity):
         logger.info("continuing what is there below %s", store.uri)
     there = store.head(INDEX_KEY)
     earlier = CacheIndex.load(store)
@@ -116,7 +121,7 @@ def prepare_contexts_for(
     return facts, index
 
 
-def finished_manifest(store: ObjectStore, spec: ActivationCacheSpec) -> CacheManifest | None:
+def finished_manifest(store: ObjectStore, identity: str) -> CacheManifest | None:
     """The manifest of a cache that is complete, for however many rows; None when there is none.
 
     Raises:
@@ -127,7 +132,7 @@ def finished_manifest(store: ObjectStore, spec: ActivationCacheSpec) -> CacheMan
     except ObjectNotFound:
         return None
     manifest = parse_manifest(data, store.uri)
-    if manifest.identity != cache_identity(spec):
+    if manifest.identity != identity:
         raise InvalidInput(
             "CacheTaken", f"{store.uri} holds a cache of another spec; choose another uri", field="spec.storage.uri"
         )

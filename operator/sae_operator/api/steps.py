@@ -15,6 +15,7 @@ from pydantic.alias_generators import to_camel
 
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.base import ApiModel
+from sae_operator.api.identity import cache_identity, training_identity
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
 
@@ -62,8 +63,16 @@ class CacheStep(ApiModel):
     """The resource's spec."""
     location: StoreLocation
     """Folder of the cache."""
+    identity: str | None = None
+    """Identity of the cache by its spec as it is written, which defaults of the namespace do not change; that of `spec`
+    when empty."""
     completions: Annotated[int, Field(ge=1)] = 1
     """Groups of shards: the pod with completion index c writes the shards i with i % completions == c."""
+
+    @property
+    def cache_identity(self) -> str:
+        """Identity of the cache."""
+        return cache_identity(self.spec) if self.identity is None else self.identity
 
 
 class TrainStep(ApiModel):
@@ -85,6 +94,23 @@ class TrainStep(ApiModel):
     cache: ActivationCacheSpec | None = None
     """Spec of the cache, where it is known (inline, or of the resource that cacheRef names); what a live source would
     be as a cache."""
+    identity: str | None = None
+    """Identity of the job by its spec as it is written, which defaults of the namespace do not change; that of `spec`
+    when empty."""
+    identity_of_cache: str | None = None
+    """The same of the cache; that of `cache` when empty."""
+
+    @property
+    def training_identity(self) -> str:
+        """Identity of the job."""
+        return training_identity(self.spec) if self.identity is None else self.identity
+
+    @property
+    def cache_identity(self) -> str | None:
+        """Identity of the cache, where its spec is known."""
+        if self.identity_of_cache is not None or self.cache is None:
+            return self.identity_of_cache
+        return cache_identity(self.cache)
 
 
 class _Message(BaseModel):

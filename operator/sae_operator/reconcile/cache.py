@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Literal
 
 from sae_operator.api.activation_cache import ActivationCacheSpec
-from sae_operator.api.identity import cache_location
+from sae_operator.api.identity import cache_identity, cache_location
 from sae_operator.api.resources import ACTIVATION_CACHE
 from sae_operator.api.status import ActivationCacheStatus, HookStatus, ShardsStatus
 from sae_operator.api.steps import CacheStep, CacheStepName, StepResult
@@ -241,6 +241,7 @@ def _given(scene: CacheScene, spec: ActivationCacheSpec, step: CacheStepName, co
         uid=scene.metadata.uid,
         spec=resolve_cache(spec, scene.defaults),
         location=resolve_location(cache_location(spec, scene.metadata.namespace), scene.defaults),
+        identity=cache_identity(spec),
         completions=completions,
     )
 

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Literal
 
 from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.identity import cache_identity, training_identity
 from sae_operator.api.resources import SAE_TRAINING_JOB
 from sae_operator.api.status import CheckpointStatus, SAETrainingJobStatus
 from sae_operator.api.steps import StepResult, TrainStep, TrainStepName
@@ -200,6 +201,8 @@ def _given(scene: TrainingScene, spec: SAETrainingJobSpec, source: Source, step:
         spec=resolve_training_job(spec, scene.defaults),
         activations=resolve_location(location, scene.defaults),
         cache=resolve_cache(cache, scene.defaults) if cache is not None else None,
+        identity=training_identity(spec),
+        identity_of_cache=cache_identity(cache) if cache is not None else None,
     )
 
 

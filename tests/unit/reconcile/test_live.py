@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_operator.api.identity import cache_identity
+import pytest
+
+from sae_operator.api.identity import cache_identity, training_identity
 from sae_operator.api.steps import TrainStep
 from sae_operator.reconcile.observed import Defaults
 from tests.unit.reconcile.fake_cluster import CACHE, JOB, FakeCluster, PodScript
@@ -147,3 +149,24 @@ def test_defaults_move_no_cache() -> None:
     given = given_to(plain, "train").cache
     assert given is not None
     assert written.endswith(f"/lab/{cache_identity(given)}")
+
+
+@pytest.mark.parametrize("source", ["cache", "uri"])
+def test_defaults_change_no_identity(source: str) -> None:
+    """What is there was made under other defaults, or by `sae-job run`, and stays what it is."""
+    activations = {
+        "cache": {"cache": cache_spec(dataset={"path": "s3://texts/english"})},
+        "uri": {"uri": "s3://saes/caches/finished"},
+    }[source]
+
+    def given(defaults: Defaults) -> TrainStep:
+        cluster = FakeCluster(defaults=defaults)
+        cluster.create(JOB, "sae", job_spec(activations))
+        cluster.run()
+        return given_to(cluster, "train")
+
+    plain, filled = given(Defaults()), given(Defaults(endpoint_url="http://s3.local:9000", secret_name="store"))
+    assert plain.spec != filled.spec
+    assert plain.training_identity == filled.training_identity == training_identity(plain.spec)
+    assert plain.cache_identity == filled.cache_identity
+    assert (plain.cache_identity is None) == (source == "uri")
