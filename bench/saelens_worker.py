@@ -2,6 +2,7 @@
 
     python saelens_worker.py caching MODEL CONTEXTS HOOK D_IN BATCH_SIZE
     python saelens_worker.py reading ACTIVATIONS DATASET BATCH_SIZE ROWS
+    python saelens_worker.py text MODEL TEXT TOKENS CONTEXT_SIZE
 
 It reads one request a line and answers with one line of JSON. CONTEXTS is a safetensors file with `contexts` (token ids
 [contexts, context_size]), ACTIVATIONS one with `rows` [contexts, context_size, d_in], DATASET a new folder for them as
@@ -11,6 +12,9 @@ the library caches them, BATCH_SIZE contexts per forward pass, ROWS rows per tra
              `export PATH`     writes what was cached last to PATH: `rows` [contexts, context_size, d_in]
     reading: `batches N`       takes N batches; answered with the CPU seconds that they took
              `export PATH`     writes the next batch to PATH: `rows` [batch, d_in]
+    text:    `raw`, `tokens`   takes all contexts of the folder TEXT of JSON lines, or of TOKENS of parquet files with
+                               token ids; answered with the CPU seconds that they took
+             `raw PATH`, …     also writes them to PATH: `contexts` [contexts, context_size]
 """
 
 # ruff: noqa: E402 - the import path comes first.
@@ -121,12 +125,64 @@ class Reading:
         return self._store.next_batch().flatten(1)
 
 
+class Text:
+    """The library's store of activations as the source of token ids, a context at a time; no activations are made."""
+
+    def __init__(self, model: str, text: str, tokens: str, context_size: str) -> None:
+        from datasets import load_dataset
+        from sae_lens.load_model import load_model  # pyright: ignore[reportMissingImports]
+
+        files = {"raw": ("json", f"{text}/*.jsonl"), "tokens": ("parquet", f"{tokens}/*.parquet")}
+        self._context_size = int(context_size)
+        self._model = load_model("AutoModelForCausalLM", model, device="cpu")
+        self._datasets = {
+            name: load_dataset(reader, data_files={"train": pattern}, split="train")
+            for name, (reader, pattern) in files.items()
+        }
+
+    def answer(self, command: str, argument: str) -> dict[str, Any]:
+        store = self._open(command)
+        contexts: list[Tensor] = []
+        start = time.process_time()
+        while True:
+            try:
+                contexts.append(store.get_batch_tokens(1, raise_at_epoch_end=True))
+            except StopIteration:
+                break
+        used = time.process_time() - start
+        if argument:
+            save_file({"contexts": torch.cat(contexts)}, argument)
+        return {"cpu_seconds": used, "contexts": len(contexts)}
+
+    def _open(self, name: str) -> Any:
+        from sae_lens import ActivationsStore  # pyright: ignore[reportMissingImports]
+
+        return ActivationsStore(
+            model=self._model,
+            dataset=self._datasets[name],
+            streaming=False,
+            hook_name="hook",
+            hook_layer=0,
+            hook_head_index=None,
+            context_size=self._context_size,
+            d_in=1,
+            n_batches_in_buffer=2,
+            total_training_tokens=1,
+            store_batch_size_prompts=1,
+            train_batch_size_tokens=self._context_size,
+            prepend_bos=True,
+            normalize_activations="none",
+            device=torch.device("cpu"),
+            dtype="float32",
+        )
+
+
 def main(kind: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     # Libraries print as they please; answers go where standard output was.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    side = {"caching": Caching, "reading": Reading}[kind](*arguments)
+    side = {"caching": Caching, "reading": Reading, "text": Text}[kind](*arguments)
     print(json.dumps({"ready": kind}), file=answers, flush=True)
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
