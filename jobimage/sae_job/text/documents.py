@@ -12,7 +12,7 @@ from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectStore
 from sae_job.text.hub import first_line, is_connection_trouble, is_local, resolve_commit
 from sae_job.text.hub_dataset import hub_metadata, read_hub_dataset
-from sae_job.text.local_files import fingerprint, local_files, local_metadata, read_files, reader_for
+from sae_job.text.local_files import CsvRows, fingerprint, local_files, local_metadata, read_files, reader_for
 from sae_job.text.plan import DatasetRecord
 from sae_job.text.s3_files import S3, StoredFiles, stored_files
 from sae_operator.api.store import StoreLocation
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sae_operator.api.activation_cache import DatasetSource
 
-    Rows = Dataset | IterableDataset | StoredFiles
+    Rows = Dataset | IterableDataset | StoredFiles | CsvRows
 
 # Columns that are read when the spec names none, in order of preference; the first ones hold token ids.
 TOKEN_COLUMNS = ("tokens", "input_ids")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ METADATA_FILE = "sae_lens.json"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 # Of each local file this much of both ends enters the fingerprint: enough to notice a change, cheap for terabytes.
 _FINGERPRINT_BYTES = 65_536
+_CSV_ROWS = 1000
 
 
 def choose_files(names: Iterable[str], source: DatasetSource, read: Callable[[str], bytes]) -> list[str]:
@@ -145,7 +148,36 @@ def fingerprint(files: Sequence[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
-def read_files(reader: str, files: Sequence[Path]) -> Dataset | IterableDataset:
+@dataclass(frozen=True)
+class CsvRows:
+    """Rows of CSV files, in order. The reader of the `datasets` library leaves files open.
+
+    Attributes:
+        files: with a line of column names each.
+        skipped: rows that iteration leaves out.
+    """
+
+    files: Sequence[Path]
+    skipped: int = 0
+
+    def skip(self, rows: int) -> CsvRows:
+        """The same without the first rows."""
+        return replace(self, skipped=self.skipped + rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return islice(self._rows(), self.skipped, None)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        import pandas
+        import pyarrow
+
+        for file in self.files:
+            with pandas.read_csv(file, chunksize=_CSV_ROWS) as chunks:
+                for chunk in chunks:
+                    yield from pyarrow.Table.from_pandas(chunk, preserve_index=False).to_pylist()
+
+
+def read_files(reader: str, files: Sequence[Path]) -> Dataset | IterableDataset | CsvRows:
     """Stream files of one kind; a text file is one document."""
     from datasets import Dataset, load_dataset
 
@@ -153,6 +185,8 @@ def read_files(reader: str, files: Sequence[Path]) -> Dataset | IterableDataset:
     filled = [str(file) for file in files if file.stat().st_size > 0]
     if not filled:
         return Dataset.from_dict({})
+    if reader == "csv":
+        return CsvRows([Path(file) for file in filled])
     options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
     return load_dataset(reader, data_files={"train": filled}, split="train", streaming=True, **options)
 

@@ -93,7 +93,10 @@ def test_bos_and_separator_give_a_stream_cut_at_the_context_size() -> None:
         ([0, 1], range(10), 0, True, SpecialTokens(begin_document=998, separator=997), [0, 1, 997, 998, 0], 1),
         ([0, 1], range(10), 0, True, SpecialTokens(begin_document=998, separator=998), [0, 1, 998, 0, 1], 2),
         ([0, 1], range(10), 0, False, SpecialTokens(begin_document=998, separator=997), [0, 1, 997, 0, 1], 2),
-        ([0, 1, 2, 3], range(10), 3, True, SpecialTokens(begin_document=998, separator=997), [0, 1, 2, 3, 997], 3),
+        *(
+            ([0, 1, 2, 3], range(10), offset, True, SpecialTokens(None, 998, 997), [0, 1, 2, 3, 997], offset)
+            for offset in (0, 3, 9)
+        ),
     ],
 )
 def test_one_append_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -119,9 +120,19 @@ def test_a_row_that_holds_something_else_is_told_by_its_number(tmp_path: Path) -
     assert (caught.value.reason, caught.value.field) == ("ColumnNotTokens", "spec.dataset.column")
 
 
-def test_csv_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text,other\none,1\ntwo,2\n")
-    assert texts(tmp_path) == ["one", "two"]
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning", "error::ResourceWarning")
+def test_csv_is_read_and_closed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,other\none,1\n"two,\nlines",2\n')
+    (tmp_path / "b.csv").write_text("text,other\n,3\nfour,4\n")
+    assert texts(tmp_path) == ["one", "two,\nlines", "", "four"]
+    assert texts(tmp_path, skip=3) == ["four"]
+    assert refusal(tmp_path, column="other")[:2] == ("ColumnNotText", "spec.dataset.column")
+    gc.collect()
+
+
+def test_a_broken_csv_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,other\none,1\ntwo,2,3\n")
+    assert refusal(tmp_path)[:2] == ("DatasetUnreadable", "spec.dataset.path")
 
 
 def test_a_split_of_a_saved_data_set_is_read(tmp_path: Path) -> None:
