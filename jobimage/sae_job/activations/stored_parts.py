@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from sae_job.activations.codecs import Codec
@@ -13,6 +13,8 @@ from sae_job.text.plan import CacheIndex
 
 # Sidecars are small and many: what takes time is the way to the store.
 READ_THREADS = 16
+# Shards whose sidecars are in memory at a time: each has as many sums as its hooks are wide.
+SHARDS_READ_AT_A_TIME = 64
 
 
 class PartLayouts:
@@ -37,9 +39,9 @@ class PartLayouts:
 
 def proved_parts(
     store: ObjectStore, index: CacheIndex, layouts: PartLayouts, shards: Sequence[int]
-) -> list[list[Sidecar | None]]:
-    """Sidecars of the parts of some shards: for each shard, those of all groups; None where a part is not stored whole,
-    or is another one than the plan's.
+) -> Iterator[list[Sidecar | None]]:
+    """Sidecars of the parts of some shards, one shard after the other: those of all groups; None where a part is not
+    stored whole, or is another one than the plan's. Memory does not grow with the number of shards.
 
     Raises:
         StoreError: the store cannot be read.
@@ -63,4 +65,19 @@ def proved_parts(
         return found
 
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sidecar") as threads:
-        return list(threads.map(of_shard, shards))
+        for start in range(0, len(shards), SHARDS_READ_AT_A_TIME):
+            yield from threads.map(of_shard, shards[start : start + SHARDS_READ_AT_A_TIME])
+
+
+def proved_groups(store: ObjectStore, index: CacheIndex, codec: Codec) -> set[int]:
+    """Groups whose parts are stored whole for all shards of a plan that has shards.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    proved = set(range(len(index.groups))) if index.shards else set[int]()
+    for sidecars in proved_parts(store, index, PartLayouts(index, codec), range(len(index.shards))):
+        proved -= {group for group, sidecar in enumerate(sidecars) if sidecar is None}
+        if not proved:
+            break
+    return proved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_job.activations.manifest import CacheManifest
@@ -41,33 +42,44 @@ class CacheShape:
 
 
 def shape_of(
-    spec: ActivationCacheSpec, d_in: dict[str, int], earlier: CacheIndex | None, manifest: CacheManifest | None
+    spec: ActivationCacheSpec,
+    d_in: dict[str, int],
+    earlier: CacheIndex | None,
+    manifest: CacheManifest | None,
+    *,
+    proved: Collection[int] = (),
 ) -> CacheShape:
     """The shape of the cache that a spec asks for, in a folder where one may have been begun.
 
-    A finished cache keeps its groups, and its rows when it has more. Of an unfinished one the first groups stay whose
-    hooks are all asked for: what else was begun is dropped, so that hooks that cannot be cached do not stay in the way.
-    New hooks become one group. When nothing stays the cache begins anew.
+    A finished cache keeps its groups, and its rows when it has more. Of one without a manifest the first groups stay
+    that are written to the end, for other resources have them (the manifest may have been deleted, to be written
+    again), or whose hooks are all asked for: what else was begun is dropped, so that hooks that cannot be cached do not
+    stay in the way. New hooks become one group. When nothing stays the cache begins anew.
 
     Args:
         spec: what is asked for.
         d_in: width of each hook of the spec.
         earlier: the plan that is stored.
         manifest: the finished cache.
+        proved: groups of `earlier` that are stored for all of its shards (`stored_parts.proved_groups`).
     """
     asked = [hook.key for hook in spec.hooks]
     groups: list[HookGroup] = []
     known = dict(d_in)
     shard_rows = None
+    tokens = spec.tokens
     if manifest is not None:
         groups, shard_rows = list(manifest.groups), manifest.rows_per_shard
         known = {hook.name: hook.d_in for hook in manifest.hooks} | known
+        tokens = max(tokens, manifest.tokens)
     elif earlier is not None:
-        for group in earlier.groups:
-            if not set(group.hooks) <= set(asked):
+        for number, group in enumerate(earlier.groups):
+            if number not in proved and not set(group.hooks) <= set(asked):
                 break
             groups.append(group)
+        known = earlier.model.d_in | known
         shard_rows = earlier.rows_per_shard if groups else None
+        tokens = max(tokens, earlier.tokens) if 0 in proved else tokens
     held = {hook for group in groups for hook in group.hooks}
     new = [hook for hook in asked if hook not in held]
     if new:
@@ -78,5 +90,5 @@ def shape_of(
         groups=groups,
         d_in={hook: known[hook] for group in groups for hook in group.hooks},
         rows_per_shard=shard_rows,
-        tokens=spec.tokens if manifest is None else max(spec.tokens, manifest.tokens),
+        tokens=tokens,
     )

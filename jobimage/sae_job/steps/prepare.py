@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from sae_job.activations.codecs import CODECS
 from sae_job.activations.format import MANIFEST_KEY, SHARDS_PREFIX, shard_key, sidecar_key
 from sae_job.activations.manifest import CacheManifest, parse_manifest
 from sae_job.activations.marker import mark
+from sae_job.activations.stored_parts import proved_groups
 from sae_job.errors import InvalidInput
 from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size
 from sae_job.models.mirror import localized
@@ -107,7 +109,10 @@ def prepare_contexts_for(
     facts = model.inspect([hook.key for hook in spec.hooks])
     check_context_size(facts, spec.context_size)
     check_batch_size(spec.model, spec.context_size)
-    shape = shape_of(spec, facts.d_in, earlier, manifest)
+    proved = set[int]()
+    if manifest is None and earlier is not None and not _covers(spec, earlier):
+        proved = proved_groups(store, earlier, CODECS[spec.storage.dtype])
+    shape = shape_of(spec, facts.d_in, earlier, manifest, proved=proved)
     _check_bytes(spec, shape.tokens, shape.row_bytes(spec.storage.dtype))
     if spec.run.resources.limits:
         _memory_of(spec, facts, shape, manifest).check(spec)
@@ -143,6 +148,13 @@ def holds(manifest: CacheManifest, spec: ActivationCacheSpec) -> bool:
     """Whether a finished cache has all rows and hooks that a spec asks for."""
     return manifest.tokens >= spec.tokens and {hook.key for hook in spec.hooks} <= {
         hook.name for hook in manifest.hooks
+    }
+
+
+def _covers(spec: ActivationCacheSpec, index: CacheIndex) -> bool:
+    """Whether a spec asks for all rows and hooks that are planned."""
+    return spec.tokens >= index.tokens and {hook.key for hook in spec.hooks} >= {
+        hook for group in index.groups for hook in group.hooks
     }
 
 

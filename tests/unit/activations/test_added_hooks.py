@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from sae_job.activations.format import KEEP
+from sae_job.activations.codecs import CODECS
+from sae_job.activations.format import KEEP, MANIFEST_KEY
 from sae_job.activations.manifest import CacheManifest, read_manifest
+from sae_job.activations.stored_parts import proved_groups
 from sae_job.activations.verify import verify_cache
 from sae_job.errors import InvalidInput
 from sae_job.steps.cache import write_shards
@@ -67,7 +69,9 @@ class Cache:
     def prepare(self, hooks: str, tokens: int = ROWS) -> None:
         spec, store = self.step(hooks, tokens).spec, self.store
         finished = None if store.head("manifest.json") is None else read_manifest(store)
-        shape = shape_of(spec, {hook: WIDTHS[hook] for hook in hooks}, CacheIndex.load(store), finished)
+        earlier = CacheIndex.load(store)
+        proved = set() if earlier is None else proved_groups(store, earlier, CODECS[self.dtype])
+        shape = shape_of(spec, {hook: WIDTHS[hook] for hook in hooks}, earlier, finished, proved=proved)
         longer = spec.model_copy(update={"tokens": shape.tokens})
         prepare_tokens(store, longer, shape.d_in, contexts=1000, groups=shape.groups)
 
@@ -288,6 +292,31 @@ def test_an_unfinished_cache_keeps_groups_that_are_asked_for_and_drops_others(ca
     index = CacheIndex.load(cache.store)
     assert index is not None
     assert [group.hooks for group in index.groups] == [["b"]]
+
+
+def test_what_was_finished_stays_when_its_manifest_is_deleted_to_be_written_again(cache: Cache) -> None:
+    cache.build("a", 2 * ROWS)
+    manifest = cache.build("ab", ROWS)
+    cache.store.delete(MANIFEST_KEY)
+    cache.models.clear()
+    assert cache.build("a", ROWS) == manifest
+    assert cache.models == [], "no row is computed again"
+
+
+def test_of_what_was_finished_hooks_stay_that_are_not_asked_for_and_others_come_after_them(cache: Cache) -> None:
+    before = cache.build("a")
+    cache.store.delete(MANIFEST_KEY)
+    after = cache.build("c", ROWS // 2)
+    assert [group.hooks for group in after.groups] == [["a"], ["c"]]
+    assert (after.tokens, after.hook("a")) == (ROWS, before.hook("a"))
+
+
+def test_a_group_that_lacks_one_part_of_many_does_not_stay_in_the_way(cache: Cache) -> None:
+    manifest = cache.build("ab")
+    cache.build("abc")
+    for key in (MANIFEST_KEY, manifest.shards[-1].parts[0].key.replace(".safetensors", ".g1.safetensors")):
+        cache.store.delete(key)
+    assert [group.hooks for group in cache.build("a").groups] == [["a", "b"]]
 
 
 @pytest.mark.parametrize(("begun", "first", "second"), [("", "a", "b"), ("a", "ab", "ad"), ("a", "ab", "abd")])
