@@ -27,6 +27,7 @@ from sae_job.training.plan import TrainingPlan
 from sae_job.training.scaling import ActivationStatistics
 from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource, Sampling
 from sae_operator.api.steps import TrainStep
+from sae_operator.api.store import StoreAccess, StoreLocation
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ def open_source(step: TrainStep, context: StepContext, *, device: torch.device) 
     store = context.open_store(step.activations)
     if step.spec.activations.live is None:
         note_use(store, context.now())
-        return CacheSource(store, read_manifest(store), context, asked=step.cache, device=device)
+        return CacheSource(
+            store, read_manifest(store), context, location=step.activations, asked=step.cache, device=device
+        )
     index = CacheIndex.load(store)
     if index is None or step.cache is None:
         raise InvalidInput("NotPrepared", f"{store.uri} holds no contexts: run the preflight step first")
@@ -126,6 +129,7 @@ class CacheSource:
         store: its folder.
         manifest: what it says of itself.
         context: opens the model's store.
+        location: the same, and who opens it.
         asked: the cache that the job asked for, where it is described; others may have extended it since.
         device: where SAEs are trained.
     """
@@ -136,6 +140,7 @@ class CacheSource:
         manifest: CacheManifest,
         context: StepContext,
         *,
+        location: StoreLocation,
         asked: ActivationCacheSpec | None,
         device: torch.device,
     ) -> None:
@@ -146,7 +151,7 @@ class CacheSource:
         self.widths = {hook: manifest.hook(hook).d_in for hook in hooks}
         self.sampling = Sampling.model_validate(manifest.spec.get("sampling", {}))
         # The manifest tells no credentials.
-        self._model = model_of(manifest) if asked is None else asked.model
+        self._model = model_of(manifest, location) if asked is None else asked.model
         self._manifest = manifest
         self._context = context
         self._device = device
@@ -307,10 +312,25 @@ class LiveModelSource:
         return _localized(self._spec.model, self.store, self._index.model.revision, self._context)
 
 
-def model_of(manifest: CacheManifest) -> ModelSource | None:
-    """How the model of a cache was loaded; None when the manifest does not tell."""
+def model_of(manifest: CacheManifest, location: StoreLocation) -> ModelSource | None:
+    """How the model of a cache was loaded; None when the manifest does not tell.
+
+    A model in an object store is opened as the cache is: manifests tell no credentials.
+
+    Args:
+        location: of the cache.
+    """
     told = manifest.spec.get("model")
-    return None if told is None else ModelSource.model_validate(told)
+    if told is None:
+        return None
+    model = ModelSource.model_validate(told)
+    if not model.name.startswith("s3://"):
+        return model
+    endpoint = None if model.store is None else model.store.endpoint_url
+    access = StoreAccess(
+        endpoint_url=endpoint or location.endpoint_url, region=location.region, secret_ref=location.secret_ref
+    )
+    return model.model_copy(update={"store": access})
 
 
 def _localized(source: ModelSource, store: ObjectStore, revision: str | None, context: StepContext) -> LocalModel:

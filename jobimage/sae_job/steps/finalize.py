@@ -23,6 +23,7 @@ from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 WRITE_ATTEMPTS = 5
 # What does not determine the rows.
 LEFT_OUT = ("run", "parallelism", "tokens", "suspend", "retry")
+LEFT_OUT_OF_SOURCES = ("secretRef", "region")
 LEFT_OUT_OF_STORAGE = ("secretRef", "endpointUrl", "region", "maxBytes", "bufferBytes")
 
 
@@ -137,6 +138,10 @@ def recorded_spec(spec: ActivationCacheSpec, hooks: Sequence[str]) -> dict[str, 
     manifest = {key: value for key, value in spec.to_manifest().items() if key not in LEFT_OUT}
     storage = manifest["storage"]
     manifest["storage"] = {key: value for key, value in storage.items() if key not in LEFT_OUT_OF_STORAGE}
+    for source in (manifest["model"], manifest["dataset"]):
+        store = {key: value for key, value in source.pop("store", {}).items() if key not in LEFT_OUT_OF_SOURCES}
+        if store:
+            source["store"] = store
     manifest["hooks"] = [hook_of(key) for key in hooks]
     return manifest
 

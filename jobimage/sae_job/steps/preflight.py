@@ -189,7 +189,7 @@ def _inspect_scored(
     """Facts of the model of a finished cache, where training will need it again: for the CE-loss score."""
     if not scores_with_model(step.spec):
         return None
-    source = model_of(manifest) if step.cache is None else step.cache.model
+    source = model_of(manifest, step.activations) if step.cache is None else step.cache.model
     try:
         if source is None:
             raise InvalidInput("ModelUnknown", f"{store.uri} does not tell which it is")

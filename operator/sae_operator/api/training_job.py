@@ -130,7 +130,8 @@ class Activations(ApiModel):
     region: Region | None = None
     """Region of the bucket of `uri`."""
     secret_ref: SecretRef | None = None
-    """Secret with the credentials of `uri`."""
+    """Secret with the credentials of `uri`; where its model lies in an object store, `ce_loss_score` reads it with
+    them, too."""
     live: LiveActivations | None = None
     """No cache: the model runs beside the training. Right for a single run; a cache pays from the second on."""
 

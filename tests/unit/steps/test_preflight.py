@@ -9,18 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from sae_job.activations.manifest import read_manifest
 from sae_job.errors import InvalidInput
 from sae_job.reporting.progress import ProgressReporter
+from sae_job.steps.activation_sources import model_of
 from sae_job.steps.context import StepContext
 from sae_job.steps.memory import quantity_bytes
 from sae_job.steps.output_marker import claim_output
 from sae_job.steps.preflight import run_preflight
 from sae_job.storage.file_store import FileStore, path_of_file_uri
 from sae_job.text.plan import CacheIndex
-from sae_operator.api.activation_cache import ActivationCacheSpec
+from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource
 from sae_operator.api.identity import cache_identity, cache_location, cache_of, live_location
 from sae_operator.api.steps import Progress, StepResult, TrainStep
-from sae_operator.api.store import StoreLocation
+from sae_operator.api.store import StoreAccess, StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
 from tests.small_cache import write_small_cache
 from tests.tiny_model import CONTEXT_LIMIT, write_tiny_model, write_tiny_text
@@ -268,6 +270,20 @@ def test_ce_loss_on_a_finished_cache_needs_its_model_before_training(bench: Benc
     assert not bench.output.head("sae-operator.json"), "the output is left to the successor"
     of_model(str(bench.model))
     assert bench.run(bench.job(**scored)).exit_code == 0
+
+
+def test_a_model_in_a_bucket_is_opened_as_the_finished_cache_is(bench: Bench) -> None:
+    store = FileStore(bench.root / "cache")
+    manifest = write_small_cache(store, hooks=[HOOK], d_in=32)
+    spec = {"model": {"name": "s3://models/small", "store": {"endpointUrl": "https://models"}}}
+    store.put("manifest.json", manifest.model_copy(update={"spec": spec}).to_bytes())
+    access = StoreAccess.model_validate({"endpointUrl": "https://caches", "secretRef": {"name": "ours"}})
+    location = StoreLocation(uri=f"file://{bench.root}/cache", **access.model_dump())
+    model = model_of(read_manifest(store), location)
+    assert model is not None
+    assert model.store == access.model_copy(update={"endpoint_url": "https://models"})
+    store.put("manifest.json", manifest.model_copy(update={"spec": {"model": {"name": "gpt2"}}}).to_bytes())
+    assert model_of(read_manifest(store), location) == ModelSource(name="gpt2")
 
 
 @pytest.mark.parametrize(
