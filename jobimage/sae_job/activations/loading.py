@@ -110,8 +110,8 @@ class _Fetch:
 def corrupt_shard(store: ObjectStore, key: str, why: str) -> InvalidInput:
     return InvalidInput(
         "CorruptShard",
-        f"{store.uri}/{key} is corrupt ({why}): delete it, its .json and the cache's manifest.json, and raise the "
-        "cache's spec.retry to write it again",
+        f"{store.uri}/{key} is corrupt ({why}): delete it and its .json, and raise the cache's spec.retry to write it "
+        "again",
     )
 
 

@@ -34,7 +34,7 @@ from sae_job.text.plan import INDEX_KEY, CacheIndex, block_key, block_sidecar_ke
 # Of one shard each: memory is this many shards.
 THREADS = 2
 _AGAIN = "raise the cache's spec.retry (or run it again)"
-_MEND_PART = f"delete it, its .json and the cache's {MANIFEST_KEY}, and {_AGAIN} to write it again"
+_MEND_PART = f"delete it and its .json, and {_AGAIN} to write it again"
 _MEND_MANIFEST = f"delete it, and {_AGAIN} to write it again from the sidecars"
 
 

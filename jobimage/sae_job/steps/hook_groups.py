@@ -36,9 +36,14 @@ class CacheShape:
 
     def missing_row_bytes(self, dtype: str, finished: CacheManifest | None) -> int:
         """Bytes of a row in the parts of one shard that are written together, beside those of a finished cache."""
-        if finished is None or finished.tokens < self.tokens:
-            return self.row_bytes(dtype)
-        return self.row_bytes(dtype, first_group=len(finished.groups))
+        return self.row_bytes(dtype, first_group=self._first_missing(finished))
+
+    def missing_hooks(self, finished: CacheManifest | None) -> list[str]:
+        """Hooks of these parts: a worker computes all of them at once."""
+        return [hook for group in self.groups[self._first_missing(finished) :] for hook in group.hooks]
+
+    def _first_missing(self, finished: CacheManifest | None) -> int:
+        return 0 if finished is None or finished.tokens < self.tokens else len(finished.groups)
 
 
 def shape_of(

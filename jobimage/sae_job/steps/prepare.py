@@ -39,7 +39,7 @@ def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult
     """Store contexts for `spec.tokens` rows and the plan of their shards, or adopt a finished cache.
 
     Contexts that are stored already, for fewer rows or by an attempt that was stopped, are kept. A finished cache that
-    has fewer rows, or lacks hooks, is extended.
+    has fewer rows, or lacks hooks, is extended; of one whose damaged parts were deleted, these are written again.
 
     Raises:
         InvalidInput: model, data set or hooks do not exist or do not fit; too little text; too large a cache; too
@@ -52,11 +52,16 @@ def run_prepare(step: CacheStep | TrainStep, context: StepContext) -> StepResult
     store = context.open_store(step.location)
     context.reporter.update(total_tokens=spec.tokens)
     manifest = finished_manifest(store, step.cache_identity)
+    whole = manifest is not None and _is_whole(store, manifest)
     if manifest is not None and holds(manifest, spec):
-        return _adopt(spec, manifest)
-    facts, index = prepare_contexts_for(spec, store, context, identity=step.cache_identity, manifest=manifest)
+        if whole:
+            return _adopt(spec, manifest)
+        logger.info("parts of the finished cache are missing below %s: they are written again", store.uri)
+    facts, index = prepare_contexts_for(
+        spec, store, context, identity=step.cache_identity, manifest=manifest, whole=whole
+    )
     shape = CacheShape(index.groups, index.model.d_in, index.rows_per_shard, index.tokens)
-    memory = _memory_of(spec, facts, shape, manifest)
+    memory = _memory_of(spec, facts, shape, manifest if whole else None)
     logger.info("%s", "\n  ".join(_plan_lines(spec, index, memory)))
     context.reporter.update(tokens=spec.tokens)
     complete = _complete_shards(store, index)
@@ -80,6 +85,7 @@ def prepare_contexts_for(
     *,
     identity: str,
     manifest: CacheManifest | None = None,
+    whole: bool = True,
 ) -> tuple[ModelFacts, CacheIndex]:
     """Store contexts for `spec.tokens` rows and the plan of their shards, after those that are stored already.
 
@@ -89,6 +95,10 @@ def prepare_contexts_for(
         context: for stopping, and for progress.
         identity: of the cache.
         manifest: the finished cache that is extended, where there is one.
+        whole: whether it has all of its parts.
+
+    Returns:
+        Facts of the model, of the hooks whose parts are to be written, and the plan.
 
     Raises:
         InvalidInput, Stopped: as `run_prepare`.
@@ -114,8 +124,13 @@ def prepare_contexts_for(
         proved = proved_groups(store, earlier, CODECS[spec.storage.dtype])
     shape = shape_of(spec, facts.d_in, earlier, manifest, proved=proved)
     _check_bytes(spec, shape.tokens, shape.row_bytes(spec.storage.dtype))
+    finished = manifest if whole else None
+    written = shape.missing_hooks(finished)
+    if written and set(written) != set(facts.d_in):
+        # What other resources asked for is written, too.
+        facts = model.inspect(written)
     if spec.run.resources.limits:
-        _memory_of(spec, facts, shape, manifest).check(spec)
+        _memory_of(spec, facts, shape, finished).check(spec)
     asked = spec.model_copy(update={"tokens": shape.tokens})
     records, plan = store_contexts(asked, facts, store, context, shard_rows=shape.rows_per_shard)
     index = _index(spec, facts, shape, records, plan)
@@ -142,6 +157,12 @@ def finished_manifest(store: ObjectStore, identity: str) -> CacheManifest | None
             "CacheTaken", f"{store.uri} holds a cache of another spec; choose another uri", field="spec.storage.uri"
         )
     return manifest
+
+
+def _is_whole(store: ObjectStore, manifest: CacheManifest) -> bool:
+    """Whether all parts that a manifest lists are there, in their sizes."""
+    sizes = {info.key: info.size for info in store.list(SHARDS_PREFIX)}
+    return all(sizes.get(part.key) == part.bytes for entry in manifest.shards for part in entry.parts)
 
 
 def holds(manifest: CacheManifest, spec: ActivationCacheSpec) -> bool:

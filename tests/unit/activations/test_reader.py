@@ -291,7 +291,7 @@ def test_a_flipped_bit_in_what_is_read_is_found(
     error = read_until_error((wrap(store), manifest))
     assert error.reason == "CorruptShard"
     assert f"{part.key} is corrupt (the CRC-32 of tensor 'layer.0' differs" in error.message
-    assert "delete it, its .json and the cache's manifest.json, and raise the cache's spec.retry" in error.message
+    assert "delete it and its .json, and raise the cache's spec.retry" in error.message
 
 
 def test_what_is_not_read_is_not_looked_at(tmp_path: Path) -> None:
