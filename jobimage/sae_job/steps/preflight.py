@@ -21,6 +21,7 @@ from sae_job.steps.memory import PROCESS_BYTES, has_gpu, memory_limit
 from sae_job.steps.output_marker import check_output, claim_output, finished_results, result_of
 from sae_job.steps.prepare import cache_bytes, check_size, finished_manifest, prepare_contexts_for
 from sae_job.storage.base import ObjectStore
+from sae_job.text.plan import CacheIndex
 from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
 from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource
 from sae_operator.api.identity import LIVE_SHARDS_IN_BUFFER
@@ -60,6 +61,7 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
     store = context.open_store(step.activations)
     needs = _needs(step, store, context)
     plan = resolve_plan(spec, cache_rows=needs.rows, widths=needs.widths)
+    _check_held_out(spec, plan)
     if needs.statistics is not None:
         plan = plan.scaled_by(needs.statistics)
     _check_memory(spec, plan, needs.held_bytes)
@@ -202,6 +204,14 @@ def _inspect_scored(
             field="spec.evaluation.metrics",
         ) from error
     _check_head(step.spec, facts)
+    index = CacheIndex.load(store)
+    if index is None or not index.blocks:
+        raise InvalidInput(
+            "NoContexts",
+            f"ce_loss_score needs the contexts that the cache is of, and {store.uri} holds none below tokens/ (a cache "
+            "that was imported need not); leave it out",
+            field="spec.evaluation.metrics",
+        )
     return facts
 
 
@@ -220,6 +230,16 @@ def _localized(source: ModelSource, store: ObjectStore, revision: str | None, co
 def scores_with_model(spec: SAETrainingJobSpec) -> bool:
     """Whether the training pod loads the whole language model."""
     return "ce_loss_score" in spec.evaluation.metrics
+
+
+def _check_held_out(spec: SAETrainingJobSpec, plan: TrainingPlan) -> None:
+    if scores_with_model(spec) and plan.held_out_rows == 0:
+        raise InvalidInput(
+            "NoHeldOutContexts",
+            "ce_loss_score is taken on held-out activations, and there are none; raise heldOutTokens, or leave "
+            "ce_loss_score out",
+            field="spec.evaluation.heldOutTokens",
+        )
 
 
 def _check_head(spec: SAETrainingJobSpec, facts: ModelFacts) -> None:

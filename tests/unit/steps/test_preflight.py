@@ -18,7 +18,7 @@ from sae_job.steps.memory import quantity_bytes
 from sae_job.steps.output_marker import claim_output
 from sae_job.steps.preflight import run_preflight
 from sae_job.storage.file_store import FileStore, path_of_file_uri
-from sae_job.text.plan import CacheIndex
+from sae_job.text.plan import BlockEntry, CacheIndex, DatasetRecord, ModelRecord, TokenizerRecord
 from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource
 from sae_operator.api.identity import cache_identity, cache_location, cache_of, live_location
 from sae_operator.api.steps import Progress, StepResult, TrainStep
@@ -269,7 +269,28 @@ def test_ce_loss_on_a_finished_cache_needs_its_model_before_training(bench: Benc
     assert "/gone" in message
     assert not bench.output.head("sae-operator.json"), "the output is left to the successor"
     of_model(str(bench.model))
+    assert bench.refusal(bench.job(**scored))[:2] == ("NoContexts", "spec.evaluation.metrics")
+    CacheIndex(
+        context_size=manifest.context_size,
+        contexts_per_block=96,
+        blocks=[BlockEntry(contexts=96, sha256="0" * 64)],
+        tokenizer=TokenizerRecord(name="gone", sha256="", bos_token_id=None, special_token_ids=[]),
+        model=ModelRecord(name=str(bench.model), revision=None, d_in={HOOK: 32}),
+        dataset=DatasetRecord(path="gone"),
+        exhausted=True,
+        rows_per_shard=manifest.rows_per_shard,
+        slack=0,
+        tokens=manifest.tokens,
+        groups=manifest.groups,
+    ).save(store)
     assert bench.run(bench.job(**scored)).exit_code == 0
+
+
+def test_ce_loss_needs_held_out_rows_before_training(bench: Bench) -> None:
+    metrics = ["ce_loss_score"]
+    told = bench.refusal(bench.job(evaluation={"heldOutTokens": 0, "metrics": metrics}))
+    assert told[:2] == ("NoHeldOutContexts", "spec.evaluation.heldOutTokens")
+    assert bench.run(bench.job(evaluation={"heldOutTokens": 1, "metrics": metrics})).exit_code == 0
 
 
 def test_a_model_in_a_bucket_is_opened_as_the_finished_cache_is(bench: Bench) -> None:
