@@ -122,7 +122,9 @@ def _hub_output(repository: str, revision: str, private: bool) -> Output:
     from huggingface_hub import HfApi
 
     from sae_job.steps.pretokenize import HubOutput
+    from sae_job.text.hub_waits import bound_hub_waits
 
+    bound_hub_waits()
     return HubOutput(HfApi(), repository, revision, private)
 
 
