@@ -9,8 +9,8 @@ from functools import partial
 
 from sae_job.activations.first_rows import read_first_rows
 from sae_job.activations.loading import ShardId
-from sae_job.activations.manifest import CacheManifest, HookStatistics, HookSums, Sidecar, read_sidecar
-from sae_job.activations.statistics import merge_sums
+from sae_job.activations.manifest import CacheManifest, HookStatistics, Sidecar, read_sidecar
+from sae_job.activations.statistics import HookTotals
 from sae_job.storage.base import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def statistics_of_first_rows(
         return whole
     groups = {hook: statistics.group for hook, statistics in whole.items()}
     shards = [shard.shard for shard in read_first_rows(store, manifest, total, {0, *groups.values()})]
-    found: dict[str, list[HookSums]] = {hook: [] for hook in hooks}
+    totals = {hook: HookTotals(hook, group=groups[hook]) for hook in hooks}
 
     def read(shard: ShardId, group: int) -> Sidecar | None:
         return read_sidecar(store, shard.number, shard.rows, manifest.rows_per_shard, group)
@@ -54,5 +54,5 @@ def statistics_of_first_rows(
                     return whole
                 for hook in hooks:
                     if groups[hook] == group:
-                        found[hook].append(sidecar.hooks[hook])
-    return {hook: merge_sums(hook, sums, group=groups[hook]) for hook, sums in found.items()}
+                        totals[hook].add(sidecar.hooks[hook])
+    return {hook: found.statistics() for hook, found in totals.items()}

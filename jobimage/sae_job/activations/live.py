@@ -23,9 +23,9 @@ from sae_job.activations.format import ROW_FIELDS, layout_of_part
 from sae_job.activations.gathering import ShardTensors
 from sae_job.activations.harvest import ActivationModel
 from sae_job.activations.loading import ShardId, within_bound
-from sae_job.activations.manifest import HookStatistics, HookSums
+from sae_job.activations.manifest import HookStatistics
 from sae_job.activations.open_shard import OpenShard, places_of_rows
-from sae_job.activations.statistics import merge_sums, sums_of
+from sae_job.activations.statistics import HookTotals, sums_of
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex, plan_shards
@@ -101,20 +101,18 @@ class LiveSource:
         """
         hooks = self.index.groups[0].hooks
         medians = self._filler.encoding.filters[0].median_norms
-        sums: dict[str, list[HookSums]] = {hook: [] for hook in hooks}
-        measured = 0
+        totals = {hook: HookTotals(hook) for hook in hooks}
         with self._running():
             for batch in self._filler.rows(0, self.index.shards[-1].stop if self.index.shards else 0):
                 kept = batch.below.get(0)
                 for hook in hooks:
                     found = sums_of(batch.rows[hook], hook, keep=kept, calibration_median_norm=medians.get(hook))
-                    sums[hook].append(found)
-                measured += sums[hooks[0]][-1].rows
-                if measured >= rows:
+                    totals[hook].add(found)
+                if totals[hooks[0]].rows >= rows:
                     break
-        if measured == 0:
+        if totals[hooks[0]].rows == 0:
             raise InvalidInput("TooFewRows", "the text gives no rows", field="spec.activations.live.dataset")
-        return [merge_sums(hook, found) for hook, found in sums.items()]
+        return [found.statistics() for found in totals.values()]
 
     def held_out_contexts(self, rows: int) -> int:
         """As `reader.held_out_contexts_for` of a cache: smallest number of first contexts that hold `rows` rows.

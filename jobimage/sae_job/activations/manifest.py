@@ -75,6 +75,10 @@ class Sidecar(_Document):
         """Names the rows of a part of group 0 and their places."""
         return f"{self.crc32[SEQUENCE]}-{self.crc32[POSITION]}"
 
+    def without_sums(self) -> Sidecar:
+        """What is small of it."""
+        return self.model_copy(update={"hooks": {}})
+
     def proves(self, layout: ShardLayout, base: Sidecar | None) -> bool:
         """Whether this is about a part with this layout, and with the rows of `base` (None for group 0)."""
         same_file = self.bytes == layout.size and self.crc32.get(HEADER) == layout.header_crc32

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 
 from sae_job.activations.codecs import CODECS, Codec
@@ -102,7 +103,65 @@ def not_finite(hook: str, dtype: str) -> InvalidInput:
     )
 
 
-def merge_sums(name: str, sums: Sequence[HookSums], *, group: int = 0) -> HookStatistics:
+class HookTotals:
+    """Exact sums of one hook over shards that are added one by one. Memory does not grow with their number.
+
+    Args:
+        name: key of the hook.
+        group: number of the hook's group.
+    """
+
+    def __init__(self, name: str, *, group: int = 0) -> None:
+        self._name = name
+        self._group = group
+        self._medians: set[float | None] = set()
+        # Each column adds up to the exact total of one value: those of `sum`, `sum_norm` and `sum_squared_norm`.
+        self._parts: np.ndarray | None = None
+        self.shards = 0
+        self.rows = 0
+
+    def add(self, sums: HookSums) -> None:
+        """Count one more shard."""
+        values = np.array([*sums.sum, sums.sum_norm, sums.sum_squared_norm], dtype=np.float64)
+        self._parts = _sum_exactly(np.zeros((0, len(values))) if self._parts is None else self._parts, values)
+        self._medians.add(sums.calibration_median_norm)
+        self.shards += 1
+        self.rows += sums.rows
+
+    def statistics(self) -> HookStatistics:
+        """Statistics over all rows that are kept; the same whatever the order of the shards.
+
+        Raises:
+            InvalidInput: the shards were filtered by different norms, so they are not of one cache, or no row is kept.
+        """
+        if len(self._medians) > 1:
+            raise InvalidInput(
+                "CalibrationDiffers",
+                f"shards disagree on the median norm of {self._name} ({sorted(self._medians, key=str)}), so different "
+                "workers dropped different rows: run all of them on one kind of device, and write the cache again in "
+                "another place",
+            )
+        if self.rows == 0 or self._parts is None:
+            raise InvalidInput(
+                "TooFewRows",
+                f"the norm filter leaves no row of {self._name}: raise maxNormRatio, or set it to 0",
+                field="spec.sampling.maxNormRatio",
+            )
+        # fsum gives the nearest float64 to the exact total.
+        *mean, mean_norm, mean_squared_norm = [math.fsum(column) / self.rows for column in self._parts.T.tolist()]
+        return HookStatistics(
+            name=self._name,
+            d_in=len(mean),
+            rows=self.rows,
+            mean=mean,
+            mean_norm=mean_norm,
+            mean_squared_norm=mean_squared_norm,
+            calibration_median_norm=next(iter(self._medians)),
+            group=self._group,
+        )
+
+
+def merge_sums(name: str, sums: Iterable[HookSums], *, group: int = 0) -> HookStatistics:
     """Statistics of one hook over all rows that are kept.
 
     Args:
@@ -111,30 +170,30 @@ def merge_sums(name: str, sums: Sequence[HookSums], *, group: int = 0) -> HookSt
         group: number of the hook's group.
 
     Raises:
-        InvalidInput: the shards were filtered by different norms, so they are not of one cache, or no row is kept.
+        InvalidInput: as `HookTotals.statistics`.
     """
-    medians = {shard.calibration_median_norm for shard in sums}
-    if len(medians) > 1:
-        raise InvalidInput(
-            "CalibrationDiffers",
-            f"shards disagree on the median norm of {name} ({sorted(medians, key=str)}), so different workers dropped "
-            "different rows: run all of them on one kind of device, and write the cache again in another place",
-        )
-    rows = sum(shard.rows for shard in sums)
-    if rows == 0:
-        raise InvalidInput(
-            "TooFewRows",
-            f"the norm filter leaves no row of {name}: raise maxNormRatio, or set it to 0",
-            field="spec.sampling.maxNormRatio",
-        )
-    return HookStatistics(
-        name=name,
-        d_in=sums[0].d_in,
-        rows=rows,
-        # fsum gives the nearest float64 whatever the order and number of shards.
-        mean=[math.fsum(column) / rows for column in zip(*(shard.sum for shard in sums), strict=True)],
-        mean_norm=math.fsum(shard.sum_norm for shard in sums) / rows,
-        mean_squared_norm=math.fsum(shard.sum_squared_norm for shard in sums) / rows,
-        calibration_median_norm=medians.pop(),
-        group=group,
-    )
+    totals = HookTotals(name, group=group)
+    for shard in sums:
+        totals.add(shard)
+    return totals.statistics()
+
+
+def _sum_exactly(parts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Add a value to each column of [parts, columns], whose few floats add up to the exact sum of the values so far
+    (expansions: Shewchuk 1997, as `math.fsum` has them)."""
+    longer = np.concatenate([parts, values[None]])
+    # What a float rounds off goes to the one before; then each takes what it can hold of that, so that they stay few.
+    for place in range(len(longer) - 1):
+        longer[place + 1], longer[place] = _two_sum(longer[place + 1], longer[place])
+    for place in reversed(range(len(longer) - 1)):
+        longer[place + 1], longer[place] = _two_sum(longer[place + 1], longer[place])
+    # Zeros go last, where rows of nothing else are dropped.
+    longer = np.take_along_axis(longer, np.argsort(longer == 0, axis=0, kind="stable"), axis=0)
+    return longer[: int((longer != 0).sum(axis=0).max(initial=0))]
+
+
+def _two_sum(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Their sum, rounded, and what that is short of (Knuth)."""
+    total = left + right
+    taken = total - left
+    return total, (left - (total - taken)) + (right - taken)

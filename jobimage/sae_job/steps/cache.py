@@ -78,7 +78,8 @@ def _write_missing(
     for number, sidecars in zip(numbers, proved_parts(store, index, layouts, numbers), strict=True):
         groups = [group for group, sidecar in enumerate(sidecars) if sidecar is None]
         if groups:
-            work.append(_ShardWork(number, groups, sidecars[0]))
+            base = sidecars[0]
+            work.append(_ShardWork(number, groups, None if base is None else base.without_sums()))
     rows = sum(index.shards[number].rows for number in numbers)
     stored = rows - sum(index.shards[shard.number].rows for shard in work)
     context.reporter.update(tokens=stored, total_tokens=rows, shards_complete=len(numbers) - len(work))

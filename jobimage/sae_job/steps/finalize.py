@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sae_job.activations.codecs import CODECS
 from sae_job.activations.format import MANIFEST_KEY, shard_key
 from sae_job.activations.manifest import CacheManifest, ShardEntry, Sidecar, parse_manifest, part_entry
-from sae_job.activations.statistics import merge_sums
+from sae_job.activations.statistics import HookTotals
 from sae_job.activations.stored_parts import PartLayouts, proved_parts
 from sae_job.errors import InvalidInput
 from sae_job.steps.context import StepContext
@@ -64,10 +64,13 @@ def run_finalize(step: CacheStep | TrainStep, context: StepContext) -> StepResul
     )
 
 
-def _read_sidecars(spec: ActivationCacheSpec, store: ObjectStore, index: CacheIndex) -> list[list[Sidecar]]:
-    """Sidecars of all planned shards, of all groups of each, every one of whose parts is there in full."""
+def _read_sidecars(spec: ActivationCacheSpec, store: ObjectStore, index: CacheIndex) -> Iterator[list[Sidecar]]:
+    """Sidecars of all planned shards, of all groups of each, one shard after the other.
+
+    Raises:
+        InvalidInput: after the last one: parts are not there in full.
+    """
     layouts = PartLayouts(index, CODECS[spec.storage.dtype])
-    complete: list[list[Sidecar]] = []
     missing: list[str] = []
     for number, found in enumerate(proved_parts(store, index, layouts, range(len(index.shards)))):
         rows = index.shards[number].rows
@@ -76,7 +79,8 @@ def _read_sidecars(spec: ActivationCacheSpec, store: ObjectStore, index: CacheIn
             for group, sidecar in enumerate(found)
             if sidecar is None
         ]
-        complete.append([sidecar for sidecar in found if sidecar is not None])
+        if not missing:
+            yield [sidecar for sidecar in found if sidecar is not None]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InvalidInput(
@@ -84,21 +88,28 @@ def _read_sidecars(spec: ActivationCacheSpec, store: ObjectStore, index: CacheIn
             f"{store.uri} lacks {', '.join(missing[:3])}{more}, or not all of their bytes are there: raise spec.retry "
             "to write them again",
         )
-    return complete
 
 
 def merge(
-    spec: ActivationCacheSpec, index: CacheIndex, sidecars: list[list[Sidecar]], *, identity: str
+    spec: ActivationCacheSpec, index: CacheIndex, sidecars: Iterable[Sequence[Sidecar]], *, identity: str
 ) -> CacheManifest:
-    """The manifest of a cache whose shards have these sidecars, in order, of each all groups.
+    """The manifest of a cache whose shards have these sidecars, in order, of each all groups. Each is used once: many
+    of them may be larger than memory.
 
     Raises:
         InvalidInput: the shards disagree, or there are none.
     """
-    if not sidecars:
+    totals = [HookTotals(hook, group=number) for number, group in enumerate(index.groups) for hook in group.hooks]
+    shards: list[list[Sidecar]] = []
+    for shard in sidecars:
+        sums = [shard[number].hooks[hook] for number, group in enumerate(index.groups) for hook in group.hooks]
+        for total, found in zip(totals, sums, strict=True):
+            total.add(found)
+        shards.append([sidecar.without_sums() for sidecar in shard])
+    if not shards:
         raise InvalidInput("TooFewRows", "the cache has no rows: the text gives none", field="spec.dataset")
     raw = index.model_dump(mode="json", by_alias=True)
-    every = [sidecar for shard in sidecars for sidecar in shard]
+    every = [sidecar for shard in shards for sidecar in shard]
     return CacheManifest(
         format_version=CACHE_FORMAT_VERSION,
         identity=identity,
@@ -109,15 +120,11 @@ def merge(
         seed=spec.seed,
         dtype=spec.storage.dtype,
         context_size=index.context_size,
-        tokens=sum(shard[0].rows for shard in sidecars),
+        tokens=sum(shard[0].rows for shard in shards),
         bytes=sum(sidecar.bytes for sidecar in every),
         rows_per_shard=index.rows_per_shard,
         groups=index.groups,
-        hooks=[
-            merge_sums(hook, [shard[number].hooks[hook] for shard in sidecars], group=number)
-            for number, group in enumerate(index.groups)
-            for hook in group.hooks
-        ],
+        hooks=[total.statistics() for total in totals],
         shards=[
             ShardEntry(
                 rows=plan.rows,
@@ -125,7 +132,7 @@ def merge(
                 stop=plan.stop,
                 parts=[part_entry(sidecar, index.rows_per_shard) for sidecar in shard],
             )
-            for shard, plan in zip(sidecars, index.shards, strict=True)
+            for shard, plan in zip(shards, index.shards, strict=True)
         ],
         software=list({str(sidecar.software): sidecar.software for sidecar in every}.values()),
         device=list(dict.fromkeys(sidecar.device for sidecar in every)),

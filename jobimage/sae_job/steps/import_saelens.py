@@ -211,7 +211,7 @@ class _Import:
         if there is not None:
             return Imported(there, adopted=True)
         index = self._index()
-        sidecars = [[sidecar] for sidecar in self._sidecars(index)]
+        sidecars = ([sidecar] for sidecar in self._sidecars(index))
         manifest = merge(self._spec, index, sidecars, identity=self._identity)
         told = manifest.spec | {"imported": {"format": "SAELens", "fingerprint": self._saved.fingerprint}}
         # Of the tokenizer nothing is known.

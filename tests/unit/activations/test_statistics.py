@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from fractions import Fraction
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_job.activations.manifest import HookSums
-from sae_job.activations.statistics import merge_sums, sums_of
+from sae_job.activations.statistics import HookTotals, merge_sums, sums_of
 from sae_job.errors import InvalidInput
 
 
@@ -40,6 +41,43 @@ def test_merged_statistics_are_those_of_all_rows(counts: list[int], dtype: torch
     assert merged.mean == pytest.approx(everything.mean(dim=0).tolist(), rel=1e-12)
     assert merged.mean_norm == pytest.approx(float(norms.mean()), rel=1e-12)
     assert merged.mean_squared_norm == pytest.approx(float((norms**2).mean()), rel=1e-12)
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(-1e200, 1e200), min_size=4, max_size=4),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_totals_are_the_nearest_floats_whatever_is_added_first(values: list[list[float]]) -> None:
+    def totals(shards: list[list[float]]) -> list[float]:
+        sums = [
+            HookSums(d_in=2, rows=1, sum=sum, sum_norm=norm, sum_squared_norm=other) for *sum, norm, other in shards
+        ]
+        found = merge_sums("h", sums)
+        return [*found.mean, found.mean_norm, found.mean_squared_norm]
+
+    expected = [math.fsum(column) / len(values) for column in zip(*values, strict=True)]
+    assert totals(values) == totals(values[::-1]) == expected
+
+
+def test_totals_take_no_more_memory_for_more_shards() -> None:
+    width = 1000
+    shard = torch.randn(width, dtype=torch.float64).tolist()
+    sums = HookSums(d_in=width, rows=1, sum=shard, sum_norm=1.0, sum_squared_norm=1.0)
+
+    def peak(shards: int) -> int:
+        totals = HookTotals("h")
+        tracemalloc.start()
+        for number in range(shards):
+            totals.add(sums.model_copy(update={"sum": [value * 1.1**number for value in shard]}))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    # The sums of 180 shards more would be 180 * width * 8 bytes as arrays, four times that as lists.
+    assert peak(200) < peak(20) + 2 * width * 8
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
