@@ -25,6 +25,7 @@ from sae_job.text.plan import CacheIndex
 from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
 from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource
 from sae_operator.api.identity import LIVE_SHARDS_IN_BUFFER
+from sae_operator.api.run_settings import RunSettings
 from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 from sae_operator.api.training_job import SAETrainingJobSpec
 
@@ -64,7 +65,7 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
     _check_held_out(spec, plan)
     if needs.statistics is not None:
         plan = plan.scaled_by(needs.statistics)
-    _check_memory(spec, plan, needs.held_bytes)
+    _check_memory(spec, plan, needs)
     memory = memory_bytes(plan, max(needs.held_bytes, needs.scored_model_bytes))
     # After all checks, so that a spec that cannot work does not keep its mended successor from the output.
     claim_output(output, step)
@@ -89,6 +90,7 @@ class _Needs:
         rows: rows that the job asked for, held-out ones included.
         widths: key of every hook -> width of its activations.
         held_bytes: memory of the training pod for the activations.
+        live_rows_bytes: of these, rows of a live source, which lie in host memory.
         scored_model_bytes: the same for the CE-loss score, which is taken when the activations are gone.
         bytes_to_cache: size of the cache that is to be built or extended.
         statistics: of the activations, where a finished cache tells them.
@@ -98,6 +100,7 @@ class _Needs:
     widths: Mapping[str, int]
     held_bytes: int
     scored_model_bytes: int
+    live_rows_bytes: int = 0
     bytes_to_cache: int = 0
     statistics: Mapping[str, HookStatistics] | None = None
 
@@ -127,16 +130,18 @@ def _needs(step: TrainStep, store: ObjectStore, context: StepContext) -> _Needs:
         )
     assert cache is not None, "a cache without a spec has a manifest"
     facts = _inspect(spec, cache, store, context)
-    size = cache_bytes(cache, facts)
+    size, live_rows = cache_bytes(cache, facts), 0
     if spec.activations.live is None:
         held = reader_memory_bytes(size, cache.storage.shard_bytes)
     else:
         running = facts.parameter_bytes + forward_bytes(facts, cache.model, cache.context_size)
-        held = running + min(size, LIVE_SHARDS_IN_BUFFER * cache.storage.shard_bytes)
+        live_rows = min(size, LIVE_SHARDS_IN_BUFFER * cache.storage.shard_bytes)
+        held = running + live_rows
     return _Needs(
         rows=cache.tokens,
         widths=facts.d_in,
         held_bytes=held,
+        live_rows_bytes=live_rows,
         scored_model_bytes=facts.total_parameter_bytes if scores_with_model(spec) else 0,
         bytes_to_cache=size if spec.activations.live is None else 0,
     )
@@ -146,8 +151,10 @@ def _prepare_contexts(step: TrainStep, store: ObjectStore, context: StepContext)
     """Store the contexts of a live source; returns their bytes."""
     assert step.cache is not None, "a live source is described as a cache"
     context.reporter.update(total_tokens=step.cache.tokens)
+    # Its memory was checked as a training pod's; what a cache worker would need does not count.
+    cache = step.cache.model_copy(update={"run": RunSettings()})
     with fields_of_activations(step.spec):
-        _, index = prepare_contexts_for(step.cache, store, context, identity=_cache_identity(step))
+        _, index = prepare_contexts_for(cache, store, context, identity=_cache_identity(step))
     context.reporter.update(tokens=step.cache.tokens)
     logger.info("%d contexts are stored below %s", index.contexts, store.uri)
     return index.contexts * index.context_size * TOKEN_BYTES
@@ -266,17 +273,28 @@ def _latent_bytes(plan: TrainingPlan) -> int:
     return max(sae.d_sae for sae in plan.saes) * plan.batch_size * 4
 
 
-def _check_memory(spec: SAETrainingJobSpec, plan: TrainingPlan, reader: int) -> None:
-    """Raises InvalidInput when a pod without a GPU cannot even hold the weights, one step and the shards it reads."""
-    limit = memory_limit(spec.run)
-    if limit is None or has_gpu(spec.run):
+def _check_memory(spec: SAETrainingJobSpec, plan: TrainingPlan, needs: _Needs) -> None:
+    """Raises InvalidInput when a pod without a GPU cannot even hold the weights, one step and the shards it reads, or
+    one with a GPU the rows of a live source."""
+    limit, field = memory_limit(spec.run), "spec.run.resources.limits.memory"
+    if limit is None:
+        return
+    if has_gpu(spec.run):
+        if limit < needs.live_rows_bytes:
+            raise InvalidInput(
+                "NotEnoughMemory",
+                f"rows of the live source alone take {needs.live_rows_bytes >> 20} MiB, the limit is "
+                f"{limit >> 20} MiB; raise it, or lower bufferBytes",
+                field=field,
+            )
         return
     training = _parameters(plan) * _BYTES_PER_PARAMETER + _latent_bytes(plan)
-    if limit < training + reader:
+    if limit < training + needs.held_bytes:
         lower = "the cache's shardBytes" if spec.activations.live is None else "bufferBytes of the live source"
         raise InvalidInput(
             "NotEnoughMemory",
-            f"weights and one step alone take {training >> 20} MiB and the activations in use {reader >> 20} MiB, the "
-            f"limit is {limit >> 20} MiB; raise it, or lower batchSize, dSae, the number of SAEs or {lower}",
-            field="spec.run.resources.limits.memory",
+            f"weights and one step alone take {training >> 20} MiB and the activations in use "
+            f"{needs.held_bytes >> 20} MiB, the limit is {limit >> 20} MiB; raise it, or lower batchSize, dSae, the "
+            f"number of SAEs or {lower}",
+            field=field,
         )

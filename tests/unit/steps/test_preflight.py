@@ -410,6 +410,19 @@ def test_a_cpu_pod_too_small_for_the_buffer_of_a_live_source_is_told(bench: Benc
     assert "bufferBytes" in told[2]
 
 
+def test_a_gpu_pod_must_hold_the_rows_of_a_live_source_and_nothing_of_a_cache_worker(bench: Bench) -> None:
+    def limited(memory: int) -> TrainStep:
+        limits = {"memory": memory, "nvidia.com/gpu": 1}
+        return bench.job(activations=bench.live(tokens=10_000), run={"resources": {"limits": limits}})
+
+    # All rows fit into the default buffer.
+    rows = 10_000 * (32 * 2 + 12)
+    told = bench.refusal(limited(rows - 1))
+    assert told[:2] == ("NotEnoughMemory", "spec.run.resources.limits.memory")
+    assert "bufferBytes" in told[2]
+    assert bench.run(limited(rows)).exit_code == 0
+
+
 def test_a_live_source_of_a_model_without_a_head_gets_no_score(bench: Bench, tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
