@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -173,8 +174,11 @@ class ShardWriter:
                 sidecar = self._describe(shard, part, base)
                 key = shard_key(shard.number, shard.rows, self._rows_per_shard, group)
                 self._before_upload(shard)
-                self._put(key, part.bytes)
-                self._put(sidecar_key(key), sidecar.to_bytes())
+                # A sidecar that is there proves nothing, or this would not be written: it must not stand beside a part
+                # that it is not about.
+                self._repeat(partial(self._remove, sidecar_key(key)))
+                self._repeat(partial(self._store.put, key, part.bytes))
+                self._repeat(partial(self._store.put, sidecar_key(key), sidecar.to_bytes()))
                 base = sidecar if group == 0 else base
             with self._lock:
                 self._stored += 1
@@ -212,10 +216,15 @@ class ShardWriter:
             follows=None if base is None else base.row_order,
         )
 
-    def _put(self, key: str, data: bytes | memoryview) -> None:
+    def _remove(self, key: str) -> None:
+        # Nearly never there: most who write need no permission to delete.
+        if self._store.head(key) is not None:
+            self._store.delete(key)
+
+    def _repeat(self, action: Callable[[], object]) -> None:
         for attempt in range(UPLOAD_ATTEMPTS):
             try:
-                self._store.put(key, data)
+                action()
             except NoSpaceLeft:
                 raise
             except StoreError:

@@ -85,6 +85,24 @@ def test_killed_at_every_store_call(step: CacheStep, pristine: Path, undisturbed
         assert folder_bytes(cache_folder(step)) == undisturbed, f"after a kill {when} call {number}"
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", ["head", "delete", "put"])
+def test_killed_while_a_damaged_part_is_written_again(
+    step: CacheStep, undisturbed: dict[str, bytes], call: str, when
+) -> None:
+    """The sidecar of the damaged part never stands beside the new one."""
+    work(step, FaultPlan())
+    part = cache_folder(step) / "shards/000001.safetensors"
+    whole, sidecar = part.read_bytes(), part.with_suffix(".json")
+    part.write_bytes(whole[:-1])
+    key = "shards/000001.safetensors" if call == "put" else "shards/000001.json"
+    assert run_in_child(lambda: work(step, FaultPlan(f"{call} {key}", kill, when))) == KILLED
+    assert sidecar.exists() == (call == "head" or (call, when) == ("delete", "before"))
+    assert (part.read_bytes() == whole) == ((call, when) == ("put", "after"))
+    work(step, FaultPlan())
+    assert folder_bytes(cache_folder(step)) == undisturbed
+
+
 def test_killed_twice_in_a_row(step: CacheStep, pristine: Path, undisturbed: dict[str, bytes]) -> None:
     for first, second in ((12, 9), (30, 5), (33, 20)):
         reset(step, pristine)
