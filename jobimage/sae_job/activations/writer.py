@@ -25,6 +25,8 @@ from sae_job.storage.base import NoSpaceLeft, ObjectStore, StoreError
 
 # Shards in memory by default: one is filled, the others are encoded and uploaded.
 SHARDS_IN_MEMORY = 3
+# At most, however small they are: each beside the one that is filled has a thread, and more of these are no faster.
+MOST_SHARDS_IN_MEMORY = 5
 # Tries of one upload, each of which the store has repeated itself already; 1, 2, 4 seconds between them.
 UPLOAD_ATTEMPTS = 4
 # Hashed at a time, by both checksums: it stays in the cache of a core between them.
@@ -32,13 +34,16 @@ HASH_BYTES = 2**18
 
 
 def shards_in_memory(buffer_bytes: int | None, shard_bytes: int) -> int:
-    """Shards that a worker holds at most: as many as the buffer takes, and at least one.
+    """Shards that a worker holds at most: as many as the buffer takes, but at least one and no more than
+    `MOST_SHARDS_IN_MEMORY`.
 
     Args:
         buffer_bytes: `storage.bufferBytes`.
         shard_bytes: bytes of all parts of a full shard that are written together.
     """
-    return SHARDS_IN_MEMORY if buffer_bytes is None else max(1, buffer_bytes // max(shard_bytes, 1))
+    if buffer_bytes is None:
+        return SHARDS_IN_MEMORY
+    return min(max(1, buffer_bytes // max(shard_bytes, 1)), MOST_SHARDS_IN_MEMORY)
 
 
 def checksums(data: memoryview, layout: ShardLayout) -> tuple[str, dict[str, str]]:

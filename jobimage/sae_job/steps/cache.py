@@ -186,7 +186,7 @@ class _Worker:
             rows_per_shard=index.rows_per_shard,
             software=software_versions(),
             device=self._device,
-            in_memory=shards_in_memory(spec.storage.buffer_bytes, index.rows_per_shard * row),
+            in_memory=shards_in_memory(spec.storage.buffer_bytes, min(index.tokens, index.rows_per_shard) * row),
             before_upload=self._plan.check,
         )
         with writer:

@@ -184,7 +184,7 @@ def test_a_part_is_proved_by_its_sidecar_its_size_and_its_layout(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("buffer_bytes", "shards"), [(None, 3), (2**20, 1), (2 * 2**20, 2), (5 * 2**20 - 1, 4), (2**10, 1)]
+    ("buffer_bytes", "shards"), [(None, 3), (2**20, 1), (2 * 2**20, 2), (5 * 2**20 - 1, 4), (2**10, 1), (2**40, 5)]
 )
 def test_the_buffer_decides_how_many_shards_are_held(buffer_bytes: int | None, shards: int) -> None:
     assert shards_in_memory(buffer_bytes, 2**20) == shards

@@ -11,8 +11,10 @@ import torch
 
 from sae_job.activations.format import MANIFEST_KEY, sidecar_key
 from sae_job.activations.manifest import CacheManifest, read_manifest
+from sae_job.activations.writer import shards_in_memory
 from sae_job.models.facts import ModelFacts
 from sae_job.models.mirror import LocalModel
+from sae_job.steps import cache, memory
 from sae_job.steps.cache import run_cache
 from sae_job.steps.finalize import run_finalize
 from sae_operator.api.activation_cache import ActivationCacheSpec
@@ -93,3 +95,19 @@ def test_the_memory_of_a_worker_is_that_of_the_hooks_it_writes(bench: Bench, mon
     assert longer.plan is not None
     assert longer.plan == of_both.plan
     assert [group.hooks for group in index_of(bench.store(bench.spec())).groups] == [[FIRST], [SECOND]]
+
+
+def test_a_worker_holds_as_many_shards_as_are_planned(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cache that is smaller than one shard, too."""
+    counts: list[int] = []
+
+    def noted(buffer_bytes: int | None, shard_bytes: int) -> int:
+        counts.append(shards_in_memory(buffer_bytes, shard_bytes))
+        return counts[-1]
+
+    for user in (memory, cache):
+        monkeypatch.setattr(user, "shards_in_memory", noted)
+    build(bench, bench.spec(tokens=100, storage={"bufferBytes": 64_000}))
+    row = 32 * 2 + 12
+    assert counts == [min(64_000 // (100 * row), 5)] * 2
+    assert counts[0] > 64_000 // 32_000
