@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from sae_job.activations.manifest import (
 )
 from sae_job.activations.marker import LAST_USED_KEY, MARKER_KEY, MIRROR_PREFIX, is_ours, read_marker
 from sae_job.activations.parts_to_check import parts_of_manifest, parts_of_plan, parts_of_shorter_caches
-from sae_job.activations.statistics import merge_sums
+from sae_job.activations.statistics import HookTotals
 from sae_job.activations.verify_part import RELATIVE_TOLERANCE, PartFindings, PartToCheck, check_part
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectNotFound, ObjectStore
@@ -115,6 +115,27 @@ def verify_cache(
     return _Check(store, statistics=statistics, threads=threads, progress=progress).run()
 
 
+class _Count:
+    """What the parts of a hook have, beside what the manifest tells of it.
+
+    Attributes:
+        told: by the manifest.
+        totals: of the parts' rows.
+        medians: what each part's sidecar tells of the calibration; of one that is missing nothing.
+    """
+
+    def __init__(self, told: HookStatistics) -> None:
+        self.told = told
+        self.totals = HookTotals(told.name, group=told.group)
+        self.medians: list[tuple[PartToCheck, float]] = []
+
+    def add(self, check: PartToCheck, sums: HookSums) -> None:
+        if sums.calibration_median_norm is not None:
+            self.medians.append((check, sums.calibration_median_norm))
+        # It cannot be counted: sidecars alone tell it, and may tell it differently.
+        self.totals.add(sums.model_copy(update={"calibration_median_norm": None}))
+
+
 class _Check:
     def __init__(
         self, store: ObjectStore, *, statistics: bool, threads: int, progress: Callable[[int, int], None]
@@ -145,9 +166,14 @@ class _Check:
             self._check_manifest(manifest, index)
         else:
             checks = [] if index is None else self._stored_parts(index)
-        findings = self._check_parts(checks + shorter, contexts)
+        counts = {} if manifest is None else {hook.name: _Count(hook) for hook in manifest.hooks}
+        self._total = sum(check.part.bytes for check in checks + shorter)
+        self._progress(0, self._total)
+        self._check_parts(checks, contexts, counts)
+        self._check_parts(shorter, contexts, {})
         if manifest is not None and self._statistics:
-            self._check_statistics(manifest, checks, findings[: len(checks)])
+            for count in counts.values():
+                self._check_statistics(count, len(manifest.shards))
         self._found.parts = len(checks)
         self._found.rows = sum(check.entry.rows for check in checks if check.group == 0)
         self._found.bytes = sum(check.part.bytes for check in checks)
@@ -206,9 +232,10 @@ class _Check:
             self._tell(key, what, _MEND_PART, shard=shard)
         return stored
 
-    def _check_parts(self, checks: list[PartToCheck], contexts: ContextReader | None) -> list[PartFindings]:
-        self._total = sum(check.part.bytes for check in checks)
-        self._progress(0, self._total)
+    def _check_parts(
+        self, checks: list[PartToCheck], contexts: ContextReader | None, counts: Mapping[str, _Count]
+    ) -> None:
+        """Tell what is wrong with parts, and count the sums of their hooks."""
         reading = threading.Lock()
 
         def read_contexts(start: int, stop: int) -> torch.Tensor:
@@ -228,11 +255,12 @@ class _Check:
             )
 
         with ThreadPoolExecutor(self._threads, thread_name_prefix="verify") as threads:
-            findings = list(threads.map(work, checks))
-        for check, found in zip(checks, findings, strict=True):
-            for key, what in found.problems:
-                self._tell(key, what, _MEND_PART, shard=check.shard)
-        return findings
+            for check, found in zip(checks, threads.map(work, checks), strict=True):
+                for key, what in found.problems:
+                    self._tell(key, what, _MEND_PART, shard=check.shard)
+                for hook, sums in found.sums.items():
+                    if hook in counts:
+                        counts[hook].add(check, sums)
 
     def _advance(self, count: int) -> None:
         with self._lock:
@@ -269,26 +297,21 @@ class _Check:
         if not ahead:
             self._tell(INDEX_KEY, "plans other shards than the manifest lists", f"delete {MANIFEST_KEY}, and {_AGAIN}")
 
-    def _check_statistics(
-        self, manifest: CacheManifest, checks: list[PartToCheck], findings: list[PartFindings]
-    ) -> None:
-        for hook in manifest.hooks:
-            median = {"calibration_median_norm": hook.calibration_median_norm}
-            counted: list[HookSums] = []
-            for check, found in zip(checks, findings, strict=True):
-                sums = found.sums.get(hook.name)
-                if sums is None:
-                    continue
-                # It cannot be counted: a sidecar alone tells it, and one that is missing is told already.
-                if sums.calibration_median_norm not in (None, hook.calibration_median_norm):
-                    what = f"tells another median norm of {hook.name} than the manifest"
+    def _check_statistics(self, count: _Count, shards: int) -> None:
+        """The manifest's statistics of a hook are those of the rows."""
+        hook = count.told
+        medians = {median for _, median in count.medians}
+        if len(medians) == 1 and medians != {hook.calibration_median_norm}:
+            what = f"tells another median norm of {hook.name} than all sidecars"
+            self._tell(MANIFEST_KEY, what, _MEND_MANIFEST)
+        elif len(medians) > 1:
+            what = f"tells another median norm of {hook.name} than the manifest"
+            for check, median in count.medians:
+                if median != hook.calibration_median_norm:
                     self._tell(sidecar_key(check.part.key), what, _MEND_PART, shard=check.shard)
-                counted.append(sums.model_copy(update=median))
-            # Of a damaged part there are none, which is told already.
-            if len(counted) < len(manifest.shards):
-                continue
-            if not _statistics_agree(hook, merge_sums(hook.name, counted, group=hook.group)):
-                self._tell(MANIFEST_KEY, f"tells other statistics of {hook.name} than its rows have", _MEND_MANIFEST)
+        # Of a damaged part there are no sums, which is told already.
+        if count.totals.shards == shards and not _statistics_agree(hook, count.totals.statistics()):
+            self._tell(MANIFEST_KEY, f"tells other statistics of {hook.name} than its rows have", _MEND_MANIFEST)
 
     def _listed(self, checks: list[PartToCheck], index: CacheIndex | None) -> set[str]:
         keys = {MARKER_KEY, MANIFEST_KEY, INDEX_KEY, LAST_USED_KEY}

@@ -181,6 +181,12 @@ def test_a_sidecar_with_another_median_norm_or_none_is_found(tmp_path: Path) -> 
     only_problem(verify_cache(store), key, "is missing")
 
 
+def test_a_manifest_with_another_median_norm_than_all_sidecars_is_found(tmp_path: Path) -> None:
+    store, _ = finished_cache(tmp_path, hooks=HOOKS, tokens=700, shard_bytes=2**13, max_norm_ratio=10.0)
+    edit_json(store, MANIFEST_KEY, lambda told: told["hooks"][0].update(calibrationMedianNorm=1.5))
+    only_problem(verify_cache(store), MANIFEST_KEY, "another median norm of layer.0 than all sidecars", shard=None)
+
+
 @pytest.mark.parametrize("checksum", [TOKEN_IDS, "layer.1", HEADER, "sha256"])
 def test_a_manifest_with_another_checksum_is_found(cache: tuple[FileStore, CacheManifest], checksum: str) -> None:
     store, manifest = cache
