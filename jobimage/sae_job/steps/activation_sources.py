@@ -112,10 +112,10 @@ def open_source(step: TrainStep, context: StepContext, *, device: torch.device) 
     """
     store = context.open_store(step.activations)
     if step.spec.activations.live is None:
+        manifest = read_manifest(store)
+        # Of a cache: nothing is written to a folder that is none.
         note_use(store, context.now())
-        return CacheSource(
-            store, read_manifest(store), context, location=step.activations, asked=step.cache, device=device
-        )
+        return CacheSource(store, manifest, context, location=step.activations, asked=step.cache, device=device)
     index = CacheIndex.load(store)
     if index is None or step.cache is None:
         raise InvalidInput("NotPrepared", f"{store.uri} holds no contexts: run the preflight step first")
