@@ -32,6 +32,8 @@ POSITION = "position"
 ROW_FIELDS = (TOKEN_IDS, SEQUENCE, POSITION)
 # Of later groups: 1 for rows to keep, 0 for those that are above the norm ratio at one of the group's hooks.
 KEEP = "keep"
+# No hook can be called like a tensor that tells of rows.
+TAKEN_NAMES = (*ROW_FIELDS, KEEP)
 # What a checksum of the header is called among those of the tensors.
 HEADER = "/header"
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from sae_job.activations.codecs import CODECS
-from sae_job.activations.format import MANIFEST_KEY, SHARDS_PREFIX, shard_key, sidecar_key
+from sae_job.activations.format import MANIFEST_KEY, SHARDS_PREFIX, TAKEN_NAMES, shard_key, sidecar_key
 from sae_job.activations.manifest import CacheManifest, parse_manifest
 from sae_job.activations.marker import mark
 from sae_job.activations.stored_parts import proved_groups
@@ -103,6 +103,7 @@ def prepare_contexts_for(
     Raises:
         InvalidInput, Stopped: as `run_prepare`.
     """
+    _check_names(spec)
     if not mark(store, identity):
         logger.info("continuing what is there below %s", store.uri)
     there = store.head(INDEX_KEY)
@@ -193,6 +194,17 @@ def planned_bytes(spec: ActivationCacheSpec, index: CacheIndex) -> int:
 def check_size(spec: ActivationCacheSpec, facts: ModelFacts) -> None:
     """Raises InvalidInput when the cache would be larger than the spec allows."""
     _check_bytes(spec, spec.tokens, row_bytes(facts.d_in, spec.storage.dtype))
+
+
+def _check_names(spec: ActivationCacheSpec) -> None:
+    for number, hook in enumerate(spec.hooks):
+        if hook.key in TAKEN_NAMES:
+            raise InvalidInput(
+                "HookNameTaken",
+                f"{hook.key!r} cannot be cached: shards hold {', '.join(TAKEN_NAMES)} of their own; choose another "
+                "layer, or rename the model's module",
+                field=f"spec.hooks[{number}].name",
+            )
 
 
 def _check_bytes(spec: ActivationCacheSpec, tokens: int, bytes_of_row: int) -> None:

@@ -199,6 +199,14 @@ def test_what_cannot_work_is_told_before_any_text_is_read(bench: Bench) -> None:
     assert "model.layers.1" in message
 
 
+@pytest.mark.parametrize("name", ["token_ids", "sequence", "position", "keep"])
+def test_a_hook_that_is_called_like_a_row_field_of_shards_is_refused(bench: Bench, name: str) -> None:
+    reason, field, message = bench.refusal(bench.spec(hooks=[{"name": "model.layers.1"}, {"name": name}]))
+    assert (reason, field) == ("HookNameTaken", "spec.hooks[1].name")
+    assert "token_ids, sequence, position, keep" in message
+    assert list(bench.store(bench.spec()).list()) == []
+
+
 def test_changed_text_is_not_mixed_with_what_is_there(bench: Bench, tmp_path: Path) -> None:
     text = write_tiny_text(tmp_path / "text", documents=60, words=(5, 20))
     bench.prepare(bench.spec(dataset={"path": str(text)}, tokens=500))
