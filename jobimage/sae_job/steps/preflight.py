@@ -17,11 +17,12 @@ from sae_job.models.mirror import LocalModel, localized
 from sae_job.steps.activation_sources import model_of
 from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
+from sae_job.steps.hook_groups import shape_of
 from sae_job.steps.memory import PROCESS_BYTES, has_gpu, memory_limit
 from sae_job.steps.output_marker import check_output, claim_output, finished_results, result_of
-from sae_job.steps.prepare import cache_bytes, check_size, finished_manifest, prepare_contexts_for
+from sae_job.steps.prepare import check_size, finished_manifest, prepare_contexts_for
 from sae_job.storage.base import ObjectStore
-from sae_job.text.plan import CacheIndex
+from sae_job.text.plan import CacheIndex, row_bytes
 from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
 from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource
 from sae_operator.api.identity import LIVE_SHARDS_IN_BUFFER
@@ -113,25 +114,30 @@ def _needs(step: TrainStep, store: ObjectStore, context: StepContext) -> _Needs:
     """
     spec, cache = step.spec, step.cache
     manifest = None if spec.activations.live is not None else _manifest(step, store)
-    if manifest is not None:
+    if manifest is not None and (cache is None or _has_hooks(manifest, cache)):
         facts = _inspect_scored(step, manifest, store, context)
         hooks = manifest.hooks if cache is None else [manifest.hook(hook.key) for hook in cache.hooks]
-        # Hooks that are not there are told later, with all that is known.
-        trained = {sae.hook for sae in spec.saes}
-        read = [hook.name for hook in hooks if hook.name in trained or None in trained]
+        widths = {hook.name: hook.d_in for hook in hooks}
         return _Needs(
             rows=manifest.tokens if cache is None else cache.tokens,
-            widths={hook.name: hook.d_in for hook in hooks},
+            widths=widths,
             held_bytes=reader_memory_bytes(
-                manifest.bytes, manifest.shard_bytes, read_bytes=read_bytes_of_shard(manifest, read)
+                manifest.bytes,
+                manifest.shard_bytes,
+                read_bytes=read_bytes_of_shard(manifest, list(_trained(spec, widths))),
             ),
             scored_model_bytes=0 if facts is None else facts.total_parameter_bytes,
             statistics={hook.name: hook for hook in hooks},
         )
     assert cache is not None, "a cache without a spec has a manifest"
     facts = _inspect(spec, cache, store, context)
-    size, live_rows = cache_bytes(cache, facts), 0
-    if spec.activations.live is None:
+    shape = shape_of(cache, facts.d_in, None, manifest)
+    size, live_rows = shape.tokens * shape.row_bytes(cache.storage.dtype), 0
+    if manifest is not None:
+        # Its shards keep their rows, however many bytes the spec's would have.
+        row = row_bytes(_trained(spec, facts.d_in), cache.storage.dtype, group=1)
+        held = reader_memory_bytes(size, manifest.shard_bytes, read_bytes=shape.rows_per_shard * row)
+    elif spec.activations.live is None:
         held = reader_memory_bytes(size, cache.storage.shard_bytes)
     else:
         running = facts.parameter_bytes + forward_bytes(facts, cache.model, cache.context_size)
@@ -161,16 +167,25 @@ def _prepare_contexts(step: TrainStep, store: ObjectStore, context: StepContext)
 
 
 def _manifest(step: TrainStep, store: ObjectStore) -> CacheManifest | None:
-    """The manifest of the cache; None when it is still to be built, or to be extended by hooks of the job."""
+    """The manifest of the cache; None when it is still to be built. It may have to be extended by hooks of the job."""
     if step.cache is not None:
         with fields_of_activations(step.spec):
-            manifest = finished_manifest(store, _cache_identity(step))
-        held = set() if manifest is None else {hook.name for hook in manifest.hooks}
-        return manifest if {hook.key for hook in step.cache.hooks} <= held else None
+            return finished_manifest(store, _cache_identity(step))
     try:
         return read_manifest(store)
     except InvalidInput as error:
         raise InvalidInput(error.reason, error.message, field="spec.activations.uri") from error
+
+
+def _has_hooks(manifest: CacheManifest, cache: ActivationCacheSpec) -> bool:
+    return {hook.key for hook in cache.hooks} <= {hook.name for hook in manifest.hooks}
+
+
+def _trained(spec: SAETrainingJobSpec, widths: Mapping[str, int]) -> dict[str, int]:
+    """Those of these hooks that SAEs are trained on. One that is not among them is told later, with all that is
+    known."""
+    named = {sae.hook for sae in spec.saes}
+    return {hook: width for hook, width in widths.items() if hook in named or None in named}
 
 
 def _cache_identity(step: TrainStep) -> str:

@@ -180,11 +180,6 @@ def _covers(spec: ActivationCacheSpec, index: CacheIndex) -> bool:
     }
 
 
-def cache_bytes(spec: ActivationCacheSpec, facts: ModelFacts) -> int:
-    """Size of the rows of a cache that has the spec's hooks alone."""
-    return spec.tokens * row_bytes(facts.d_in, spec.storage.dtype)
-
-
 def planned_bytes(spec: ActivationCacheSpec, index: CacheIndex) -> int:
     """Size of the rows of a planned cache."""
     groups = range(len(index.groups))

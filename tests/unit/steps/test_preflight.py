@@ -450,6 +450,26 @@ def test_a_job_takes_its_hook_from_a_larger_cache(bench: Bench) -> None:
     assert result.plan["bytes"] == 0
 
 
+def test_a_cache_that_is_to_be_extended_is_read_in_shards_of_the_rows_that_it_has(bench: Bench) -> None:
+    def planned(output: str) -> dict[str, Any]:
+        cache = bench.cache(tokens=10**9)
+        output_of = {"uri": f"file://{bench.root}/{output}"}
+        plan = bench.run(bench.job(activations={"cache": cache}, training={"tokens": 10_000}, output=output_of)).plan
+        assert plan is not None
+        return plan
+
+    new = planned("new")
+    store = FileStore(finished_cache_of(bench, ["model.layers.0"]))
+    manifest = read_manifest(store).model_copy(update={"dtype": "bfloat16", "rows_per_shard": 2**20})
+    store.put("manifest.json", manifest.to_bytes())
+    extended = planned("extended")
+    # Of 26 shards of 2**20 rows, which are 2 GiB at the hook that they began with, the added hook and `keep` are read.
+    assert 26 == 2**31 // (2**20 * (32 * 2 + 12))
+    read = 2**20 * (32 * 2 + 1)
+    assert extended["memoryBytes"] - new["memoryBytes"] == (26 * read + 2**29) - (8 * 2**28 + 2**29)
+    assert (new["bytes"], extended["bytes"]) == (10**9 * (32 * 2 + 12), 10**9 * (2 * 32 * 2 + 12 + 1))
+
+
 def test_a_cache_that_is_to_be_extended_by_the_jobs_hook_is_planned_from_the_model(bench: Bench) -> None:
     finished_cache_of(bench, ["model.layers.0"])
     assert bench.run(bench.job()).exit_code == 0
