@@ -236,7 +236,8 @@ class CacheStorage(StoreLocation):
     shard_bytes: Annotated[Count, Field(ge=4096, le=2**34)] = 2**28
     """Approximate size of a shard file. A shard holds as many rows as fit."""
     buffer_bytes: Count | None = None
-    """Memory of one worker for shards that are being filled and stored; three shards when empty."""
+    """Memory of one worker for shards that are being filled and stored: as many as fit, two to five; three when
+    empty."""
     max_bytes: Count | None = None
     """Refuse to build a cache that is larger than this."""
 
