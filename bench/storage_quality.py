@@ -146,7 +146,10 @@ class Trial:
                     {"name": name, "hook": hook, "seed": seed, "architecture": {"type": "topk", "k": K}}
                     for name, hook, seed in self.saes()
                 ],
-                "evaluation": {"heldOutTokens": sizes.held_out},
+                # A folder of an earlier run may hold longer caches.
+                "training": {"tokens": sizes.tokens - sizes.held_out},
+                # Evaluations on the way cost more than the training, and nobody looks at them.
+                "evaluation": {"heldOutTokens": sizes.held_out, "everyTokens": sizes.tokens},
                 "output": {"uri": f"file://{work}/saes/{stored}-{sinks}-{size}"},
             }
         )
