@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from typing import Any
 
 import pytest
@@ -54,7 +53,6 @@ def test_the_attention_kernel_is_the_one_asked_for(folder: str, kernel: str) -> 
     assert torch.equal(hooked.activations(TOKENS)[HOOK], hidden[1])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
 def test_a_kernel_that_is_not_installed_is_told_before_weights_are_loaded(folder: str) -> None:
     error = refusal(source_of(folder, attentionImplementation="flash_attention_2"))
     assert (error.reason, error.field) == ("AttentionMissing", "spec.model.attentionImplementation")
@@ -99,7 +97,6 @@ def test_a_replacement_is_not_cast_with_the_model(folder: str) -> None:
     assert casts == [False]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_model_gives_the_same_and_still_ends_at_its_last_hook(folder: str) -> None:
     hooks = [INSIDE, HOOK]
     expected = load_hooked_model(source_of(folder), hooks, device="cpu").activations(TOKENS)

@@ -18,10 +18,6 @@ from sae_operator.api.activation_cache import ModelSource
 from tests.testbed.data import ensure_small_model
 from tests.tiny_model import LAYERS, WIDTH, write_tiny_model
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_lens") is None, reason="the extra transformerlens is not installed"
-)
-
 TOKENS = torch.arange(16).reshape(2, 8)
 RESIDUAL = "blocks.1.hook_resid_post"
 HEAD_OUTPUTS = "blocks.1.attn.hook_z"

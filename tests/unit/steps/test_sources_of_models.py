@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -123,7 +122,6 @@ def test_a_mirrored_hub_model_is_needed_on_the_hub_once(
     assert (manifest.model["name"], manifest.model["revision"]) == (HUB_NAME, COMMIT)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformer_lens") is None, reason="transformer_lens is not installed")
 def test_a_head_and_a_layer_by_transformer_lens(tmp_path: Path, tiny: Path, text: Path) -> None:
     model = {"name": str(tiny), "loader": "TransformerLens"}
     heads = "blocks.1.attn.hook_z"
