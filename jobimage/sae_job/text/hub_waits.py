@@ -7,6 +7,7 @@ waits looks alive; one that ends is started again and goes on after the blocks t
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ class HubWaits:
     Attributes:
         answer_seconds: without a byte, when something is read.
         upload_seconds: without a byte, when something is written.
-        trouble_seconds: without any good answer, however often is asked; then nothing more is asked.
+        trouble_seconds: without any good answer of a server, however often it is asked; then it is asked no more.
     """
 
     answer_seconds: float = 10
@@ -34,20 +35,23 @@ class HubUnreachable(ConnectionError):
     """The Hub has given no good answer for too long. None of the libraries tries again after this."""
 
 
-class _Watch:
-    """Hooks of an HTTP client: its requests get timeouts, and none is sent once the trouble has lasted too long."""
+class Watch:
+    """Hooks of an HTTP client: its requests get timeouts, and none is sent to a server once the trouble with it has
+    lasted too long."""
 
-    def __init__(self, waits: HubWaits) -> None:
+    def __init__(self, waits: HubWaits, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._waits = waits
-        self._first: float | None = None
-        self._last = 0.0
+        self._clock = clock
+        # Server -> when the first and the last request without a good answer were sent.
+        self._trouble: dict[str, tuple[float, float]] = {}
 
     def before(self, request: Any) -> None:
-        now = time.monotonic()
-        if self._first is None or now - self._last > self._waits.pause_seconds:
-            self._first = now
-        self._last = now
-        if now - self._first > self._waits.trouble_seconds:
+        now = self._clock()
+        first, last = self._trouble.get(_server(request), (now, now))
+        if now - last > self._waits.pause_seconds:
+            first = now
+        self._trouble[_server(request)] = (first, now)
+        if now - first > self._waits.trouble_seconds:
             raise HubUnreachable(
                 f"{request.url.host} has given no good answer for {self._waits.trouble_seconds:g} seconds"
             )
@@ -61,7 +65,12 @@ class _Watch:
 
     def after(self, response: Any) -> None:
         if response.status_code < 500:
-            self._first = None
+            self._trouble.pop(_server(response.request), None)
+
+
+def _server(request: Any) -> str:
+    """Host and port that a request goes to."""
+    return f"{request.url.host}:{request.url.port}"
 
 
 _bounded = False
@@ -79,7 +88,7 @@ def bound_hub_waits(waits: HubWaits | None = None) -> None:
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
-    watch = _Watch(waits or HubWaits())
+    watch = Watch(waits or HubWaits())
 
     def client() -> Any:
         made = default_client_factory()
