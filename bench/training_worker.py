@@ -81,7 +81,9 @@ class Ours:
         self._steps += 1
 
     def gradients(self, x: Tensor) -> dict[str, Tensor]:
-        statistics = self._plain.step_gradients(x, step=0, dead=None)
+        from sae_job.saes.trainable import StepInput
+
+        statistics = self._plain.step_gradients(StepInput(x, x, 0, None))
         gradients = {
             name: weight.grad for name, weight in self._plain.parameters_by_name.items() if weight.grad is not None
         }

@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from pydantic.alias_generators import to_camel
+
 from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB
+from sae_operator.api.sae import FIELD_TYPES, type_names
 from tests.specs import REMOVED, Edits, live_activations
 
 CACHE = ACTIVATION_CACHE.kind
@@ -42,6 +45,10 @@ _ARCHITECTURE = "saes.0.architecture"
 _AT_ARCHITECTURE = "spec.saes[0].architecture"
 _STANDARD = {"type": "standard", "l1Coefficient": 5}
 _TOPK = {"type": "topk", "k": 32}
+_BATCHTOPK = {"type": "batchtopk", "k": 32}
+_MATRYOSHKA = {"type": "matryoshka_batchtopk", "k": 32}
+_GATED = {"type": "gated", "l1Coefficient": 5}
+_JUMPRELU = {"type": "jumprelu", "l0Coefficient": 1}
 _URI = {"activations": {"uri": "s3://saes/finished"}}
 _NO_PARENTS = "uri must not contain '..' segments"
 _NO_BUCKET = "must be s3://bucket/prefix; a bucket's name has 3 to 63 lower-case letters, digits, '.' and '-'"
@@ -52,12 +59,14 @@ _VALUE_SOURCE = "exactly one of value and secretKeyRef must be set"
 _SECRET_KEY = {"name": "hub", "key": "token"}
 
 
-def _only_for(name: str, value: object, architecture: dict[str, object], other: dict[str, object]) -> RuleCase:
+def _only_for(field: str, value: object, architecture: dict[str, object], other: dict[str, object]) -> RuleCase:
+    """A field, by its Python name, of another type than the architecture's."""
+    name = to_camel(field)
     return RuleCase(
         JOB,
         {_ARCHITECTURE: {**other, name: value}},
         f"{_AT_ARCHITECTURE}.{name}",
-        f"{name} is only for type {architecture['type']}",
+        f"{name} is only for {type_names(FIELD_TYPES[field])}",
         keeps={_ARCHITECTURE: {**architecture, name: value}},
     )
 
@@ -93,6 +102,13 @@ def _hook_cases(source: str, activations: Callable[[Edits], Edits]) -> list[Rule
             {**activations({}), f"{_SAE}.hook": "transformer.h.7"},
         ),
         RuleCase(JOB, activations(two), "spec.saes", _hook(source), {**activations(two), f"{_SAE}.hook": "a.1"}),
+        RuleCase(
+            JOB,
+            {**activations(two), f"{_SAE}.hook": "a.1", f"{_SAE}.targetHook": "a.2"},
+            "spec.saes",
+            f"each transcoder's targetHook must be one of activations.{source}.hooks",
+            {**activations(two), f"{_SAE}.hook": "a.1", f"{_SAE}.targetHook": "a.0"},
+        ),
         *(
             RuleCase(
                 JOB,
@@ -274,21 +290,69 @@ RULE_CASES = [
         {"activations.cache.retry": 0, "activations.cache.suspend": False, "retry": 1, "suspend": True},
     ),
     # Architectures
-    RuleCase(JOB, {_ARCHITECTURE: {"type": "topk"}}, f"{_AT_ARCHITECTURE}.k", "k is required for type topk"),
+    *(
+        RuleCase(
+            JOB,
+            {_ARCHITECTURE: {"type": kind}},
+            f"{_AT_ARCHITECTURE}.{name}",
+            f"{name} is required for {type_names(FIELD_TYPES[field])}",
+            {_ARCHITECTURE: {"type": kind, name: 5}},
+        )
+        for kind, field, name in (
+            ("topk", "k", "k"),
+            ("batchtopk", "k", "k"),
+            ("standard", "l1_coefficient", "l1Coefficient"),
+            ("gated", "l1_coefficient", "l1Coefficient"),
+            ("jumprelu", "l0_coefficient", "l0Coefficient"),
+        )
+    ),
     _only_for("k", 32, _TOPK, _STANDARD),
-    _only_for("auxKCoefficient", 0.03125, _TOPK, _STANDARD),
-    _only_for("auxK", 64, _TOPK, _STANDARD),
+    _only_for("aux_k_coefficient", 0.03125, _TOPK, _STANDARD),
+    _only_for("aux_k", 64, _TOPK, _STANDARD),
+    _only_for("aux_k_form", "saelens", _BATCHTOPK, _JUMPRELU),
+    _only_for("threshold_momentum", 0.9, _BATCHTOPK, _TOPK),
+    _only_for("widths", [16, 64], _MATRYOSHKA, _BATCHTOPK),
+    _only_for("l1_coefficient", 5, _STANDARD, _TOPK),
+    _only_for("l1_warm_up_steps", 0, _GATED, _TOPK),
+    _only_for("lp_norm", 1, _STANDARD, _GATED),
+    _only_for("scale_sparsity_penalty_by_decoder_norm", False, _STANDARD, _GATED),
+    _only_for("activation", "tanh-relu", _STANDARD, _JUMPRELU),
+    _only_for("ghost_gradients", True, _STANDARD, _GATED),
+    _only_for("l0_coefficient", 1, _JUMPRELU, _STANDARD),
+    _only_for("l0_warm_up_steps", 9, _JUMPRELU, _STANDARD),
+    _only_for("sparsity_penalty", "step", _JUMPRELU, _STANDARD),
+    _only_for("bandwidth", 0.01, _JUMPRELU, _STANDARD),
+    _only_for("initial_threshold", 0.01, _JUMPRELU, _TOPK),
+    _only_for("pre_activation_coefficient", 0.01, _JUMPRELU, _TOPK),
+    _only_for("noise_scale", 0.01, _STANDARD, _GATED),
     RuleCase(
         JOB,
-        {_ARCHITECTURE: {"type": "standard"}},
-        f"{_AT_ARCHITECTURE}.l1Coefficient",
-        "l1Coefficient is required for type standard",
-        {_ARCHITECTURE: _STANDARD},
+        {_ARCHITECTURE: {**_TOPK, "sparsityPenalty": "target_l0", "targetL0": 9}},
+        f"{_AT_ARCHITECTURE}.targetL0",
+        f"targetL0 is only for {type_names(FIELD_TYPES['target_l0'])}",
+        {_ARCHITECTURE: {**_JUMPRELU, "sparsityPenalty": "target_l0", "targetL0": 9}},
     ),
-    _only_for("l1Coefficient", 5, _STANDARD, _TOPK),
-    _only_for("l1WarmUpSteps", 0, _STANDARD, _TOPK),
-    _only_for("lpNorm", 1, _STANDARD, _TOPK),
-    _only_for("scaleSparsityPenaltyByDecoderNorm", False, _STANDARD, _TOPK),
+    RuleCase(
+        JOB,
+        {_ARCHITECTURE: {**_TOPK, "sparsityPenalty": "tanh", "tanhScale": 4}},
+        f"{_AT_ARCHITECTURE}.tanhScale",
+        f"tanhScale is only for {type_names(FIELD_TYPES['tanh_scale'])}",
+        {_ARCHITECTURE: {**_JUMPRELU, "sparsityPenalty": "tanh", "tanhScale": 4}},
+    ),
+    RuleCase(
+        JOB,
+        {_ARCHITECTURE: {**_JUMPRELU, "targetL0": 9}},
+        f"{_AT_ARCHITECTURE}.targetL0",
+        "targetL0 goes with sparsityPenalty target_l0",
+        {_ARCHITECTURE: {**_JUMPRELU, "targetL0": 9, "sparsityPenalty": "target_l0"}},
+    ),
+    RuleCase(
+        JOB,
+        {_ARCHITECTURE: {**_JUMPRELU, "tanhScale": 4, "sparsityPenalty": "step"}},
+        f"{_AT_ARCHITECTURE}.tanhScale",
+        "tanhScale goes with sparsityPenalty tanh",
+        {_ARCHITECTURE: {**_JUMPRELU, "tanhScale": 4, "sparsityPenalty": "tanh"}},
+    ),
     # SAEs
     RuleCase(
         JOB,
@@ -328,6 +392,27 @@ RULE_CASES = [
         "spec.saes",
         "names of saes must be unique",
         {"saes": [{"name": "a", "architecture": _TOPK}, {"name": "b", "architecture": _STANDARD}]},
+    ),
+    RuleCase(
+        JOB,
+        {f"{_SAE}.skipConnection": True},
+        "spec.saes[0].skipConnection",
+        "skipConnection is only for a transcoder; set targetHook",
+        {f"{_SAE}.skipConnection": True, f"{_SAE}.targetHook": "transformer.h.7"},
+    ),
+    RuleCase(
+        JOB,
+        {f"{_SAE}.applyBDecToInput": True, f"{_SAE}.targetHook": "transformer.h.7"},
+        "spec.saes[0].applyBDecToInput",
+        "applyBDecToInput cannot be true for a transcoder: b_dec is of its outputs",
+        {f"{_SAE}.applyBDecToInput": False, f"{_SAE}.targetHook": "transformer.h.7"},
+    ),
+    RuleCase(
+        JOB,
+        {f"{_SAE}.stopEarly": {"afterTokens": 10}},
+        "spec.saes[0].stopEarly",
+        "stopEarly needs at least one of explainedVarianceBelow, l0Above, l0Below and deadFractionAbove",
+        {f"{_SAE}.stopEarly": {"afterTokens": 10, "l0Above": 100}},
     ),
     *_hook_cases("cache", lambda edits: {f"activations.cache.{field}": value for field, value in edits.items()}),
     *_hook_cases("live", lambda edits: {"activations": live_activations(edits)}),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sae_job.saes.architectures import build_trainable
-from sae_operator.api.training_job import SaeSpec
+from sae_job.saes.trainable import StepInput
+from sae_operator.api.sae import SaeSpec
 
 D_IN, D_SAE, BATCH = 256, 4096, 512
 
@@ -35,13 +36,13 @@ def test_a_step_has_the_same_gradients(architecture: dict[str, Any]) -> None:
     sample, x = (torch.randn(rows, D_IN, generator=generator) for rows in (2048, BATCH))
     dead = torch.rand(D_SAE, generator=generator) < 0.3
     on_cpu = build_trainable(spec, D_IN, device="cpu")
-    on_cpu.initialize(sample, torch.Generator().manual_seed(1))
+    on_cpu.initialize(sample, sample, torch.Generator().manual_seed(1))
     on_gpu = build_trainable(spec, D_IN, device="cuda")
     with torch.no_grad():
         for name, parameter in on_gpu.parameters_by_name.items():
             parameter.copy_(on_cpu.parameters_by_name[name])
-    expected = on_cpu.step_gradients(x, step=0, dead=dead)
-    found = on_gpu.step_gradients(x.cuda(), step=0, dead=dead.cuda())
+    expected = on_cpu.step_gradients(StepInput(x, x, 0, dead))
+    found = on_gpu.step_gradients(StepInput(x.cuda(), x.cuda(), 0, dead.cuda()))
     assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-4)
     for name, parameter in on_cpu.parameters_by_name.items():
         gradient = on_gpu.parameters_by_name[name].grad

@@ -8,12 +8,14 @@ import torch
 
 from sae_job.saes.standard import StandardSAE
 from sae_job.saes.topk import TopKSAE
-from sae_job.saes.trainable import TrainableSAE
-from sae_operator.api.training_job import SaeSpec
+from sae_job.saes.trainable import ONE_PROCESS, Ranks, TrainableSAE
+from sae_operator.api.sae import SaeSpec
 
 
 class _Build(Protocol):
-    def __call__(self, spec: SaeSpec, d_in: int, d_sae: int, device: torch.device) -> TrainableSAE: ...
+    def __call__(
+        self, spec: SaeSpec, d_in: int, d_out: int, d_sae: int, *, device: torch.device, ranks: Ranks
+    ) -> TrainableSAE: ...
 
 
 TRAINABLE: dict[str, _Build] = {
@@ -24,7 +26,16 @@ TRAINABLE: dict[str, _Build] = {
 DEFAULT_EXPANSION_FACTOR = 8
 
 
-def build_trainable(spec: SaeSpec, d_in: int, *, device: torch.device | str) -> TrainableSAE:
-    """The trainable SAE of a spec, with weights that are not yet initialised."""
+def build_trainable(
+    spec: SaeSpec, d_in: int, d_out: int | None = None, *, device: torch.device | str, ranks: Ranks = ONE_PROCESS
+) -> TrainableSAE:
+    """The trainable SAE of a spec, with weights that are not yet initialised.
+
+    Args:
+        d_in: width of the activations.
+        d_out: width of a transcoder's target; `d_in` when None.
+        ranks: the processes that train together.
+    """
     d_sae = spec.d_sae if spec.d_sae is not None else d_in * (spec.expansion_factor or DEFAULT_EXPANSION_FACTOR)
-    return TRAINABLE[spec.architecture.type](spec, d_in, d_sae, torch.device(device))
+    build = TRAINABLE[spec.architecture.type]
+    return build(spec, d_in, d_in if d_out is None else d_out, d_sae, device=torch.device(device), ranks=ranks)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sae_operator.api.training_job import Initialization
+from sae_operator.api.sae import Initialization
 
 Activation = Callable[[Float32[Tensor, "rows d_sae"]], Float32[Tensor, "rows d_sae"]]
 

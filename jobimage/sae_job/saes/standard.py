@@ -8,14 +8,15 @@ out: five dense products, where tracing takes a sixth for the gradient of the ce
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 from torch import Tensor
 
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
-from sae_job.saes.trainable import StepStatistics
+from sae_job.saes.kernels.sparse import ActiveLatents
+from sae_job.saes.trainable import Ranks, StepInput, StepStatistics
 from sae_job.saes.weights import TrainableWeights
-from sae_operator.api.training_job import SaeSpec
+from sae_operator.api.sae import SaeSpec
 
 _SMALLEST_NORM = 1e-12
 
@@ -23,8 +24,8 @@ _SMALLEST_NORM = 1e-12
 class StandardSAE(TrainableWeights):
     """A standard SAE in training: see `TrainableSAE`."""
 
-    def __init__(self, spec: SaeSpec, d_in: int, d_sae: int, device: torch.device) -> None:
-        super().__init__(spec, d_in, d_sae, device, torch.relu)
+    def __init__(self, spec: SaeSpec, d_in: int, d_out: int, d_sae: int, *, device: torch.device, ranks: Ranks) -> None:
+        super().__init__(spec, d_in, d_out, d_sae, device=device, ranks=ranks, activation=torch.relu)
         architecture = spec.architecture
         assert architecture.l1_coefficient is not None
         self._coefficient = architecture.l1_coefficient
@@ -39,24 +40,22 @@ class StandardSAE(TrainableWeights):
         return self._coefficient * min(step / self._warm_up_steps, 1.0)
 
     @torch.no_grad()
-    def step_gradients(
-        self, x: Float32[Tensor, "batch d_in"], *, step: int, dead: Bool[Tensor, " d_sae"] | None
-    ) -> StepStatistics:
-        batch = x.shape[0]
-        centred = self.centred(x)
+    def step_gradients(self, batch: StepInput) -> StepStatistics:
+        rows = batch.x.shape[0] * self.ranks.size
+        centred = self.centred(batch.x)
         features = torch.addmm(self.b_enc, centred, self.W_enc_T.T).relu_()
-        error = torch.addmm(self.b_dec, features, self.W_dec).sub_(x)
-        mse = error.square().sum() / batch
-        coefficient = self.coefficient(step)
+        error = torch.addmm(self.b_dec, features, self.W_dec).sub_(batch.target)
+        mse = error.square().sum() / rows
+        coefficient = self.coefficient(batch.step)
 
-        output_gradient = error * (2 / batch)
+        output_gradient = error * (2 / rows)
         feature_gradient = output_gradient @ self.W_dec.T
         decoder_gradient = features.T @ output_gradient
-        sparsity = self._penalize(features, coefficient, feature_gradient, decoder_gradient)
+        sparsity = self._penalize(features, coefficient, rows, feature_gradient, decoder_gradient)
         pre_gradient = feature_gradient.mul_(features > 0)
         bias_gradient = pre_gradient.sum(dim=0)
         decoder_bias_gradient = output_gradient.sum(dim=0)
-        if self.spec.apply_b_dec_to_input:
+        if self.spec.subtracts_b_dec:
             decoder_bias_gradient -= bias_gradient @ self.W_enc_T
 
         self.W_enc_T.grad = pre_gradient.T @ centred
@@ -67,36 +66,49 @@ class StandardSAE(TrainableWeights):
         return StepStatistics(
             loss=mse + sparsity,
             losses={"mse_loss": mse, "l1_loss": sparsity},
-            fired=counts > 0,
             fire_counts=counts,
-            l0=counts.sum() / batch,
+            coefficient=coefficient,
         )
+
+    @torch.no_grad()
+    def active_latents(self, x: Float32[Tensor, "batch d_in"]) -> ActiveLatents:
+        features = torch.addmm(self.b_enc, self.centred(x), self.W_enc_T.T).relu_()
+        most = max(1, int((features > 0).sum(dim=1).max()))
+        values, indices = features.topk(most, dim=1, sorted=False)
+        return ActiveLatents(indices, values, self.d_sae)
 
     def _penalize(
         self,
         features: Float32[Tensor, "batch d_sae"],
         coefficient: float,
+        rows: int,
         feature_gradient: Float32[Tensor, "batch d_sae"],
         decoder_gradient: Float32[Tensor, "d_sae d_in"],
     ) -> Float32[Tensor, ""]:
         """The sparsity loss; its gradients are added to the two given ones."""
-        batch = features.shape[0]
         if self._p == 1 and not self._weighted:
-            feature_gradient += coefficient / batch  # masked by the ReLU afterwards
-            return coefficient * features.sum() / batch
+            feature_gradient += coefficient / rows  # masked by the ReLU afterwards
+            return coefficient * features.sum() / rows
         norms = torch.linalg.vector_norm(self.W_dec, dim=1) if self._weighted else None
         weighted = features if norms is None else features * norms
         row_norms = torch.linalg.vector_norm(weighted, ord=self._p, dim=1, keepdim=True)
         # d||a||_p / da = (a / ||a||_p)^(p - 1) for a >= 0; zero where nothing is active.
         gradient = (weighted / row_norms.clamp_min(_SMALLEST_NORM)).pow_(self._p - 1)
-        gradient.masked_fill_(weighted <= 0, 0.0).mul_(coefficient / batch)
+        gradient.masked_fill_(weighted <= 0, 0.0).mul_(coefficient / rows)
         if norms is None:
             feature_gradient += gradient
         else:
             feature_gradient.addcmul_(gradient, norms)
             by_norm = (gradient * features).sum(dim=0) / norms.clamp_min(_SMALLEST_NORM)
             decoder_gradient.addcmul_(self.W_dec, by_norm.unsqueeze(1))
-        return coefficient * row_norms.sum() / batch
+        return coefficient * row_norms.sum() / rows
 
-    def to_inference(self, *, scale: float, normalization: str = "none", provenance: Provenance | None = None) -> SAE:
+    def to_inference(
+        self,
+        *,
+        scale: float,
+        target_scale: float | None = None,
+        normalization: str = "none",
+        provenance: Provenance | None = None,
+    ) -> SAE:
         return self.export("relu", {}, scale=scale, normalization=normalization, provenance=provenance)

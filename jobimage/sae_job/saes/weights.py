@@ -12,7 +12,8 @@ from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance, SAEConfig
 from sae_job.saes.initialization import Activation, initial_weights
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS
-from sae_operator.api.training_job import SaeSpec
+from sae_job.saes.trainable import Ranks
+from sae_operator.api.sae import SaeSpec
 
 # Decoder rows are divided by their norm; a row that shrank to nothing must not become NaN.
 _SMALLEST_NORM = 1e-8
@@ -24,14 +25,28 @@ class TrainableWeights:
     Args:
         spec: the SAE's spec.
         d_in: width of the activations.
+        d_out: width of what is reconstructed.
         d_sae: number of latents.
         device: where the weights lie.
+        ranks: the processes that train together.
         activation: the architecture's activation function on dense pre-activations, for initialisation.
     """
 
-    def __init__(self, spec: SaeSpec, d_in: int, d_sae: int, device: torch.device, activation: Activation) -> None:
+    def __init__(
+        self,
+        spec: SaeSpec,
+        d_in: int,
+        d_out: int,
+        d_sae: int,
+        *,
+        device: torch.device,
+        ranks: Ranks,
+        activation: Activation,
+    ) -> None:
         self.spec = spec
+        self.ranks = ranks
         self.d_in = d_in
+        self.d_out = d_out
         self.d_sae = d_sae
         self._activation = activation
 
@@ -43,21 +58,30 @@ class TrainableWeights:
         # The encoder's transpose: latents' gradients arrive as rows, and rows lie contiguously.
         self.W_enc_T = parameter(d_sae, d_in)
         self.b_enc = parameter(d_sae)
-        self.W_dec = parameter(d_sae, d_in)
-        self.b_dec = parameter(d_in)
+        self.W_dec = parameter(d_sae, d_out)
+        self.b_dec = parameter(d_out)
 
     @property
     def parameters_by_name(self) -> dict[str, Tensor]:
         return {"W_enc_T": self.W_enc_T, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
 
+    @property
+    def buffers_by_name(self) -> dict[str, Tensor]:
+        return {}
+
     @torch.no_grad()
-    def initialize(self, sample: Float32[Tensor, "rows d_in"], generator: torch.Generator) -> None:
+    def initialize(
+        self,
+        sample: Float32[Tensor, "rows d_in"],
+        target: Float32[Tensor, "rows d_out"],
+        generator: torch.Generator,
+    ) -> None:
         start = initial_weights(
             self.spec.initialization,
             sample,
             d_sae=self.d_sae,
             normalize_decoder=self.spec.normalize_decoder,
-            apply_b_dec_to_input=self.spec.apply_b_dec_to_input,
+            apply_b_dec_to_input=self.spec.subtracts_b_dec,
             activation=self._activation,
             generator=generator,
         )
@@ -67,9 +91,17 @@ class TrainableWeights:
         self.b_enc.zero_()
 
     @torch.no_grad()
+    def start_from(self, sae: SAE, *, scale: float, target_scale: float) -> None:
+        """Take the weights of a saved SAE of the same architecture and sizes, for activations times these factors."""
+        self.W_enc_T.copy_(sae.W_enc.T).div_(scale)
+        self.b_enc.copy_(sae.b_enc)
+        self.W_dec.copy_(sae.W_dec).mul_(target_scale)
+        self.b_dec.copy_(sae.b_dec).mul_(target_scale)
+
+    @torch.no_grad()
     def centred(self, x: Float32[Tensor, "batch d_in"]) -> Float32[Tensor, "batch d_in"]:
         """The encoder's input."""
-        return x - self.b_dec if self.spec.apply_b_dec_to_input else x
+        return x - self.b_dec if self.spec.subtracts_b_dec else x
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -104,7 +136,7 @@ class TrainableWeights:
             d_sae=self.d_sae,
             activation_fn_str=activation_fn,
             activation_fn_kwargs=dict(activation_fn_kwargs),
-            apply_b_dec_to_input=self.spec.apply_b_dec_to_input,
+            apply_b_dec_to_input=self.spec.subtracts_b_dec,
             dtype=self.spec.dtype,
             # What is folded in is not to be done again.
             normalize_activations=normalization if run_time else "none",

@@ -16,7 +16,8 @@ from sae_job.training.scaling import (
     activation_scale,
 )
 from sae_job.training.schedules import LearningRateSchedule
-from sae_operator.api.training_job import SaeSpec, SAETrainingJobSpec, Training
+from sae_operator.api.sae import SaeSpec
+from sae_operator.api.training_job import SAETrainingJobSpec, Training
 
 DEFAULT_EXPANSION_FACTOR = 8
 MINIMUM_BATCH_SIZE, MAXIMUM_BATCH_SIZE = 256, 4096

@@ -14,7 +14,7 @@ from sae_job.evaluation.metrics import HeldOutRows, reconstruction_metrics
 from sae_job.saes.architectures import build_trainable
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
-from sae_job.saes.trainable import StepStatistics
+from sae_job.saes.trainable import StepInput, StepStatistics
 from sae_job.training.dead_latents import DeadLatents, FiringFrequency
 from sae_job.training.plan import SaePlan, TrainingPlan
 
@@ -62,7 +62,7 @@ class SaeTraining:
         )
         self._frequency = FiringFrequency(plan.d_sae, window_tokens=FREQUENCY_WINDOW_TOKENS, device=device)
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._last: tuple[StepStatistics, float, Tensor] | None = None
+        self._last: tuple[StepStatistics, float, Tensor, int] | None = None
 
     @property
     def name(self) -> str:
@@ -71,7 +71,8 @@ class SaeTraining:
     def initialize(self, sample: Float32[Tensor, "rows d_in"]) -> None:
         """Set the initial weights from the first rows of a (scaled, normalised) sample and the SAE's own seed."""
         generator = torch.Generator(device="cpu").manual_seed(self.plan.spec.seed)
-        self._trainable.initialize(sample[: sample_rows(self.plan.d_sae)], generator)
+        first = sample[: sample_rows(self.plan.d_sae)]
+        self._trainable.initialize(first, first, generator)
 
     def step(self, x: Float32[Tensor, "batch d_in"], step: int) -> None:
         """Train on one (scaled, normalised) batch.
@@ -81,7 +82,7 @@ class SaeTraining:
         """
         rate = self.plan.learning_rate(step)
         dead = self._dead.mask()
-        statistics = self._trainable.step_gradients(x, step=step, dead=dead)
+        statistics = self._trainable.step_gradients(StepInput(x, x, step, dead))
         self._note_bad_loss(statistics, step)
         self._trainable.project_gradients()
         if self._job.gradient_clip_norm is not None:
@@ -90,9 +91,9 @@ class SaeTraining:
         self._optimizer.step()
         self._trainable.after_optimizer_step()
         rows = x.shape[0]
-        self._dead.update(statistics.fired, rows)
+        self._dead.update(statistics.fire_counts > 0, rows)
         self._frequency.update(statistics.fire_counts, rows)
-        self._last = (statistics, rate, dead)
+        self._last = (statistics, rate, dead, rows)
         # Asking a GPU at every step would hold it up; there the check waits for the next log line.
         if self._device.type == "cpu":
             self.check()
@@ -128,11 +129,11 @@ class SaeTraining:
     def log_line(self) -> dict[str, float]:
         """Figures of the last step, with the values that it used."""
         assert self._last is not None
-        statistics, rate, dead = self._last
+        statistics, rate, dead, rows = self._last
         return {
             "loss": float(statistics.loss),
             **{name: float(value) for name, value in statistics.losses.items()},
-            "l0": float(statistics.l0),
+            "l0": float(statistics.fire_counts.sum()) / rows,
             "learning_rate": rate,
             "dead_features": int(dead.sum()),
         }

@@ -115,7 +115,8 @@ def training_identity(spec: SAETrainingJobSpec) -> str:
     source = cache_of(spec)
     if source is not None:
         # An SAE without a hook is trained on the only one there is; hooks that no SAE is trained on do not count.
-        hooks = sorted({sae.hook or source.hooks[0].key for sae in spec.saes})
+        trained = {sae.hook or source.hooks[0].key for sae in spec.saes}
+        hooks = sorted(trained | {sae.target_hook for sae in spec.saes if sae.target_hook is not None})
         kind = "cache" if spec.activations.live is None else "live"
         activations = {kind: cache_identity(source), "hooks": hooks}
     training = {key: value for key, value in chosen(spec.training).items() if key != "tokens"}

@@ -15,7 +15,6 @@ from sae_operator.api.activation_cache import (
     DatasetSource,
     Dtype,
     Hook,
-    HookKey,
     ModelSource,
     Sampling,
 )
@@ -24,10 +23,10 @@ from sae_operator.api.base import (
     Count,
     CountOrZero,
     EndpointUrl,
-    Name,
     ObjectName,
     Region,
     Rule,
+    ShortText,
     TransitionRule,
     Uri,
     immutable,
@@ -35,11 +34,12 @@ from sae_operator.api.base import (
     raised_only,
 )
 from sae_operator.api.run_settings import RunSettings
+from sae_operator.api.sae import PositiveNumber, SaeSpec, UnitInterval
 from sae_operator.api.store import SecretRef, StoreLocation, has_no_parent_segment
 
-Metric = Literal["explained_variance", "l0", "mse", "dead_fraction", "ce_loss_score"]
-UnitInterval = Annotated[float, Field(ge=0, lt=1)]
-PositiveNumber = Annotated[float, Field(gt=0, le=1e9)]
+Metric = Literal["explained_variance", "l0", "mse", "dead_fraction", "ce_loss_score", "kl_divergence_score"]
+# Metrics for which the training pod loads the language model.
+MODEL_METRICS = ("ce_loss_score", "kl_divergence_score")
 
 
 class CacheRef(ApiModel):
@@ -136,162 +136,17 @@ class Activations(ApiModel):
     """No cache: the model runs beside the training. Right for a single run; a cache pays from the second on."""
 
 
-class Architecture(ApiModel):
-    """One flat object; which fields apply depends on `type`."""
+class Finetuning(ApiModel):
+    """A last phase that trains on the reconstruction loss alone, with encoders frozen and a fresh optimiser: it undoes
+    the shrinkage that a sparsity penalty leaves."""
 
-    RULES = (
-        Rule(
-            "self.type != 'topk' || has(self.k)",
-            lambda a: a.type != "topk" or a.k is not None,
-            "k is required for type topk",
-            "k",
-        ),
-        Rule(
-            "self.type == 'topk' || !has(self.k)",
-            lambda a: a.type == "topk" or a.k is None,
-            "k is only for type topk",
-            "k",
-        ),
-        Rule(
-            "self.type == 'topk' || !has(self.auxKCoefficient)",
-            lambda a: a.type == "topk" or a.aux_k_coefficient is None,
-            "auxKCoefficient is only for type topk",
-            "auxKCoefficient",
-        ),
-        Rule(
-            "self.type == 'topk' || !has(self.auxK)",
-            lambda a: a.type == "topk" or a.aux_k is None,
-            "auxK is only for type topk",
-            "auxK",
-        ),
-        Rule(
-            "self.type != 'standard' || has(self.l1Coefficient)",
-            lambda a: a.type != "standard" or a.l1_coefficient is not None,
-            "l1Coefficient is required for type standard",
-            "l1Coefficient",
-        ),
-        Rule(
-            "self.type == 'standard' || !has(self.l1Coefficient)",
-            lambda a: a.type == "standard" or a.l1_coefficient is None,
-            "l1Coefficient is only for type standard",
-            "l1Coefficient",
-        ),
-        Rule(
-            "self.type == 'standard' || !has(self.l1WarmUpSteps)",
-            lambda a: a.type == "standard" or a.l1_warm_up_steps is None,
-            "l1WarmUpSteps is only for type standard",
-            "l1WarmUpSteps",
-        ),
-        Rule(
-            "self.type == 'standard' || !has(self.lpNorm)",
-            lambda a: a.type == "standard" or a.lp_norm is None,
-            "lpNorm is only for type standard",
-            "lpNorm",
-        ),
-        Rule(
-            "self.type == 'standard' || !has(self.scaleSparsityPenaltyByDecoderNorm)",
-            lambda a: a.type == "standard" or a.scale_sparsity_penalty_by_decoder_norm is None,
-            "scaleSparsityPenaltyByDecoderNorm is only for type standard",
-            "scaleSparsityPenaltyByDecoderNorm",
-        ),
-    )
-
-    type: Literal["topk", "standard"]
-    """`topk`: the k largest pre-activations. `standard`: ReLU with an L1 (Lp) penalty."""
-    k: Count | None = None
-    """topk: active latents per token."""
-    aux_k_coefficient: Annotated[float, Field(ge=0, le=1e6)] | None = None
-    """topk: weight of the auxiliary loss that revives dead latents (the paper uses 1/32); off when empty."""
-    aux_k: Count | None = None
-    """topk: dead latents that the auxiliary loss uses per token; half of dIn when empty."""
-    l1_coefficient: Annotated[float, Field(ge=0, le=1e9)] | None = None
-    """standard: weight of the sparsity penalty."""
-    l1_warm_up_steps: CountOrZero | None = None
-    """standard: steps over which the penalty's weight rises linearly from 0; none when empty."""
-    lp_norm: Annotated[float, Field(gt=0, le=4)] | None = None
-    """standard: p of the penalty's norm; 1 when empty."""
-    scale_sparsity_penalty_by_decoder_norm: bool | None = None
-    """standard: weight each latent's penalty by the norm of its decoder row; needs `normalizeDecoder: false`."""
-
-
-class Initialization(ApiModel):
-    decoder: Literal["mixed", "kaiming_uniform", "orthogonal", "heuristic"] = "mixed"
-    """`mixed`: unit rows halfway between a random activation and a random direction. `kaiming_uniform`: the default of
-    SAELens. `orthogonal`: orthogonal rows. `heuristic`: random rows of norm 0.1."""
-    encoder: Literal["scaled_transpose", "transpose", "kaiming_uniform"] = "scaled_transpose"
-    """`scaled_transpose`: the decoder's transpose times the scalar that best reconstructs a sample. `transpose`: the
-    decoder's transpose. `kaiming_uniform`: independent of the decoder."""
-    decoder_bias: Literal["mean", "geometric_median", "zeros"] = "mean"
-    """Start of `b_dec`, from the activations as the encoder sees them."""
-
-
-class TrainingOverrides(ApiModel):
-    """Settings of `training` that one SAE replaces."""
-
+    method: Literal["scale", "decoder", "unrotated_decoder"]
+    """What trains besides a factor for each latent: `scale`: nothing. `decoder`: W_dec and b_dec. `unrotated_decoder`:
+    b_dec."""
+    tokens: Count
+    """Activations to train on, after `training.tokens`."""
     learning_rate: PositiveNumber | None = None
-    """Peak learning rate."""
-    adam_beta1: UnitInterval | None = None
-    """Adam's decay rate of the first moment."""
-    adam_beta2: UnitInterval | None = None
-    """Adam's decay rate of the second moment."""
-
-
-class SaeSpec(ApiModel):
-    RULES = (
-        Rule(
-            "self.name != 'checkpoints'",
-            lambda s: s.name != "checkpoints",
-            "the folder checkpoints below output.uri is taken; choose another name",
-            "name",
-        ),
-        Rule(
-            "!(has(self.dSae) && has(self.expansionFactor))",
-            lambda s: s.d_sae is None or s.expansion_factor is None,
-            "only one of dSae and expansionFactor may be set",
-        ),
-        Rule(
-            "!has(self.dSae) || !has(self.architecture.k) || self.architecture.k <= self.dSae",
-            lambda s: s.d_sae is None or s.architecture.k is None or s.architecture.k <= s.d_sae,
-            "k must be at most dSae",
-            "architecture.k",
-        ),
-        Rule(
-            "!self.normalizeDecoder || self.initialization.decoder != 'heuristic'",
-            lambda s: not s.normalize_decoder or s.initialization.decoder != "heuristic",
-            "initialization.decoder heuristic needs normalizeDecoder: false",
-            "normalizeDecoder",
-        ),
-        Rule(
-            "!self.normalizeDecoder || !has(self.architecture.scaleSparsityPenaltyByDecoderNorm)"
-            " || !self.architecture.scaleSparsityPenaltyByDecoderNorm",
-            lambda s: not s.normalize_decoder or not s.architecture.scale_sparsity_penalty_by_decoder_norm,
-            "scaleSparsityPenaltyByDecoderNorm needs normalizeDecoder: false",
-            "normalizeDecoder",
-        ),
-    )
-
-    name: Name
-    """Name of the SAE: its folder below `output.uri`."""
-    hook: HookKey | None = None
-    """Hook that it is trained on, `name` or `name:headIndex`; the only one when empty."""
-    architecture: Architecture
-    """Kind of SAE and its own settings; which of them apply depends on `type`."""
-    d_sae: Count | None = None
-    """Number of latents."""
-    expansion_factor: Annotated[Count, Field(le=4096)] | None = None
-    """Number of latents as a multiple of dIn; 8 when neither is set."""
-    seed: CountOrZero = 0
-    """Seed of its initial weights."""
-    dtype: Literal["float32"] = "float32"
-    """Number format of its weights."""
-    apply_b_dec_to_input: bool = True
-    """Subtract `b_dec` before encoding."""
-    normalize_decoder: bool = True
-    """Keep decoder rows at unit norm."""
-    initialization: Initialization = Field(default_factory=Initialization)
-    """How its weights begin."""
-    training: TrainingOverrides = Field(default_factory=TrainingOverrides)
-    """Settings of `training` that this SAE replaces."""
+    """Learning rate of this phase, which decays linearly to 0; a tenth of each SAE's peak when empty."""
 
 
 class Training(ApiModel):
@@ -312,6 +167,12 @@ class Training(ApiModel):
                 "adamBeta2",
                 "deadAfterTokens",
                 "logEverySteps",
+                "optimizer",
+                "mseLossNormalization",
+                "precision",
+                "selection",
+                "compile",
+                "finetuning",
             )
         ),
     )
@@ -338,6 +199,19 @@ class Training(ApiModel):
     """Adam's decay rate of the second moment."""
     gradient_clip_norm: PositiveNumber | None = None
     """Clip each SAE's gradient to this norm; off when empty."""
+    optimizer: Literal["adam", "adamw", "adafactor"] = "adam"
+    """PyTorch's optimiser of that name, without weight decay; `adafactor` needs the least memory."""
+    mse_loss_normalization: Literal["none", "dense_batch"] = "none"
+    """`dense_batch`: divide a row's squared errors by its distance from the batch's mean."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Number format in which the products of a step are computed: `tf32` where a GPU has it, `bfloat16` by autocast.
+    Weights, sums and the optimiser stay float32."""
+    selection: Literal["exact", "bfloat16"] = "exact"
+    """topk, batchtopk: `bfloat16` finds candidates by a product in bfloat16 and computes these again in float32."""
+    compile: bool = False
+    """Compile the dense parts of a step with torch.compile; needs a C compiler in the pod."""
+    finetuning: Finetuning | None = None
+    """A last phase with encoders frozen; none when empty."""
     dead_after_tokens: Count = 1_000_000
     """A latent that has not fired for so many tokens (or, in a shorter run, never) counts as dead."""
     log_every_steps: Count = 10
@@ -352,7 +226,9 @@ class Evaluation(ApiModel):
     metrics: Annotated[list[Metric], Field(min_length=1, max_length=8)] = Field(
         default_factory=lambda: ["explained_variance", "l0", "mse", "dead_fraction"]
     )
-    """What is reported. `ce_loss_score` loads the language model into the training pod."""
+    """What is reported. `ce_loss_score` and `kl_divergence_score` load the language model into the training pod."""
+    model_every_tokens: Count | None = None
+    """Tokens between evaluations of `ce_loss_score` and `kl_divergence_score`; only at the end when empty."""
 
 
 class Checkpoints(ApiModel):
@@ -372,6 +248,24 @@ class Checkpoints(ApiModel):
     """Checkpoints that are kept while training; all are removed on success."""
 
 
+class WandbSettings(ApiModel):
+    """A run of Weights & Biases for each SAE. The key is the environment variable WANDB_API_KEY, which `run.env` takes
+    from a Secret."""
+
+    project: ShortText
+    """Project of the runs."""
+    entity: ShortText | None = None
+    """User or team that they belong to; the key's own when empty."""
+    group: ShortText | None = None
+    """Group of the job's runs; the job's name when empty."""
+    tags: Annotated[list[ShortText], Field(max_length=16)] = Field(default_factory=list)
+    """Tags of the runs."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline` sends nothing: the runs' files go to `<output.uri>/wandb`, for `wandb sync`."""
+    log_artifacts: bool = False
+    """Upload SAEs and their sparsity as artifacts at each checkpoint and at the end."""
+
+
 def hooks_are_there(spec: SAETrainingJobSpec, *, source: Literal["cache", "live"]) -> bool:
     """Whether each SAE's hook is one of the source's, where the job has that source."""
     activations = getattr(spec.activations, source)
@@ -381,17 +275,28 @@ def hooks_are_there(spec: SAETrainingJobSpec, *, source: Literal["cache", "live"
     return all(len(keys) == 1 if sae.hook is None else sae.hook in keys for sae in spec.saes)
 
 
+def target_hooks_are_there(spec: SAETrainingJobSpec, *, source: Literal["cache", "live"]) -> bool:
+    """Whether each transcoder's target is one of the source's hooks, where the job has that source."""
+    activations = getattr(spec.activations, source)
+    if activations is None:
+        return True
+    keys = {hook.key for hook in activations.hooks}
+    return all(sae.target_hook is None or sae.target_hook in keys for sae in spec.saes)
+
+
 def rows_are_left(spec: SAETrainingJobSpec, *, source: Literal["cache", "live"]) -> bool:
     """Whether held-out rows leave some to train on, where the job has that source."""
     activations, held_out = getattr(spec.activations, source), spec.evaluation.held_out_tokens
     return activations is None or held_out is None or held_out < activations.tokens
 
 
-# CEL: whether hook `h` is what SAE `s` names. The key is taken apart: the cost of one put together has no bound.
-_IS_HOOK = (
-    "has(h.headIndex) ? s.hook.startsWith(h.name + ':') && int(s.hook.substring(h.name.size() + 1)) == h.headIndex"
-    " : s.hook == h.name"
-)
+def _is_hook(field: str) -> str:
+    """CEL: whether hook `h` is what `field` of SAE `s` names. The key is taken apart: the cost of one put together has
+    no bound."""
+    return (
+        f"has(h.headIndex) ? s.{field}.startsWith(h.name + ':')"
+        f" && int(s.{field}.substring(h.name.size() + 1)) == h.headIndex : s.{field} == h.name"
+    )
 
 
 class SAETrainingJobSpec(ApiModel):
@@ -405,10 +310,20 @@ class SAETrainingJobSpec(ApiModel):
         *(
             Rule(
                 f"!has(self.activations.{source}) || self.saes.all(s, has(s.hook)"
-                f" ? self.activations.{source}.hooks.exists(h, {_IS_HOOK})"
+                f" ? self.activations.{source}.hooks.exists(h, {_is_hook('hook')})"
                 f" : self.activations.{source}.hooks.size() == 1)",
                 partial(hooks_are_there, source=source),
                 f"each SAE's hook must be one of activations.{source}.hooks; it may be left out only when there is one",
+                "saes",
+            )
+            for source in ("cache", "live")
+        ),
+        *(
+            Rule(
+                f"!has(self.activations.{source}) || self.saes.all(s, !has(s.targetHook)"
+                f" || self.activations.{source}.hooks.exists(h, {_is_hook('targetHook')}))",
+                partial(target_hooks_are_there, source=source),
+                f"each transcoder's targetHook must be one of activations.{source}.hooks",
                 "saes",
             )
             for source in ("cache", "live")
@@ -427,7 +342,7 @@ class SAETrainingJobSpec(ApiModel):
     )
     # activations and training have transition rules of their own; run and suspend may change at any time.
     TRANSITION_RULES = (
-        *(immutable(field) for field in ("saes", "normalization", "evaluation", "checkpoints", "output")),
+        *(immutable(field) for field in ("saes", "normalization", "evaluation", "checkpoints", "saeFormat", "output")),
         raised_only("retry"),
     )
 
@@ -448,8 +363,16 @@ class SAETrainingJobSpec(ApiModel):
     """What is measured on held-out activations, and when."""
     checkpoints: Checkpoints = Field(default_factory=Checkpoints)
     """How much work an interruption can cost."""
+    sae_format: Literal["saelens5", "saelens6"] = "saelens5"
+    """Layout of saved SAEs: `saelens5`, which old and new versions of SAELens load, or the newest one's own, which
+    tells more. Transcoders are always saved in the newest one, which alone knows them."""
     output: StoreLocation
     """Where SAEs, results, report and checkpoints go."""
+    wandb: WandbSettings | None = None
+    """Log to Weights & Biases; off when empty."""
+    parallelism: Annotated[Count, Field(le=1024)] = 1
+    """Pods that train together, data-parallel, each on all of its GPUs; `batchSize` is that of all together. May be
+    changed for the next attempt."""
     run: RunSettings = Field(default_factory=RunSettings)
     """Pod and Job settings; may be changed for the next attempt."""
     suspend: bool = False

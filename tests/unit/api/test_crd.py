@@ -131,7 +131,10 @@ def test_each_field_may_be_changed_or_has_a_rule_that_says_how(kind: str) -> Non
     cache = {"parallelism", "run", "suspend"}
     expected = {
         "ActivationCache": {f"spec.{name}" for name in cache},
-        "SAETrainingJob": {"spec.run", "spec.suspend", *(f"spec.activations.cache.{name}" for name in cache)},
+        "SAETrainingJob": {
+            *(f"spec.{name}" for name in ("parallelism", "run", "suspend", "wandb")),
+            *(f"spec.activations.cache.{name}" for name in cache),
+        },
     }
     assert set(free(schema_of(kind)["properties"]["spec"], "spec")) == expected[kind]
 

@@ -243,9 +243,9 @@ class TestMessages:
         assert found == [
             ("spec.model.loader", "must be one of 'HuggingFace' or 'TransformerLens', not the text 'nnsight'")
         ]
-        found = messages("SAETrainingJob", edited(JOB_SPEC, {"saes.0.architecture.type": "jumprelu"}))
+        found = messages("SAETrainingJob", edited(JOB_SPEC, {"training.optimizer": "sgd"}))
         assert found == [
-            ("spec.saes[0].architecture.type", "must be one of 'topk' or 'standard', not the text 'jumprelu'")
+            ("spec.training.optimizer", "must be one of 'adam', 'adamw' or 'adafactor', not the text 'sgd'")
         ]
 
     @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_all_broken_rules_are_told_at_once() -> None:
     edits = {"saes.0.architecture": {"type": "standard", "k": 3, "auxK": 4}}
     problems = validate_spec("SAETrainingJob", edited(SPECS["SAETrainingJob"], edits))
     assert [problem.message for problem in problems] == [
-        "k is only for type topk",
-        "auxK is only for type topk",
-        "l1Coefficient is required for type standard",
+        "l1Coefficient is required for types standard and gated",
+        "k is only for types topk, batchtopk and matryoshka_batchtopk",
+        "auxK is only for types topk, batchtopk and matryoshka_batchtopk",
     ]

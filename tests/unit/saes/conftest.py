@@ -10,7 +10,7 @@ import torch
 from sae_job.saes.architectures import build_trainable
 from sae_job.saes.standard import StandardSAE
 from sae_job.saes.topk import TopKSAE
-from sae_operator.api.training_job import SaeSpec
+from sae_operator.api.sae import SaeSpec
 
 D_IN, D_SAE, BATCH = 12, 64, 24
 
@@ -30,7 +30,8 @@ def trainable(architecture: dict[str, Any], *, seed: int = 0, **fields: Any) -> 
     sae = build_trainable(sae_spec(architecture, **fields), D_IN, device="cpu")
     assert isinstance(sae, TopKSAE | StandardSAE)
     generator = torch.Generator().manual_seed(seed)
-    sae.initialize(torch.randn(200, D_IN, generator=generator) + 0.5, generator)
+    sample = torch.randn(200, D_IN, generator=generator) + 0.5
+    sae.initialize(sample, sample, generator)
     with torch.no_grad():
         sae.b_enc.copy_(0.1 * torch.randn(D_SAE, generator=generator))
     return sae

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_job.saes.trainable import StepInput
 from sae_job.saes.weights import TrainableWeights
 from tests.unit.saes.conftest import BATCH, D_SAE, STANDARD, TOPK, batch, trainable
 
@@ -33,7 +34,7 @@ DEAD = torch.arange(D_SAE) % 4 == 0
 def dense_loss(sae: TrainableWeights, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     """The loss as its definition reads, in dense operations that autograd traces."""
     architecture = sae.spec.architecture
-    centred = x - weights["b_dec"] if sae.spec.apply_b_dec_to_input else x
+    centred = x - weights["b_dec"] if sae.spec.subtracts_b_dec else x
     pre = centred @ weights["W_enc_T"].T + weights["b_enc"]
     if architecture.type == "topk":
         assert architecture.k is not None
@@ -76,7 +77,7 @@ def test_gradients_equal_those_that_autograd_traces_in_float64(case: str) -> Non
     }
     expected = dense_loss(sae, weights, x.to(torch.float64))
     expected.backward()
-    statistics = sae.step_gradients(x, step=0, dead=DEAD)
+    statistics = sae.step_gradients(StepInput(x, x, 0, DEAD))
     assert float(statistics.loss) == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in sae.parameters_by_name.items():
         assert parameter.grad is not None
@@ -90,7 +91,7 @@ def test_gradients_equal_those_that_autograd_traces_in_float64(case: str) -> Non
 def test_gradients_agree_with_finite_differences(case: str) -> None:
     architecture, fields = CASES[case]
     sae, x = trainable(architecture, **fields), batch(seed=2)
-    sae.step_gradients(x, step=0, dead=DEAD)
+    sae.step_gradients(StepInput(x, x, 0, DEAD))
     weights = {name: tensor.detach().to(torch.float64) for name, tensor in sae.parameters_by_name.items()}
     generator = torch.Generator().manual_seed(3)
     for name, parameter in sae.parameters_by_name.items():
@@ -105,16 +106,16 @@ def test_gradients_agree_with_finite_differences(case: str) -> None:
 
 def test_the_batch_size_may_change_between_steps() -> None:
     sae = trainable(TOPK)
-    first = sae.step_gradients(batch(), step=0, dead=None)
-    sae.step_gradients(batch(rows=BATCH // 2), step=1, dead=None)
-    again = sae.step_gradients(batch(), step=2, dead=None)
+    first = sae.step_gradients(StepInput(batch(), batch(), 0, None))
+    sae.step_gradients(StepInput(batch(rows=BATCH // 2), batch(rows=BATCH // 2), 1, None))
+    again = sae.step_gradients(StepInput(batch(), batch(), 2, None))
     assert torch.equal(first.loss, again.loss)
 
 
 def test_no_dead_latents_make_the_auxiliary_loss_zero() -> None:
     sae = trainable({**TOPK, "auxKCoefficient": 0.25})
     none_dead = torch.zeros(D_SAE, dtype=torch.bool)
-    statistics = sae.step_gradients(batch(), step=0, dead=none_dead)
+    statistics = sae.step_gradients(StepInput(batch(), batch(), 0, none_dead))
     assert float(statistics.losses["auxiliary_reconstruction_loss"]) == 0.0
     assert torch.equal(statistics.loss, statistics.losses["mse_loss"])
 
@@ -125,7 +126,7 @@ def test_the_auxiliary_loss_does_not_touch_live_latents_nor_the_bias() -> None:
         for sae in (plain, revived):
             sae.b_enc[DEAD] = -0.5  # below every live latent's chance, above the ReLU's reach for some
     for sae in (plain, revived):
-        sae.step_gradients(batch(), step=0, dead=DEAD)
+        sae.step_gradients(StepInput(batch(), batch(), 0, DEAD))
     assert plain.W_dec.grad is not None
     assert revived.W_dec.grad is not None
     assert torch.equal(plain.W_dec.grad[~DEAD], revived.W_dec.grad[~DEAD])
@@ -133,7 +134,10 @@ def test_the_auxiliary_loss_does_not_touch_live_latents_nor_the_bias() -> None:
 
 def test_the_sparsity_penalty_warms_up_linearly() -> None:
     sae = trainable({"type": "standard", "l1Coefficient": 5.0, "l1WarmUpSteps": 10})
-    losses = [float(sae.step_gradients(batch(), step=step, dead=None).losses["l1_loss"]) for step in (0, 1, 5, 10, 20)]
+    losses = [
+        float(sae.step_gradients(StepInput(batch(), batch(), step, None)).losses["l1_loss"])
+        for step in (0, 1, 5, 10, 20)
+    ]
     assert losses[0] == 0.0
     assert losses[1] == pytest.approx(losses[3] / 10)
     assert losses[2] == pytest.approx(losses[3] / 2)

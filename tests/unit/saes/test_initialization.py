@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sae_job.saes.initialization import decoder_bias, decoder_rows, geometric_median, kaiming_uniform
+from sae_job.saes.trainable import StepInput
 from tests.unit.saes.conftest import D_IN, D_SAE, STANDARD, TOPK, trainable
 
 
@@ -97,7 +98,7 @@ def test_projected_gradients_are_orthogonal_to_rows_and_steps_keep_them_at_unit_
     sae = trainable(TOPK)
     x = torch.randn(32, D_IN, generator=generator(4))
     optimizer = torch.optim.Adam(list(sae.parameters_by_name.values()), lr=0.1)
-    sae.step_gradients(x, step=0, dead=None)
+    sae.step_gradients(StepInput(x, x, 0, None))
     sae.project_gradients()
     assert sae.W_dec.grad is not None
     assert float((sae.W_dec.grad * sae.W_dec).sum(dim=1).abs().max()) < 1e-4
