@@ -8,7 +8,7 @@ import torch
 
 from sae_job.saes.standard import StandardSAE
 from sae_job.saes.topk import TopKSAE
-from sae_job.saes.trainable import ONE_PROCESS, Ranks, TrainableSAE
+from sae_job.saes.trainable import ONE_PROCESS, MseNormalization, Ranks, TrainableSAE
 from sae_operator.api.sae import SaeSpec
 
 
@@ -27,7 +27,13 @@ DEFAULT_EXPANSION_FACTOR = 8
 
 
 def build_trainable(
-    spec: SaeSpec, d_in: int, d_out: int | None = None, *, device: torch.device | str, ranks: Ranks = ONE_PROCESS
+    spec: SaeSpec,
+    d_in: int,
+    d_out: int | None = None,
+    *,
+    device: torch.device | str,
+    ranks: Ranks = ONE_PROCESS,
+    mse_loss_normalization: MseNormalization = "none",
 ) -> TrainableSAE:
     """The trainable SAE of a spec, with weights that are not yet initialised.
 
@@ -35,7 +41,10 @@ def build_trainable(
         d_in: width of the activations.
         d_out: width of a transcoder's target; `d_in` when None.
         ranks: the processes that train together.
+        mse_loss_normalization: the job's.
     """
     d_sae = spec.d_sae if spec.d_sae is not None else d_in * (spec.expansion_factor or DEFAULT_EXPANSION_FACTOR)
     build = TRAINABLE[spec.architecture.type]
-    return build(spec, d_in, d_in if d_out is None else d_out, d_sae, device=torch.device(device), ranks=ranks)
+    sae = build(spec, d_in, d_in if d_out is None else d_out, d_sae, device=torch.device(device), ranks=ranks)
+    sae.mse_loss_normalization = mse_loss_normalization
+    return sae

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float32, Int64
@@ -17,6 +17,9 @@ from torch import Tensor
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
 from sae_job.saes.kernels.sparse import ActiveLatents
+
+# `training.mseLossNormalization`.
+MseNormalization = Literal["none", "dense_batch"]
 
 
 class Ranks(Protocol):
@@ -107,6 +110,7 @@ class TrainableSAE(Protocol):
     d_in: int
     d_out: int
     d_sae: int
+    mse_loss_normalization: MseNormalization
 
     @property
     def parameters_by_name(self) -> dict[str, Tensor]: ...

@@ -12,7 +12,7 @@ from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance, SAEConfig
 from sae_job.saes.initialization import Activation, initial_weights
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS
-from sae_job.saes.trainable import Ranks
+from sae_job.saes.trainable import MseNormalization, Ranks
 from sae_operator.api.sae import SaeSpec
 
 # Decoder rows are divided by their norm; a row that shrank to nothing must not become NaN.
@@ -30,7 +30,12 @@ class TrainableWeights:
         device: where the weights lie.
         ranks: the processes that train together.
         activation: the architecture's activation function on dense pre-activations, for initialisation.
+
+    Attributes:
+        mse_loss_normalization: the job's, which `build_trainable` sets; see `reconstruction`.
     """
+
+    mse_loss_normalization: MseNormalization = "none"
 
     def __init__(
         self,
