@@ -30,6 +30,11 @@ class Ranks(Protocol):
         """How many there are."""
         ...
 
+    @property
+    def index(self) -> int:
+        """Which of them this process is, from 0: its place in what `gather` gives."""
+        ...
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all ranks; returns it."""
         ...
@@ -43,6 +48,7 @@ class OneProcess:
     """A training in one process."""
 
     size = 1
+    index = 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor

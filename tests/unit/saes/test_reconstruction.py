@@ -14,6 +14,7 @@ class OneOfTwoRanks:
     """A rank beside another one whose target is known."""
 
     size = 2
+    index = 0
 
     def __init__(self, other: Tensor) -> None:
         self._other = other
