@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from sae_operator.api.sae import Initialization
@@ -27,8 +27,9 @@ _MEDIAN_TOLERANCE = 1e-10
 @dataclass(frozen=True)
 class InitialWeights:
     W_enc: Float32[Tensor, "d_in d_sae"]
-    W_dec: Float32[Tensor, "d_sae d_in"]
-    b_dec: Float32[Tensor, " d_in"]
+    W_dec: Float32[Tensor, "d_sae d_out"]
+    b_dec: Float32[Tensor, " d_out"]
+    encoder_bias: Float32[Tensor, " d_sae"]
 
 
 def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -66,55 +67,66 @@ def kaiming_uniform(rows: int, columns: int, generator: torch.Generator) -> Floa
     return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
 
 
-def decoder_rows(
+def starting_rows(
     kind: str,
-    sample: Float32[Tensor, "rows d_in"],
-    bias: Float32[Tensor, " d_in"],
-    d_sae: int,
+    sample: Float32[Tensor, "rows d"],
+    centre: Float32[Tensor, " d"],
+    chosen: Int64[Tensor, " d_sae"] | None,
     generator: torch.Generator,
-) -> Float32[Tensor, "d_sae d_in"]:
-    """Start of `W_dec`, on the CPU.
+    *,
+    d_sae: int,
+) -> Float32[Tensor, "d_sae d"]:
+    """Start of `W_dec`, or of a transcoder's encoder transposed, on the CPU.
 
-    `mixed` is a random activation's direction from the bias plus a random direction: a row then points at data
+    `mixed` is a random activation's direction from the centre plus a random direction: a row then points at data
     without being a copy of one activation.
+
+    Args:
+        sample: activations.
+        centre: what their directions are from.
+        chosen: rows of the sample that `mixed` takes, the same for both sides of a transcoder, so
+            that a latent's encoder and decoder are of one token. None for other kinds.
     """
-    d_in = sample.shape[1]
+    width = sample.shape[1]
     if kind == "kaiming_uniform":
-        return kaiming_uniform(d_sae, d_in, generator)
+        return kaiming_uniform(d_sae, width, generator)
     if kind == "orthogonal":
-        # W_dec^T W_dec = I where d_sae >= d_in; more latents than dimensions cannot be orthogonal to each other.
-        wide = torch.randn(max(d_sae, d_in), min(d_sae, d_in), generator=generator)
+        # W_dec^T W_dec = I where d_sae >= width; more latents than dimensions cannot be orthogonal to each other.
+        wide = torch.randn(max(d_sae, width), min(d_sae, width), generator=generator)
         rows, triangle = torch.linalg.qr(wide)
         rows = rows * torch.sgn(torch.diagonal(triangle))  # without this, signs are not uniform
-        return (rows if d_sae >= d_in else rows.T).contiguous()
-    random = unit_rows(torch.randn(d_sae, d_in, generator=generator))
-    if kind == "heuristic":
+        return (rows if d_sae >= width else rows.T).contiguous()
+    random = unit_rows(torch.randn(d_sae, width, generator=generator))
+    if chosen is None:
         return random * _HEURISTIC_NORM
-    chosen = torch.randint(sample.shape[0], (d_sae,), generator=generator)
-    directions = unit_rows((sample.index_select(0, chosen.to(sample.device)) - bias).cpu())
+    directions = unit_rows((sample.index_select(0, chosen.to(sample.device)) - centre).cpu())
     return unit_rows(directions + random)
 
 
 def encoder_scale(
-    sample: Float32[Tensor, "rows d_in"],
-    bias: Float32[Tensor, " d_in"],
-    W_dec: Float32[Tensor, "d_sae d_in"],
-    *,
-    apply_b_dec_to_input: bool,
+    inputs: Float32[Tensor, "rows d_in"],
+    target: Float32[Tensor, "rows d_out"],
+    encoder_rows: Float32[Tensor, "d_sae d_in"],
+    W_dec: Float32[Tensor, "d_sae d_out"],
     activation: Activation,
 ) -> float:
-    """The factor s for which `W_enc = s W_dec^T` reconstructs the sample best: least squares in one unknown."""
-    rows = sample[:_SCALE_ROWS]
-    target = rows - bias
-    features = activation((target if apply_b_dec_to_input else rows) @ W_dec.T)
-    reconstruction = features @ W_dec
+    """The factor s for which `W_enc = s encoder_rows^T` reconstructs the target best: least squares in one unknown.
+
+    Args:
+        inputs: what the encoder multiplies, centred.
+        target: what is to be reconstructed, without `b_dec`.
+    """
+    reconstruction = activation(inputs @ encoder_rows.T) @ W_dec
     squared = float((reconstruction * reconstruction).sum(dtype=torch.float64))
-    return float((target * reconstruction).sum(dtype=torch.float64)) / squared if squared > 0 else 1.0
+    scale = float((target * reconstruction).sum(dtype=torch.float64)) / squared if squared > 0 else 1.0
+    # A reconstruction that has nothing to do with its target would turn the encoder round, or off.
+    return scale if scale > 0 else 1.0
 
 
 def initial_weights(
     settings: Initialization,
     sample: Float32[Tensor, "rows d_in"],
+    target: Float32[Tensor, "rows d_out"] | None = None,
     *,
     d_sae: int,
     normalize_decoder: bool,
@@ -122,25 +134,40 @@ def initial_weights(
     activation: Activation,
     generator: torch.Generator,
 ) -> InitialWeights:
-    """Weights to begin with; encoder biases are zero.
+    """Weights to begin with.
+
+    Encoder biases are zero, but for a transcoder: its inputs are not centred by `b_dec`, which is of its outputs, so
+    its biases take the centre of its inputs off.
 
     Args:
         settings: the SAE's `initialization`.
         sample: activations as the encoder will see them (scaled).
+        target: the same rows of what a transcoder reconstructs; None for an SAE, whose target is `sample`.
         normalize_decoder: bring the decoder's rows to unit norm.
         activation: the architecture's activation function, for the encoder's scale.
         generator: source of all randomness, on the CPU.
     """
-    bias = decoder_bias(settings.decoder_bias, sample)
-    W_dec = decoder_rows(settings.decoder, sample, bias, d_sae, generator).to(sample.device)
+    reconstructed = sample if target is None else target
+    bias = decoder_bias(settings.decoder_bias, reconstructed)
+    chosen = None
+    if settings.decoder == "mixed":
+        chosen = torch.randint(sample.shape[0], (d_sae,), generator=generator)
+    W_dec = starting_rows(settings.decoder, reconstructed, bias, chosen, generator, d_sae=d_sae).to(sample.device)
+    centre = torch.zeros_like(sample[0]) if target is None else decoder_bias(settings.decoder_bias, sample)
     if settings.encoder == "kaiming_uniform":
-        W_enc = kaiming_uniform(sample.shape[1], d_sae, generator).to(sample.device)
+        encoder_rows = kaiming_uniform(sample.shape[1], d_sae, generator).to(sample.device).T
+    elif target is not None:
+        encoder_rows = starting_rows(settings.decoder, sample, centre, chosen, generator, d_sae=d_sae)
+        encoder_rows = encoder_rows.to(sample.device)
     else:
         # Copied before the decoder is normalised, so at the decoder's own scale.
-        W_enc = W_dec.T.clone()
+        encoder_rows = W_dec.clone()
     if normalize_decoder:
         W_dec = unit_rows(W_dec)
     if settings.encoder == "scaled_transpose":
-        scale = encoder_scale(sample, bias, W_dec, apply_b_dec_to_input=apply_b_dec_to_input, activation=activation)
-        W_enc = W_dec.T * scale
-    return InitialWeights(W_enc=W_enc, W_dec=W_dec, b_dec=bias)
+        encoder_rows = W_dec if target is None else unit_rows(encoder_rows)
+        inputs = sample[:_SCALE_ROWS] - (bias if apply_b_dec_to_input else centre)
+        wanted = reconstructed[:_SCALE_ROWS] - bias
+        encoder_rows = encoder_rows * encoder_scale(inputs, wanted, encoder_rows, W_dec, activation)
+    encoder_bias = torch.mv(encoder_rows, centre).neg_() if target is not None else sample.new_zeros(d_sae)
+    return InitialWeights(W_enc=encoder_rows.T, W_dec=W_dec, b_dec=bias, encoder_bias=encoder_bias)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float32
@@ -17,10 +19,15 @@ from sae_operator.api.sae import SaeSpec
 
 # Decoder rows are divided by their norm; a row that shrank to nothing must not become NaN.
 _SMALLEST_NORM = 1e-8
+# The encoder's biases among the parameters of one number per latent: what an input's centre is taken off by.
+_ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
+_SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TrainableWeights:
     """Weights, unit-norm constraint, initialisation and export: what architectures share.
+
+    The reconstruction is `decoded + b_dec + x W_skip^T`, the last for a transcoder with a skip connection.
 
     Args:
         spec: the SAE's spec.
@@ -32,10 +39,18 @@ class TrainableWeights:
         activation: the architecture's activation function on dense pre-activations, for initialisation.
 
     Attributes:
+        latent_parameters: names of the parameters of one number per latent, [d_sae] each, zero at first; under the
+            same names they are saved as they are.
         mse_loss_normalization: the job's, which `build_trainable` sets; see `reconstruction`.
+        W_enc_T: encoder, transposed: latents' gradients arrive as rows, and rows lie contiguously; [d_sae, d_in].
+        W_dec: decoder, [d_sae, d_out].
+        b_dec: decoder's bias, [d_out].
+        W_skip: skip connection, [d_out, d_in]; None without one.
     """
 
+    latent_parameters: ClassVar[tuple[str, ...]] = ("b_enc",)
     mse_loss_normalization: MseNormalization = "none"
+    b_enc: Tensor
 
     def __init__(
         self,
@@ -60,15 +75,19 @@ class TrainableWeights:
             tensor.grad = torch.zeros_like(tensor)
             return tensor
 
-        # The encoder's transpose: latents' gradients arrive as rows, and rows lie contiguously.
         self.W_enc_T = parameter(d_sae, d_in)
-        self.b_enc = parameter(d_sae)
+        for name in self.latent_parameters:
+            setattr(self, name, parameter(d_sae))
         self.W_dec = parameter(d_sae, d_out)
         self.b_dec = parameter(d_out)
+        self.W_skip = parameter(d_out, d_in) if spec.skip_connection else None
 
     @property
     def parameters_by_name(self) -> dict[str, Tensor]:
-        return {"W_enc_T": self.W_enc_T, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        named = {"W_enc_T": self.W_enc_T}
+        named |= {name: getattr(self, name) for name in self.latent_parameters}
+        named |= {"W_dec": self.W_dec, "b_dec": self.b_dec}
+        return named if self.W_skip is None else {**named, "W_skip": self.W_skip}
 
     @property
     def buffers_by_name(self) -> dict[str, Tensor]:
@@ -84,6 +103,7 @@ class TrainableWeights:
         start = initial_weights(
             self.spec.initialization,
             sample,
+            None if self.spec.target_hook is None else target,
             d_sae=self.d_sae,
             normalize_decoder=self.spec.normalize_decoder,
             apply_b_dec_to_input=self.spec.subtracts_b_dec,
@@ -93,15 +113,43 @@ class TrainableWeights:
         self.W_enc_T.copy_(start.W_enc.T)
         self.W_dec.copy_(start.W_dec)
         self.b_dec.copy_(start.b_dec)
-        self.b_enc.zero_()
+        for name in set(self.latent_parameters).intersection(_ENCODER_BIASES):
+            getattr(self, name).copy_(start.encoder_bias)
+        if self.W_skip is not None:
+            self.W_skip.zero_()
 
     @torch.no_grad()
     def start_from(self, sae: SAE, *, scale: float, target_scale: float) -> None:
-        """Take the weights of a saved SAE of the same architecture and sizes, for activations times these factors."""
-        self.W_enc_T.copy_(sae.W_enc.T).div_(scale)
-        self.b_enc.copy_(sae.b_enc)
-        self.W_dec.copy_(sae.W_dec).mul_(target_scale)
-        self.b_dec.copy_(sae.b_dec).mul_(target_scale)
+        """Take the weights of a saved SAE of the same architecture and sizes, for activations times these factors.
+
+        Raises:
+            ValueError: the SAE has not the tensors that this one needs, or of another shape, or it was fine-tuned, and
+                the factors of its latents cannot stay in a decoder of unit rows.
+        """
+        if sae.cfg.normalize_activations in RUN_TIME_NORMALIZATIONS:
+            scale = target_scale = 1.0  # it never saw a factor
+        factors = getattr(sae, "finetuning_scaling_factor", None)
+        if factors is not None and self.spec.normalize_decoder:
+            raise ValueError("it was fine-tuned with factors of its latents: set normalizeDecoder: false to go on from")
+        self._take(self.W_enc_T, sae, "W_enc", transposed=True).div_(scale)
+        for name in self.latent_parameters:
+            self._take(getattr(self, name), sae, name)
+        self._take(self.W_dec, sae, "W_dec").mul_(target_scale)
+        if factors is not None:
+            self.W_dec.mul_(factors.unsqueeze(1))
+        self._take(self.b_dec, sae, "b_dec").mul_(target_scale)
+        if self.W_skip is not None:
+            self._take(self.W_skip, sae, "W_skip").mul_(target_scale / scale)
+
+    @staticmethod
+    def _take(parameter: Tensor, sae: SAE, name: str, *, transposed: bool = False) -> Tensor:
+        saved = getattr(sae, name, None)
+        if saved is None:
+            raise ValueError(f"it has no {name}: it is of another architecture")
+        saved = saved.T if transposed else saved
+        if saved.shape != parameter.shape:
+            raise ValueError(f"its {name} is of shape {tuple(saved.shape)}, not {tuple(parameter.shape)}")
+        return parameter.copy_(saved)
 
     @torch.no_grad()
     def centred(self, x: Float32[Tensor, "batch d_in"]) -> Float32[Tensor, "batch d_in"]:
@@ -109,11 +157,40 @@ class TrainableWeights:
         return x - self.b_dec if self.spec.subtracts_b_dec else x
 
     @torch.no_grad()
+    def add_bias_and_skip_(
+        self, decoded: Float32[Tensor, "batch d_out"], x: Float32[Tensor, "batch d_in"]
+    ) -> Float32[Tensor, "batch d_out"]:
+        """What is decoded from latents becomes, in place, the reconstruction."""
+        decoded.add_(self.b_dec)
+        return decoded if self.W_skip is None else decoded.addmm_(x, self.W_skip.T)
+
+    @torch.no_grad()
+    def set_bias_and_skip_gradients(
+        self,
+        output_gradient: Float32[Tensor, "batch d_out"],
+        x: Float32[Tensor, "batch d_in"],
+        pre_gradient_sum: Float32[Tensor, " d_sae"],
+    ) -> None:
+        """Fill the gradients of `b_dec` and `W_skip`.
+
+        Args:
+            output_gradient: of the reconstruction.
+            x: the encoder's input before it was centred.
+            pre_gradient_sum: column sums of the gradient of `centred(x) W_enc`: times the encoder they are what the
+                centring sends back.
+        """
+        bias_gradient = output_gradient.sum(dim=0)
+        if self.spec.subtracts_b_dec:
+            bias_gradient -= pre_gradient_sum @ self.W_enc_T
+        self.b_dec.grad = bias_gradient
+        if self.W_skip is not None:
+            self.W_skip.grad = output_gradient.T @ x
+
+    @torch.no_grad()
     def project_gradients(self) -> None:
         """Remove the part of the decoder's gradient that is parallel to each row, where rows are kept at unit norm."""
-        if self.spec.normalize_decoder:
-            gradient = self.W_dec.grad
-            assert gradient is not None
+        gradient = self.W_dec.grad
+        if self.spec.normalize_decoder and gradient is not None:
             parallel = torch.linalg.vecdot(gradient, self.W_dec)
             gradient.addcmul_(self.W_dec, parallel.unsqueeze(1), value=-1)
 
@@ -123,20 +200,39 @@ class TrainableWeights:
         if self.spec.normalize_decoder:
             self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM))
 
+    @torch.no_grad()
     def export(
         self,
         activation_fn: str,
-        activation_fn_kwargs: dict[str, int],
+        activation_fn_kwargs: Mapping[str, Any],
         *,
         scale: float,
+        target_scale: float | None = None,
         normalization: str,
         provenance: Provenance | None,
+        architecture: str | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> SAE:
-        """A copy for use on raw activations; see `TrainableSAE.to_inference`."""
-        run_time = normalization in RUN_TIME_NORMALIZATIONS
+        """A copy for use on raw activations; see `TrainableSAE.to_inference`.
+
+        Args:
+            activation_fn: its name in cfg.json.
+            activation_fn_kwargs: its settings.
+            architecture: what the copy is saved as; the SAE's own type when None.
+            tensors: further tensors of the copy, e.g. `threshold`, of the latents' scale, which folding leaves alone.
+        """
+        if normalization in RUN_TIME_NORMALIZATIONS:
+            scale = target_scale = 1.0  # each activation is brought to scale by the copy itself
+        target_scale = scale if target_scale is None else target_scale
+        folded = {"W_enc": (self.W_enc_T * scale).T}
+        folded |= {name: getattr(self, name) for name in self.latent_parameters}
+        folded |= {"W_dec": self.W_dec / target_scale, "b_dec": self.b_dec / target_scale}
+        if self.W_skip is not None:
+            folded["W_skip"] = self.W_skip * (scale / target_scale)
+        folded |= tensors or {}
         source = provenance or Provenance()
         config = SAEConfig(
-            architecture=self.spec.architecture.type,
+            architecture=architecture or self.spec.architecture.type,
             d_in=self.d_in,
             d_sae=self.d_sae,
             activation_fn_str=activation_fn,
@@ -144,17 +240,13 @@ class TrainableWeights:
             apply_b_dec_to_input=self.spec.subtracts_b_dec,
             dtype=self.spec.dtype,
             # What is folded in is not to be done again.
-            normalize_activations=normalization if run_time else "none",
+            normalize_activations=normalization if normalization in RUN_TIME_NORMALIZATIONS else "none",
             hook_layer=source.hook_layer,
             **dataclasses.asdict(source),
         )
-        tensors = {
-            "W_enc": self.W_enc_T.detach().T.contiguous(),
-            "b_enc": self.b_enc.detach().clone(),
-            "W_dec": self.W_dec.detach().clone(),
-            "b_dec": self.b_dec.detach().clone(),
+        dtype = _SAVED_DTYPES[self.spec.dtype]
+        copies = {
+            name: tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in folded.items()
         }
-        sae = SAE(config, tensors)
-        if not run_time:
-            sae.fold_activation_scale(scale)
-        return sae
+        return SAE(config, copies)

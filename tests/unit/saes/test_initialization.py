@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sae_job.saes.initialization import decoder_bias, decoder_rows, geometric_median, kaiming_uniform
+from sae_job.saes.initialization import decoder_bias, geometric_median, kaiming_uniform, starting_rows
 from sae_job.saes.trainable import StepInput
 from tests.unit.saes.conftest import D_IN, D_SAE, STANDARD, TOPK, trainable
 
@@ -33,12 +33,12 @@ def test_heuristic_rows_have_norm_a_tenth_and_point_everywhere() -> None:
 
 
 def test_orthogonal_columns_are_orthonormal() -> None:
-    rows = decoder_rows("orthogonal", SAMPLE, SAMPLE.mean(dim=0), D_SAE, generator())
+    rows = starting_rows("orthogonal", SAMPLE, SAMPLE.mean(dim=0), None, generator(), d_sae=D_SAE)
     assert torch.allclose(rows.T @ rows, torch.eye(D_IN), atol=1e-5)
 
 
 def test_an_orthogonal_decoder_may_be_narrower_than_the_activations() -> None:
-    rows = decoder_rows("orthogonal", SAMPLE, SAMPLE.mean(dim=0), D_IN // 2, generator())
+    rows = starting_rows("orthogonal", SAMPLE, SAMPLE.mean(dim=0), None, generator(), d_sae=D_IN // 2)
     assert torch.allclose(rows @ rows.T, torch.eye(D_IN // 2), atol=1e-5)
 
 
