@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance, SAEConfig
 from sae_job.saes.initialization import Activation, initial_weights
+from sae_job.saes.kernels.sparse import ActiveLatents
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS
-from sae_job.saes.trainable import MseNormalization, Ranks
+from sae_job.saes.trainable import MseNormalization, Ranks, StepInput, StepStatistics
 from sae_operator.api.sae import SaeSpec
 
 # Decoder rows are divided by their norm; a row that shrank to nothing must not become NaN.
@@ -24,7 +26,7 @@ _ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
 _SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class TrainableWeights:
+class TrainableWeights(ABC):
     """Weights, unit-norm constraint, initialisation and export: what architectures share.
 
     The reconstruction is `decoded + b_dec + x W_skip^T`, the last for a transcoder with a skip connection.
@@ -81,6 +83,22 @@ class TrainableWeights:
         self.W_dec = parameter(d_sae, d_out)
         self.b_dec = parameter(d_out)
         self.W_skip = parameter(d_out, d_in) if spec.skip_connection else None
+
+    @abstractmethod
+    def step_gradients(self, batch: StepInput) -> StepStatistics: ...
+
+    @abstractmethod
+    def active_latents(self, x: Float32[Tensor, "batch d_in"]) -> ActiveLatents: ...
+
+    @abstractmethod
+    def to_inference(
+        self,
+        *,
+        scale: float,
+        target_scale: float | None = None,
+        normalization: str = "none",
+        provenance: Provenance | None = None,
+    ) -> SAE: ...
 
     @property
     def parameters_by_name(self) -> dict[str, Tensor]:
