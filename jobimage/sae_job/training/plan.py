@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sae_job.errors import InvalidInput
-from sae_job.saes.normalization import LAYER_NORM
+from sae_job.training.plan_checks import check_architecture, check_normalization, check_ranks
+from sae_job.training.rates import finetuning_schedule, training_schedule
 from sae_job.training.scaling import (
     STATISTICAL_NORMALIZATIONS,
     ActivationStatistics,
@@ -38,24 +39,36 @@ class SaePlan:
     Attributes:
         spec: as the user wrote it, with `d_sae` resolved.
         hook: the hook that it trains on.
-        d_in: width of its activations.
+        target_hook: the hook that it reconstructs; `hook`, unless it is a transcoder.
+        d_in: width of the activations of `hook`.
+        d_out: width of the activations of `target_hook`.
         d_sae: number of latents.
-        scale: factor that its activations are multiplied by for training; 1 until `TrainingPlan.scaled_by`.
-        learning_rate: the rate of each step.
+        scale: factor that the activations of `hook` are multiplied by for training; 1 until `TrainingPlan.scaled_by`.
+        target_scale: the same of `target_hook`.
+        learning_rate: the rate of each step of the training.
+        finetuning_rate: the rate of each step of the fine-tuning, counted from its own first; None without one.
         betas: Adam's decay rates.
     """
 
     spec: SaeSpec
     hook: str
+    target_hook: str
     d_in: int
+    d_out: int
     d_sae: int
     scale: float
+    target_scale: float
     learning_rate: LearningRateSchedule
+    finetuning_rate: LearningRateSchedule | None
     betas: tuple[float, float]
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.spec.target_hook is not None
 
 
 @dataclass(frozen=True)
@@ -64,8 +77,9 @@ class TrainingPlan:
 
     Attributes:
         batch_size: rows per step; every batch is full.
-        steps: number of steps: the tokens asked for over the batch size, rounded up. Everything that needs the length
-            of the training uses this number.
+        training_steps: steps before fine-tuning: `training.tokens` over the batch size, rounded up.
+        steps: number of all steps; `finetuning.tokens` over the batch size, rounded up, are added where there is a
+            fine-tuning. Evaluations, checkpoints and progress are laid out over this number.
         held_out_rows: rows of the cache's first contexts that are kept for evaluation.
         evaluate_every_tokens: tokens between evaluations; None for every tenth of the steps.
         checkpoint_every_tokens: tokens between checkpoints, or None.
@@ -74,10 +88,12 @@ class TrainingPlan:
         gradient_clip_norm: largest norm of an SAE's gradient, or None.
         dead_after_tokens: tokens without firing after which a latent counts as dead.
         normalization: how SAEs see activations, beside their scale.
+        settings: `spec.training`, for what needs no resolving: optimiser, precision, fine-tuning method.
         saes: the SAEs, in the order of the spec.
     """
 
     batch_size: int
+    training_steps: int
     steps: int
     held_out_rows: int
     evaluate_every_tokens: int | None
@@ -87,6 +103,7 @@ class TrainingPlan:
     gradient_clip_norm: float | None
     dead_after_tokens: int
     normalization: Normalization
+    settings: Training
     saes: tuple[SaePlan, ...]
 
     @property
@@ -96,8 +113,17 @@ class TrainingPlan:
 
     @property
     def hooks(self) -> tuple[str, ...]:
-        """Hooks that at least one SAE trains on, in the SAEs' order."""
-        return tuple(dict.fromkeys(sae.hook for sae in self.saes))
+        """Hooks that at least one SAE trains on or reconstructs, in the SAEs' order."""
+        return tuple(dict.fromkeys(hook for sae in self.saes for hook in (sae.hook, sae.target_hook)))
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Hook -> factor that its activations are multiplied by: one for all SAEs."""
+        return {sae.hook: sae.scale for sae in self.saes} | {sae.target_hook: sae.target_scale for sae in self.saes}
+
+    def is_finetuning(self, step: int) -> bool:
+        """Whether step `step` (from 0) is one of the fine-tuning phase."""
+        return step >= self.training_steps
 
     @property
     def tenth_step(self) -> int:
@@ -135,34 +161,49 @@ class TrainingPlan:
         Raises:
             InvalidInput: the activations of one cannot be scaled.
         """
-        saes = tuple(
-            replace(sae, scale=activation_scale(statistics[sae.hook], self.normalization)) for sae in self.saes
-        )
-        return replace(self, saes=saes)
+        scales = {hook: activation_scale(statistics[hook], self.normalization) for hook in self.hooks}
+        saes = (replace(sae, scale=scales[sae.hook], target_scale=scales[sae.target_hook]) for sae in self.saes)
+        return replace(self, saes=tuple(saes))
 
     def with_scales_of(self, record: Mapping[str, Any]) -> TrainingPlan:
         """The same plan with the scales of an earlier `record`: what is measured anew may differ, but a training that
         goes on must see its activations as before."""
-        saes = tuple(replace(sae, scale=record["saes"][sae.name]["scale"]) for sae in self.saes)
-        return replace(self, saes=saes)
+        saes = (
+            replace(
+                sae,
+                scale=record["saes"][sae.name]["scale"],
+                target_scale=record["saes"][sae.name]["target_scale"],
+            )
+            for sae in self.saes
+        )
+        return replace(self, saes=tuple(saes))
 
     def record(self) -> dict[str, Any]:
         """The resolved values as they are told in results.json."""
         return {
             "batch_size": self.batch_size,
             "steps": self.steps,
+            "training_steps": self.training_steps,
             "tokens": self.tokens,
             "held_out_rows": self.held_out_rows,
             "normalization": self.normalization,
+            "optimizer": self.settings.optimizer,
+            "precision": self.settings.precision,
+            "finetuning": None if self.settings.finetuning is None else self.settings.finetuning.method,
             "saes": {
                 sae.name: {
+                    "architecture": sae.spec.architecture.type,
                     "hook": sae.hook,
+                    "target_hook": sae.target_hook,
                     "d_in": sae.d_in,
+                    "d_out": sae.d_out,
                     "d_sae": sae.d_sae,
                     "scale": sae.scale,
+                    "target_scale": sae.target_scale,
                     "learning_rate": sae.learning_rate.peak,
                     "warm_up_steps": sae.learning_rate.warm_up_steps,
                     "decay_steps": sae.learning_rate.decay_steps,
+                    "finetuning_learning_rate": None if sae.finetuning_rate is None else sae.finetuning_rate.peak,
                     "adam_betas": list(sae.betas),
                 }
                 for sae in self.saes
@@ -208,13 +249,16 @@ def held_out_rows(spec: SAETrainingJobSpec, cache_rows: int) -> int:
     return rows
 
 
-def resolve_plan(spec: SAETrainingJobSpec, *, cache_rows: int, widths: Mapping[str, int]) -> TrainingPlan:
+def resolve_plan(
+    spec: SAETrainingJobSpec, *, cache_rows: int, widths: Mapping[str, int], ranks: int = 1
+) -> TrainingPlan:
     """Resolve every default but the scales, which `TrainingPlan.scaled_by` adds.
 
     Args:
         spec: the job's spec.
         cache_rows: rows of the cache, or of one pass of a live source, that the job uses, held-out ones included.
         widths: key of every hook that SAEs can be trained on -> width of its activations.
+        ranks: processes that share every batch.
 
     Raises:
         InvalidInput: the spec does not fit the activations; the message names the field.
@@ -222,13 +266,16 @@ def resolve_plan(spec: SAETrainingJobSpec, *, cache_rows: int, widths: Mapping[s
     training = spec.training
     tokens = _tokens(spec, cache_rows)
     batch_size = training.batch_size or default_batch_size(tokens)
-    steps = -(-tokens // batch_size)
+    check_ranks(batch_size, ranks)
+    training_steps = -(-tokens // batch_size)
+    finetuning_steps = 0 if training.finetuning is None else -(-training.finetuning.tokens // batch_size)
     seconds = spec.checkpoints.every_seconds
     if seconds is None and spec.checkpoints.every_tokens is None:
         seconds = DEFAULT_CHECKPOINT_SECONDS
     return TrainingPlan(
         batch_size=batch_size,
-        steps=steps,
+        training_steps=training_steps,
+        steps=training_steps + finetuning_steps,
         held_out_rows=held_out_rows(spec, cache_rows),
         evaluate_every_tokens=spec.evaluation.every_tokens,
         checkpoint_every_tokens=spec.checkpoints.every_tokens,
@@ -237,8 +284,17 @@ def resolve_plan(spec: SAETrainingJobSpec, *, cache_rows: int, widths: Mapping[s
         gradient_clip_norm=training.gradient_clip_norm,
         dead_after_tokens=training.dead_after_tokens,
         normalization=spec.normalization,
+        settings=training,
         saes=tuple(
-            _sae_plan(spec, index, batch_size=batch_size, steps=steps, widths=widths) for index in range(len(spec.saes))
+            _sae_plan(
+                spec,
+                index,
+                batch_size=batch_size,
+                training_steps=training_steps,
+                finetuning_steps=finetuning_steps,
+                widths=widths,
+            )
+            for index in range(len(spec.saes))
         ),
     )
 
@@ -246,7 +302,8 @@ def resolve_plan(spec: SAETrainingJobSpec, *, cache_rows: int, widths: Mapping[s
 def tokens_asked_for(spec: SAETrainingJobSpec) -> int:
     """Tokens that the spec alone asks to train on; 0 where the length of somebody else's cache decides."""
     source = spec.activations.cache or spec.activations.live
-    return spec.training.tokens or (0 if source is None else _tokens(spec, source.tokens))
+    tokens = spec.training.tokens or (0 if source is None else _tokens(spec, source.tokens))
+    return tokens + (0 if spec.training.finetuning is None else spec.training.finetuning.tokens)
 
 
 def _tokens(spec: SAETrainingJobSpec, cache_rows: int) -> int:
@@ -256,33 +313,36 @@ def _tokens(spec: SAETrainingJobSpec, cache_rows: int) -> int:
 
 
 def _sae_plan(
-    spec: SAETrainingJobSpec, index: int, *, batch_size: int, steps: int, widths: Mapping[str, int]
+    spec: SAETrainingJobSpec,
+    index: int,
+    *,
+    batch_size: int,
+    training_steps: int,
+    finetuning_steps: int,
+    widths: Mapping[str, int],
 ) -> SaePlan:
     sae = spec.saes[index]
-    field = f"spec.saes[{index}]"
     hook = resolve_hook(spec, index, list(widths))
-    d_in = widths[hook]
-    if spec.normalization == LAYER_NORM and d_in < 2:
-        raise InvalidInput(
-            "NoVariance",
-            "layer_norm leaves nothing of activations of one dimension; choose another",
-            field="spec.normalization",
-        )
+    target_hook = resolve_target_hook(spec, index, list(widths))
+    d_in, d_out = widths[hook], widths[target_hook]
+    check_normalization(spec, index, d_in)
     d_sae = sae.d_sae or (sae.expansion_factor or DEFAULT_EXPANSION_FACTOR) * d_in
-    k = sae.architecture.k
-    if k is not None and k > d_sae:
-        raise InvalidInput(
-            "KTooLarge", f"k {k} is more than the {d_sae} latents; lower it", field=f"{field}.architecture.k"
-        )
-    rate = sae.training.learning_rate or spec.training.learning_rate or default_learning_rate(batch_size, steps)
+    check_architecture(spec, index, d_sae=d_sae)
+    rate = (
+        sae.training.learning_rate or spec.training.learning_rate or default_learning_rate(batch_size, training_steps)
+    )
     beta1, beta2 = sae.training.adam_beta1, sae.training.adam_beta2
     return SaePlan(
         spec=sae.model_copy(update={"d_sae": d_sae, "expansion_factor": None}),
         hook=hook,
+        target_hook=target_hook,
         d_in=d_in,
+        d_out=d_out,
         d_sae=d_sae,
         scale=1.0,
-        learning_rate=_schedule(spec.training, rate, steps),
+        target_scale=1.0,
+        learning_rate=training_schedule(spec.training, rate, training_steps),
+        finetuning_rate=finetuning_schedule(spec.training, rate, finetuning_steps),
         betas=(
             spec.training.adam_beta1 if beta1 is None else beta1,
             spec.training.adam_beta2 if beta2 is None else beta2,
@@ -307,45 +367,29 @@ def resolve_hook(spec: SAETrainingJobSpec, index: int, hooks: list[str]) -> str:
                 "HookMissing", f"the activations are of several hooks; name one of {', '.join(hooks)}", field=field
             )
         return hooks[0]
-    if sae.hook not in hooks:
+    _check_hook(spec, sae.hook, hooks, field)
+    return sae.hook
+
+
+def resolve_target_hook(spec: SAETrainingJobSpec, index: int, hooks: list[str]) -> str:
+    """The key of the hook that an SAE reconstructs: its target, or the one that it trains on.
+
+    Raises:
+        InvalidInput: it is not there.
+    """
+    target = spec.saes[index].target_hook
+    if target is None:
+        return resolve_hook(spec, index, hooks)
+    _check_hook(spec, target, hooks, f"spec.saes[{index}].targetHook")
+    return target
+
+
+def _check_hook(spec: SAETrainingJobSpec, hook: str, hooks: list[str], field: str) -> None:
+    if hook not in hooks:
         reference = spec.activations.cache_ref
         add = "" if reference is None else f"add it to spec.hooks of ActivationCache {reference.name!r}, or "
         raise InvalidInput(
             "HookNotFound",
-            f"there are no activations of {sae.hook!r}, but of {', '.join(hooks)}: {add}name one of these",
+            f"there are no activations of {hook!r}, but of {', '.join(hooks)}: {add}name one of these",
             field=field,
         )
-    return sae.hook
-
-
-def _schedule(training: Training, peak: float, steps: int) -> LearningRateSchedule:
-    warm_up = training.warm_up_steps
-    if warm_up > steps:
-        raise InvalidInput(
-            "ScheduleTooLong", f"{warm_up} warm-up steps are more than all {steps}", field="spec.training.warmUpSteps"
-        )
-    decay = training.decay_steps
-    if decay is None:
-        decay = min(steps // 5, steps - warm_up)
-    main = steps - warm_up - decay
-    if main < 0:
-        raise InvalidInput(
-            "ScheduleTooLong",
-            f"{warm_up} warm-up and {decay} decay steps are more than all {steps}",
-            field="spec.training.decaySteps",
-        )
-    if training.learning_rate_schedule == "cosineannealingwarmrestarts" and training.restart_cycles > main:
-        raise InvalidInput(
-            "ScheduleTooLong",
-            f"{training.restart_cycles} cycles do not fit into the {main} steps between warm-up and decay",
-            field="spec.training.restartCycles",
-        )
-    return LearningRateSchedule(
-        name=training.learning_rate_schedule,
-        peak=peak,
-        end=training.learning_rate_end or peak / 10,
-        warm_up_steps=warm_up,
-        decay_steps=decay,
-        total_steps=steps,
-        restart_cycles=training.restart_cycles,
-    )

@@ -145,7 +145,7 @@ class SaeStatus(StatusModel):
     name: str
     """Name of the SAE."""
     phase: str | None = None
-    """`Running`, `Succeeded` or `Failed`."""
+    """`Running`, `Succeeded`, `Failed`, or `Stopped` by stopEarly."""
     message: str | None = None
     """Why it failed."""
     explained_variance: float | None = None
@@ -156,6 +156,8 @@ class SaeStatus(StatusModel):
     """Mean squared error per token, summed over dIn, in raw scale."""
     ce_loss_score: float | None = None
     """Share of the ablation's cross-entropy loss that is recovered."""
+    kl_divergence_score: float | None = None
+    """Share of the divergence from the model's own predictions that ablation causes and the SAE does not."""
     dead_fraction: float | None = None
     """Share of latents that are dead."""
 

@@ -123,14 +123,18 @@ class _Message(BaseModel):
 
 class SaeProgress(_Message):
     name: str
-    phase: Literal["Running", "Succeeded", "Failed"] = "Running"
+    phase: Literal["Running", "Succeeded", "Failed", "Stopped"] = "Running"
     message: str | None = None
     loss: float | None = None
     explained_variance: float | None = None
     l0: float | None = None
     mse: float | None = None
     ce_loss_score: float | None = None
+    kl_divergence_score: float | None = None
     dead_fraction: float | None = None
+    # Only while the training runs: the status has no place for them.
+    dead_features: int | None = None
+    learning_rate: float | None = None
 
 
 class Progress(_Message):
