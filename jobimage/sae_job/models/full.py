@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_job.models.forward import Forward
 from sae_job.models.hook_names import parse_hook
@@ -20,19 +20,54 @@ Replacement = Callable[[Tensor], Tensor]
 class FullModel:
     """Next-token cross entropy of a model, clean or spliced."""
 
-    def __init__(self, forward: Forward, sites: Mapping[str, Site]) -> None:
+    def __init__(self, forward: Forward, sites: Mapping[str, Site], *, module: nn.Module | None = None) -> None:
         """
         Args:
             forward: the model's forward pass, which gives logits.
             sites: the place of each name that a hook may have.
+            module: the model's weights, where they may be moved between uses.
         """
         self._forward = forward
         self._sites = sites
+        self._module = module
         self._replaced: set[str] = set()
 
     @property
     def device(self) -> torch.device:
         return self._forward.device
+
+    @property
+    def movable(self) -> bool:
+        """Whether the weights can leave the device between uses: all lie on one, and none is compiled for it."""
+        module = self._module
+        return module is not None and not self._forward.compiled and len({p.device for p in module.parameters()}) == 1
+
+    def move_to(self, device: torch.device | str) -> None:
+        """Bring the weights of a `movable` model to a device; before the next use they must be back on `device`."""
+        assert self._module is not None
+        self._module.to(device)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        tokens: Tensor,
+        *,
+        replace: Mapping[str, Replacement] | None = None,
+        ignore_token_ids: Iterable[int] = (),
+    ) -> Tensor:
+        """Predictions [batch, context, vocabulary] of the token after each position, on `device`.
+
+        Args:
+            tokens: integer [batch, context].
+            replace: hook key -> function from its activations [n, d_in] to what the model goes on with, in any number
+                format; positions are flattened.
+            ignore_token_ids: at positions that hold one, activations stay as they are.
+
+        Raises:
+            ValueError: the model never comes to a hook, so that nothing was replaced.
+        """
+        tokens = tokens.to(self.device, torch.int64)
+        return self._run(tokens, _ignored(tokens, ignore_token_ids), replace or {})
 
     @torch.no_grad()
     def cross_entropy(
@@ -57,16 +92,8 @@ class FullModel:
             ValueError: the model never comes to a hook, so that nothing was replaced.
         """
         tokens = tokens.to(self.device, torch.int64)
-        ignored = torch.isin(tokens, torch.tensor(sorted(ignore_token_ids), dtype=torch.int64, device=self.device))
-        with ExitStack() as stack:
-            for key, replacement in (replace or {}).items():
-                hook = parse_hook(key)
-                look = partial(self._replace, key, replacement, ignored, hook.head)
-                stack.callback(self._sites[hook.name].watch(self._forward.outside(look)).remove)
-            self._replaced = set()
-            logits = _logits(self._forward(tokens)).to(self.device)
-        if missed := set(replace or {}) - self._replaced:
-            raise ValueError(f"the forward pass did not come to {sorted(missed)}")
+        ignored = _ignored(tokens, ignore_token_ids)
+        logits = self._run(tokens, ignored, replace or {})
         total, count = 0.0, 0
         # One context at a time: logits in float32 of a whole batch can be larger than the model.
         for row, predicted, skip in zip(logits[:, :-1], tokens[:, 1:], ignored[:, 1:], strict=True):
@@ -74,6 +101,18 @@ class FullModel:
             total += float(losses[~skip].double().sum())
             count += int((~skip).sum())
         return total, count
+
+    def _run(self, tokens: Tensor, ignored: Tensor, replace: Mapping[str, Replacement]) -> Tensor:
+        with ExitStack() as stack:
+            for key, replacement in replace.items():
+                hook = parse_hook(key)
+                look = partial(self._replace, key, replacement, ignored, hook.head)
+                stack.callback(self._sites[hook.name].watch(self._forward.outside(look)).remove)
+            self._replaced = set()
+            logits = _logits(self._forward(tokens)).to(self.device)
+        if missed := set(replace) - self._replaced:
+            raise ValueError(f"the forward pass did not come to {sorted(missed)}")
+        return logits
 
     def _replace(
         self, key: str, replacement: Replacement, keep: Tensor, head: int | None, activation: Tensor
@@ -98,6 +137,11 @@ def splice(activation: Tensor, replacement: Replacement, keep: Tensor, *, head: 
     with torch.autocast(keep.device.type, enabled=False):
         changed[there] = replacement(changed[there].to(keep.device)).to(changed)
     return put(activation, head, changed)
+
+
+def _ignored(tokens: Tensor, ids: Iterable[int]) -> Tensor:
+    """Which tokens are among these ids; bool, of the shape of `tokens`."""
+    return torch.isin(tokens, torch.tensor(sorted(ids), dtype=tokens.dtype, device=tokens.device))
 
 
 def _logits(output: Any) -> Tensor:

@@ -113,8 +113,8 @@ class CheckpointLoader:
                 f"{source.name!r} predicts no tokens ({checkpoint.cls.__name__}); leave ce_loss_score out",
                 field="spec.evaluation.metrics",
             )
-        _, forward, view = self._load(checkpoint, device)
-        return FullModel(forward, view.sites)
+        model, forward, view = self._load(checkpoint, device)
+        return FullModel(forward, view.sites, module=model)
 
     def _describe(self, source: ModelSource, revision: str | None) -> Checkpoint:
         return describe(source, revision, attention=self.library.check(source))

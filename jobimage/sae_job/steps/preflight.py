@@ -19,6 +19,7 @@ from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
 from sae_job.steps.hook_groups import shape_of
 from sae_job.steps.memory import PROCESS_BYTES, has_gpu, memory_limit
+from sae_job.steps.model_evaluation import evaluates_model
 from sae_job.steps.output_marker import check_output, claim_output, finished_results, result_of
 from sae_job.steps.prepare import check_size, finished_manifest, prepare_contexts_for
 from sae_job.storage.base import ObjectStore
@@ -251,7 +252,7 @@ def _localized(source: ModelSource, store: ObjectStore, revision: str | None, co
 
 def scores_with_model(spec: SAETrainingJobSpec) -> bool:
     """Whether the training pod loads the whole language model."""
-    return "ce_loss_score" in spec.evaluation.metrics
+    return evaluates_model(spec)
 
 
 def _check_held_out(spec: SAETrainingJobSpec, plan: TrainingPlan) -> None:

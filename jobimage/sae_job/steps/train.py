@@ -10,19 +10,17 @@ from typing import Any
 
 import torch
 
-from sae_job.activations.contexts import ContextReader
 from sae_job.activations.reader import HeldOut
-from sae_job.errors import InvalidInput, Stopped
-from sae_job.evaluation.cross_entropy import CrossEntropy, cross_entropies
+from sae_job.errors import Stopped
+from sae_job.evaluation.cross_entropy import Splice
 from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.reporting.report import render_report
 from sae_job.steps.activation_sources import ActivationSource, open_source
 from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
+from sae_job.steps.model_evaluation import MODEL_FIGURES, ModelEvaluation, evaluates_model
 from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_results, result_of
 from sae_job.storage.base import ObjectStore
-from sae_job.text.plan import CacheIndex
-from sae_job.text.usable import excluded_token_ids
 from sae_job.training.checkpoints import Checkpoints, Snapshot, metrics_lines
 from sae_job.training.loop import TrainingLoop
 from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
@@ -33,9 +31,6 @@ from sae_operator.api.training_job import SAETrainingJobSpec
 logger = logging.getLogger(__name__)
 
 METRICS_KEY, REPORT_KEY = "metrics.jsonl", "report.html"
-# Tokens that the CE-loss score runs the whole model on, several times: enough for two digits, minutes on a CPU.
-CROSS_ENTROPY_TOKENS = 8192
-CROSS_ENTROPY_BATCH_TOKENS = 2048
 PACKAGES = ("sae-operator", "torch", "safetensors")
 
 
@@ -101,14 +96,17 @@ def _train(step: TrainStep, context: StepContext) -> StepResult:
         )
         loop.run()
         seconds = loop.seconds
-        if "ce_loss_score" in spec.evaluation.metrics:
+        if evaluates_model(spec):
             # The score takes minutes that must not cost the training when they are interrupted.
             checkpoints.write(trainer.snapshot({"seconds": seconds}))
     finally:
         source.close()
     densities = _leave_saes(output, trainer)
-    scores = _cross_entropies(spec, trainer, source, data.held_out, device, should_stop=context.should_stop)
-    results = _results(step, trainer, source, data.held_out, scores, seconds=seconds, device=device)
+    figures = {}
+    if evaluates_model(spec):
+        evaluation = ModelEvaluation(source, data.held_out, metrics=frozenset(spec.evaluation.metrics))
+        figures = _model_figures(trainer, evaluation, should_stop=context.should_stop)
+    results = _results(step, trainer, source, data.held_out, figures, seconds=seconds, device=device)
     _leave_results(output, spec, trainer, results, densities)
     checkpoints.remove_all()
     result = result_of("train", results, adopted=False)
@@ -129,37 +127,14 @@ def _checkpoint(checkpoints: Checkpoints, plan: TrainingPlan, *, left_over: int 
     return checkpoints.newest(fits)
 
 
-def _cross_entropies(
-    spec: SAETrainingJobSpec,
-    trainer: Trainer,
-    source: ActivationSource,
-    held_out: HeldOut,
-    device: torch.device,
-    *,
-    should_stop: Callable[[], bool],
-) -> dict[str, CrossEntropy]:
-    """Cross-entropies on held-out contexts, where they are asked for.
+def _model_figures(
+    trainer: Trainer, evaluation: ModelEvaluation, *, should_stop: Callable[[], bool]
+) -> dict[str, dict[str, float | None]]:
+    """What the SAEs cost the language model, where that is asked for.
 
     Raises:
         Stopped: asked to stop; the finished training is in a checkpoint.
     """
-    if "ce_loss_score" not in spec.evaluation.metrics or not trainer.sound():
-        return {}
-    index = CacheIndex.load(source.store)
-    sequence, position = held_out.sequence.long(), held_out.position.long()
-    if index is None or len(sequence) == 0:
-        raise InvalidInput(
-            "NoHeldOutContexts",
-            "ce_loss_score needs held-out contexts and the cache's tokens/ folder; hold out more, or drop the metric",
-            field="spec.evaluation.metrics",
-        )
-    size = index.context_size
-    count = min(int(sequence.max()) + 1, max(1, CROSS_ENTROPY_TOKENS // size))
-    contexts = ContextReader(source.store, index).read(0, count)
-    replaced = torch.zeros(contexts.shape, dtype=torch.bool)
-    inside = sequence < count
-    replaced[sequence[inside], position[inside]] = True
-    model = source.whole_model()
 
     def stop_if_asked() -> None:
         if should_stop():
@@ -169,16 +144,8 @@ def _cross_entropies(
                 tokens=trainer.tokens,
             )
 
-    return cross_entropies(
-        model,
-        contexts,
-        replaced,
-        {sae.name: (sae.plan.hook, sae.inference()) for sae in trainer.sound()},
-        # What no SAE is trained on, where the spec names tokens.
-        ignore_token_ids=excluded_token_ids(source.sampling, index.tokenizer.special_token_ids),
-        batch_size=max(1, CROSS_ENTROPY_BATCH_TOKENS // size),
-        between_batches=stop_if_asked,
-    )
+    saes = {sae.name: Splice(sae.plan.hook, sae.inference(), sae.plan.spec.target_hook) for sae in trainer.sound()}
+    return evaluation(saes, stop_if_asked)
 
 
 def _results(
@@ -186,7 +153,7 @@ def _results(
     trainer: Trainer,
     source: ActivationSource,
     held_out: HeldOut,
-    scores: Mapping[str, CrossEntropy],
+    figures: Mapping[str, Mapping[str, float | None]],
     *,
     seconds: float,
     device: torch.device,
@@ -195,7 +162,7 @@ def _results(
     return {
         "name": step.name,
         "namespace": step.namespace,
-        "saes": [_sae_results(trainer, index, scores) for index in range(len(trainer.saes))],
+        "saes": [_sae_results(trainer, index, figures) for index in range(len(trainer.saes))],
         "tokens": plan.tokens,
         "held_out_tokens": len(held_out.sequence),
         "tokens_per_second": plan.tokens / seconds if seconds > 0 else None,
@@ -210,11 +177,11 @@ def _results(
     }
 
 
-def _sae_results(trainer: Trainer, index: int, scores: Mapping[str, CrossEntropy]) -> dict[str, Any]:
+def _sae_results(trainer: Trainer, index: int, figures: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
     sae, plan = trainer.saes[index], trainer.plan
     last = trainer.evaluation_after(plan.steps, sae.name)
     tenth = trainer.evaluation_after(plan.tenth_step, sae.name)
-    score = scores.get(sae.name)
+    of_model = figures.get(sae.name, {})
     return {
         "name": sae.name,
         "phase": "Succeeded" if sae.failure is None else "Failed",
@@ -228,10 +195,7 @@ def _sae_results(trainer: Trainer, index: int, scores: Mapping[str, CrossEntropy
         "l0": last.get("l0"),
         "mse": last.get("mse"),
         "dead_fraction": last.get("dead_fraction"),
-        "ce_loss_score": None if score is None else score.score,
-        "ce_loss_clean": None if score is None else score.clean,
-        "ce_loss_with_sae": None if score is None else score.spliced,
-        "ce_loss_with_ablation": None if score is None else score.ablated,
+        **{name: of_model.get(name) for name in MODEL_FIGURES},
         "loss": trainer.latest(sae.name).get("loss"),
     }
 
