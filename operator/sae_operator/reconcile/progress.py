@@ -107,7 +107,9 @@ def merge_saes(reported: Sequence[SaeProgress], previous: Sequence[SaeStatus] | 
     merged: list[SaeStatus] = []
     for sae in reported:
         known = before.get(sae.name)
-        said = SaeStatus.model_validate(sae.model_dump(exclude_none=True, exclude={"loss", "dead_features", "learning_rate"}))
+        said = SaeStatus.model_validate(
+            sae.model_dump(exclude_none=True, exclude={"loss", "dead_features", "learning_rate"})
+        )
         merged.append(known.model_copy(update=said.model_dump(exclude_none=True)) if known is not None else said)
     return merged or (list(previous) if previous else None)
 
