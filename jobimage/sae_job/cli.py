@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae_job.commands import cache as cache_commands
+from sae_job.commands.convert import CONVERT_EPILOG, convert_configuration
 from sae_job.commands.pretokenize import PRETOKENIZE_EPILOG, pretokenize
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.storage.base import StoreError
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 app.add_typer(cache_commands.app)
 app.command(epilog=PRETOKENIZE_EPILOG)(pretokenize)
+app.command("convert", epilog=CONVERT_EPILOG)(convert_configuration)
 
 Files = Annotated[
     list[Path],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_operator.api.identity import cache_identity
 from sae_operator.api.manifest import load_manifests, read_yaml, validate_spec
 from sae_operator.api.training_job import SAETrainingJobSpec
 
@@ -88,3 +89,37 @@ def test_the_example_of_hooks_trains_on_each_of_them_from_half_the_bytes_and_a_b
         "texts",
         "s3",
     )
+
+
+def replication(name: str) -> list[SAETrainingJobSpec]:
+    return [job.spec for job in load_manifests(EXAMPLES / "replications" / f"{name}.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "saes", "rates", "decay"),
+    [
+        ("tinystories", 30_000, [1], {5e-5}, 6000),
+        ("how-we-train-saes", 200_000, [3, 3], {5e-5, 3e-4}, 40_000),
+        ("gpt2-mlp-learning-rates", 20_000, [5, 5, 5, 5], {1e-5, 5e-5, 1e-4, 4e-4}, 4000),
+        ("gpt2-mlp-blocks", 20_000, [10, 10], {1e-4}, 4000),
+        ("gpt2-mlp-autocast", 2000, [2, 2], {1e-4}, 400),
+    ],
+)
+def test_replications_have_the_length_and_the_sweep_of_the_original(
+    name: str, steps: int, saes: list[int], rates: set[float], decay: int
+) -> None:
+    jobs = replication(name)
+    assert [len(job.saes) for job in jobs] == saes
+    assert {job.training.learning_rate for job in jobs} == rates
+    for job in jobs:
+        assert job.training.tokens == steps * 4096
+        # A fifth of the steps, which the original's scripts mean and do not do.
+        assert job.training.decay_steps == decay == steps // 5
+        cache = job.activations.cache
+        assert cache is None or cache.tokens > job.training.tokens
+
+
+def test_the_jobs_of_a_sweep_share_their_cache() -> None:
+    for name in ("gpt2-mlp-learning-rates", "gpt2-mlp-blocks"):
+        caches = [job.activations.cache for job in replication(name)]
+        assert len({cache_identity(cache) for cache in caches if cache is not None}) == 1
