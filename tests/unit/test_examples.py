@@ -112,11 +112,13 @@ def test_replications_have_the_length_and_the_sweep_of_the_original(
     assert [len(job.saes) for job in jobs] == saes
     assert {job.training.learning_rate for job in jobs} == rates
     for job in jobs:
-        assert job.training.tokens == steps * 4096
+        tokens = job.training.tokens
+        assert tokens is not None
+        assert tokens == steps * 4096
         # A fifth of the steps, which the original's scripts mean and do not do.
         assert job.training.decay_steps == decay == steps // 5
         cache = job.activations.cache
-        assert cache is None or cache.tokens > job.training.tokens
+        assert cache is None or cache.tokens > tokens
 
 
 def test_the_jobs_of_a_sweep_share_their_cache() -> None:

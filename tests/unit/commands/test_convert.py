@@ -218,9 +218,7 @@ def test_every_key_of_the_reference_is_known() -> None:
     assert spec_of(convert(everything, name="job", places=PLACES)).saes[0].d_sae == 16_384
 
 
-@given(
-    st.text(min_size=1, max_size=80).filter(lambda text: any(letter.isascii() and letter.isalnum() for letter in text))
-)
+@given(st.text(max_size=40), st.sampled_from("abz09"), st.text(max_size=40))
 def test_text_with_a_letter_becomes_a_name(before: str, letter: str, after: str) -> None:
     name = resource_name(before + letter + after)
     assert len(name) <= MAX_NAME_LENGTH
