@@ -35,6 +35,7 @@ def reconstruction_loss(
     weights: Float32[Tensor, "batch 1"] | None,
     *,
     ranks: Ranks,
+    rows: int | None = None,
     out: Float32[Tensor, "batch d_out"] | None = None,
 ) -> tuple[Float32[Tensor, ""], Float32[Tensor, "batch d_out"]]:
     """This rank's part of the loss, and the loss's gradient with respect to the reconstruction.
@@ -42,9 +43,10 @@ def reconstruction_loss(
     Args:
         error: the reconstruction minus the target; stays as it is, unless it is `out`.
         weights: of the rows, by `row_weights(target, normalization=self.mse_loss_normalization, ranks=self.ranks)`.
+        rows: of the whole batch over all ranks, where `error` is of some of this rank's; `batch` x ranks when None.
         out: where the gradient is written; fresh memory when None. It may be `error` itself.
     """
-    rows = error.shape[0] * ranks.size
+    rows = error.shape[0] * ranks.size if rows is None else rows
     # By rows: the squares are never written out, and sums of few terms keep their digits.
     squared = torch.linalg.vector_norm(error, dim=1).square_()
     if weights is None:
