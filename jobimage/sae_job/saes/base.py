@@ -3,150 +3,245 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from sae_job.errors import InvalidInput
-from sae_job.saes.config import SAEConfig
+from sae_job.saes import files, folding
+from sae_job.saes.config import DTYPES, Layout, SAEConfig
+from sae_job.saes.encoders import ENCODERS, encode_largest
+from sae_job.saes.hook_points import (
+    ACTS_POST,
+    ACTS_PRE,
+    ERROR,
+    HOOK_POINTS,
+    INPUT,
+    OUTPUT,
+    RECONS,
+    HookFunction,
+    HookPoint,
+    hooks_on,
+)
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS, RowStatistics, denormalize_rows, normalize_rows
-from sae_job.storage.base import ObjectNotFound, ObjectStore
+from sae_job.storage.base import ObjectStore
 from sae_job.storage.open import open_store
 from sae_operator.api.store import StoreLocation
 
-CONFIG_FILE = "cfg.json"
-WEIGHTS_FILE = "sae_weights.safetensors"
-SPARSITY_FILE = "sparsity.safetensors"
-_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-# The name that this format's files use, and the one that older files use.
-_SCALING_NAMES = ("finetuning_scaling_factor", "scaling_factor")
+
+@dataclass(frozen=True)
+class Encoded:
+    """What decoding needs of an input besides the activations of its latents.
+
+    Attributes:
+        statistics: what normalisation took from it; None where the SAE does not normalise.
+        heads: n_heads and d_head of an input [..., n_heads, d_head]; None where it came flat.
+        skip: what the skip connection makes of it, [..., d_out]; None without one.
+    """
+
+    statistics: RowStatistics | None = None
+    heads: tuple[int, int] | None = None
+    skip: Float[Tensor, "... d_out"] | None = None
 
 
 class SAE(torch.nn.Module):
-    """A sparse autoencoder: `f = activation((x - b_dec) W_enc + b_enc)`, `y = f W_dec + b_dec`.
+    """A sparse autoencoder or a transcoder: `f = encode(x - b_dec)`, `y = (f s) W_dec + b_dec + x W_skip^T`.
 
-    With `cfg.apply_b_dec_to_input` off, `b_dec` is not subtracted from the input. The activation function is ReLU,
-    for topk after all but the k largest pre-activations were set to zero. Where `cfg.normalize_activations` says so,
-    each x is normalised before and y brought back after, with the statistics of x: `encode_with_statistics` gives
-    them, `decode` takes them, `reconstruct` and `forward` do both.
+    `encode` is the architecture's: see `encoders`. `b_dec` is subtracted where `cfg.apply_b_dec_to_input` says so, s is
+    there after fine-tuning only, and W_skip in a transcoder with a skip connection.
+
+    Where `cfg.normalize_activations` says so, each x is normalised before and y brought back after (but for a
+    transcoder's, which is of another hook), with the statistics of x. SAEs on a hook that ends in `_z` take
+    [..., n_heads, d_head] as well as flat inputs. `encode_with_context` gives what decoding needs of an input, `decode`
+    takes it, `reconstruct` and `forward` do both; nothing of an input is kept between calls.
+
+    Each of `hook_points.HOOK_POINTS` is a module of this one: register forward hooks there.
 
     Attributes:
-        W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]: parameters.
+        cfg: what it computes.
+        use_error_term: whether `forward` adds the error of the undisturbed reconstruction.
+        hook_z_reshaping_mode: whether inputs may come as [..., n_heads, d_head].
+        W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_dec [d_out]: parameters.
+        b_enc; threshold; b_gate, r_mag, b_mag [d_sae]: parameters, as the architecture has them.
         finetuning_scaling_factor [d_sae]: factor of each latent in `decode`, only with `cfg.finetuning_scaling_factor`.
+        W_skip [d_out, d_in]: only with `cfg.skip_connection`.
     """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    b_gate: Tensor
+    r_mag: Tensor
+    b_mag: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    finetuning_scaling_factor: Tensor
+    W_skip: Tensor
 
     def __init__(self, cfg: SAEConfig, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.cfg = cfg
+        self.use_error_term = False
+        self.hook_z_reshaping_mode = cfg.reshapes_heads
         for name, tensor in tensors.items():
             setattr(self, name, torch.nn.Parameter(tensor, requires_grad=False))
+        for name in HOOK_POINTS:
+            setattr(self, name, HookPoint(name))
 
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    finetuning_scaling_factor: Tensor
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    @property
+    def name(self) -> str:
+        """`sae_{model}_{hook}_{latents}`."""
+        return self.cfg.name
 
     def pre_activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """Of raw activations."""
-        return self._pre_activations(normalize_rows(x.to(self.W_enc.dtype), self.cfg.normalize_activations)[0])
+        """Of raw activations, as hooks on `hook_sae_acts_pre` see them."""
+        passed: list[Tensor] = []
 
-    def _pre_activations(self, normalized: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        x = normalized.to(self.W_enc.dtype)
-        if self.cfg.apply_b_dec_to_input:
-            x = x - self.b_dec
-        return x @ self.W_enc + self.b_enc
+        def keep(pre: Tensor) -> tuple[Tensor, bool]:
+            passed.append(pre)
+            return pre, False
+
+        centred, _ = self._enter(x, hooks=False)
+        ENCODERS[self.cfg.architecture].encode(self, centred, keep)
+        return passed[0]
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Activations of the latents."""
-        return self.encode_with_statistics(x)[0]
+        return self.encode_with_context(x)[0]
 
-    def encode_with_statistics(
-        self, x: Float[Tensor, "... d_in"]
-    ) -> tuple[Float[Tensor, "... d_sae"], RowStatistics | None]:
-        """Activations of the latents, and what `decode` needs to give raw activations; None for an SAE that does not
-        normalise."""
-        normalized, statistics = normalize_rows(x.to(self.W_enc.dtype), self.cfg.normalize_activations)
-        pre = self._pre_activations(normalized)
-        if not self.cfg.uses_top_k:
-            return pre.relu_(), statistics
-        values, indices = pre.topk(self.cfg.activation_fn_kwargs["k"], dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter_(-1, indices, values.relu_()), statistics
+    def encode_with_context(self, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "... d_sae"], Encoded]:
+        """Activations of the latents, and what `decode` needs of the input besides them."""
+        return self._encode(x, hooks=True)
 
     def decode(
-        self, features: Float[Tensor, "... d_sae"], statistics: RowStatistics | None = None
-    ) -> Float[Tensor, "... d_in"]:
+        self, features: Float[Tensor, "... d_sae"], context: Encoded | None = None
+    ) -> Float[Tensor, "... d_out"]:
         """Reconstruction from activations of the latents.
 
         Args:
-            statistics: of the inputs that were encoded, for an SAE that normalises.
+            context: of the inputs that were encoded. Without it, an SAE that reshapes heads gives flat rows, and a skip
+                connection adds nothing.
 
         Raises:
-            ValueError: the SAE normalises, and there are no statistics.
+            ValueError: the SAE normalises, and there is no context.
         """
-        if statistics is None and self.cfg.normalize_activations in RUN_TIME_NORMALIZATIONS:
-            raise ValueError(
-                f"an SAE with {self.cfg.normalize_activations} decodes to raw activations by the statistics of its "
-                "inputs: pass what encode_with_statistics gave, or call reconstruct"
-            )
-        if self.cfg.finetuning_scaling_factor:
-            features = features * self.finetuning_scaling_factor
-        return denormalize_rows(features @ self.W_dec + self.b_dec, statistics)
+        return self._decode(features, self._context(context), hooks=True)
 
-    def reconstruct(self, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "... d_in"]]:
+    def reconstruct(
+        self, x: Float[Tensor, "... d_in"]
+    ) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "... d_out"]]:
         """Activations of the latents, and the reconstruction from them."""
-        features, statistics = self.encode_with_statistics(x)
-        return features, self.decode(features, statistics)
+        return self._reconstruct(x, hooks=True)
 
-    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
-        return self.reconstruct(x)[1]
+    def forward(
+        self, x: Float[Tensor, "... d_in"], target: Float[Tensor, "... d_out"] | None = None
+    ) -> Float[Tensor, "... d_out"]:
+        """The reconstruction; with `use_error_term` plus what it lacks of the truth when nobody intervenes.
 
-    @torch.no_grad()
-    def fold_activation_scale(self, scale: float) -> None:
-        """Make the SAE take raw activations where it took activations times `scale`.
+        So an SAE with the error term gives back its input, until hooks change something on the way: the error term is
+        that of the undisturbed pass. It is a constant: gradients flow through the reconstruction alone.
 
-        Afterwards `encode(x)` is what `encode(scale * x)` was, and `decode(f)` is what `decode(f) / scale` was.
+        Args:
+            target: what should be reconstructed; `x` itself when None, which a transcoder with the error term cannot
+                take for it.
+        """
+        _, reconstruction = self._reconstruct(x, hooks=True)
+        if self.use_error_term:
+            if target is None and self.cfg.is_transcoder:
+                raise ValueError("the error term of a transcoder needs the target: call it with (x, target)")
+            with torch.no_grad():
+                error = (x if target is None else target) - self._reconstruct(x, hooks=False)[1]
+                error = self._at(ERROR, error)
+            reconstruction = reconstruction + error
+        return self._at(OUTPUT, reconstruction)
+
+    def run_with_hooks(
+        self,
+        x: Float[Tensor, "... d_in"],
+        fwd_hooks: Sequence[tuple[str, HookFunction]] = (),
+        *,
+        target: Float[Tensor, "... d_out"] | None = None,
+    ) -> Float[Tensor, "... d_out"]:
+        """`forward` with functions on hook points, which are gone afterwards.
+
+        Args:
+            fwd_hooks: names of hook points, and what is called there with the tensor and `hook=` its hook point; what
+                it returns takes the tensor's place.
+        """
+        with hooks_on(self, fwd_hooks):
+            return self(x, target)
+
+    def run_with_cache(
+        self, x: Float[Tensor, "... d_in"], *, target: Float[Tensor, "... d_out"] | None = None
+    ) -> tuple[Float[Tensor, "... d_out"], dict[str, Tensor]]:
+        """`forward`, and what passed each hook point, in the order in which it did."""
+        cache: dict[str, Tensor] = {}
+
+        def keep(tensor: Tensor, *, hook: HookPoint) -> None:
+            cache[hook.name] = tensor
+
+        return self.run_with_hooks(x, [(name, keep) for name in HOOK_POINTS], target=target), cache
+
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        """Take [..., n_heads, d_head] as well as flat inputs.
 
         Raises:
-            ValueError: the SAE normalises each activation, so that it never saw a scale.
+            ValueError: the SAE's hook does not end in `_z`.
         """
-        if self.cfg.normalize_activations in RUN_TIME_NORMALIZATIONS:
-            raise ValueError(f"an SAE with {self.cfg.normalize_activations} has no scale to fold")
-        self.W_enc *= scale
-        self.W_dec /= scale
-        self.b_dec /= scale
-        self.cfg = dataclasses.replace(self.cfg, normalize_activations="none")
+        if not self.cfg.reshapes_heads:
+            raise ValueError(f"only SAEs on hook_z take an axis of heads; this one is on {self.cfg.hook_name!r}")
+        self.hook_z_reshaping_mode = True
 
-    def save(self, store: ObjectStore, prefix: str, *, log_sparsity: Tensor | None = None) -> None:
+    def turn_off_forward_pass_hook_z_reshaping(self) -> None:
+        """Take flat inputs alone."""
+        self.hook_z_reshaping_mode = False
+
+    def fold_activation_scale(self, scale: float, target_scale: float | None = None) -> None:
+        """See `folding.fold_activation_scale`."""
+        folding.fold_activation_scale(self, scale, target_scale)
+
+    def fold_decoder_norms(self) -> None:
+        """See `folding.fold_decoder_norms`."""
+        folding.fold_decoder_norms(self)
+
+    def save(
+        self, store: ObjectStore, prefix: str, *, log_sparsity: Tensor | None = None, layout: Layout | None = None
+    ) -> None:
         """Write the folder that SAELens loads, the weights last.
 
         Args:
             prefix: folder below the store's URI.
             log_sparsity: log10 firing frequency [d_sae].
+            layout: SAELens 5's or SAELens 6's; when None that of SAELens 5, and for a transcoder, which it does not
+                know, that of SAELens 6.
+
+        Raises:
+            InvalidInput: the layout does not know such an SAE.
         """
-        folder = f"{prefix.rstrip('/')}/" if prefix else ""
-        if log_sparsity is not None:
-            sparsity = log_sparsity.to(torch.float32).cpu().contiguous()
-            store.put(f"{folder}{SPARSITY_FILE}", save_tensors({"sparsity": sparsity}))
-        store.put(f"{folder}{CONFIG_FILE}", json.dumps(self.cfg.to_dict(), indent=1).encode())
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        store.put(f"{folder}{WEIGHTS_FILE}", save_tensors(tensors))
+        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        files.write(store, prefix, self.cfg, tensors, log_sparsity=log_sparsity, layout=layout)
 
     @classmethod
-    def load(cls, location: str | Path | StoreLocation, device: str | torch.device = "cpu") -> Self:
+    def load(
+        cls, location: str | Path | StoreLocation, device: str | torch.device = "cpu", *, dtype: str | None = None
+    ) -> Self:
         """Load a folder: `s3://…`, `file://…`, or a path.
+
+        Args:
+            dtype: number format of the weights; the saved one when None.
 
         Raises:
             InvalidInput: the folder holds no SAE, or one that cannot be loaded rightly.
@@ -154,43 +249,113 @@ class SAE(torch.nn.Module):
         if not isinstance(location, StoreLocation):
             text = str(location)
             location = StoreLocation(uri=text if "://" in text else f"file://{Path(text).absolute()}")
-        return cls.load_from_store(open_store(location), "", device)
+        return cls.load_from_store(open_store(location), "", device, dtype=dtype)
 
     @classmethod
-    def load_from_store(cls, store: ObjectStore, prefix: str, device: str | torch.device = "cpu") -> Self:
+    def load_from_store(
+        cls, store: ObjectStore, prefix: str, device: str | torch.device = "cpu", *, dtype: str | None = None
+    ) -> Self:
         """Load the folder `prefix` of a store; raises `InvalidInput` as `load` does."""
-        folder = f"{prefix.rstrip('/')}/" if prefix else ""
-        try:
-            config = json.loads(store.get(f"{folder}{CONFIG_FILE}"))
-            tensors = load_tensors(store.get(f"{folder}{WEIGHTS_FILE}"))
-        except ObjectNotFound as error:
-            raise InvalidInput("SaeNotFound", f"{store.uri}/{folder} holds no SAE: {error}") from error
-        except (json.JSONDecodeError, SafetensorError) as error:
-            raise InvalidInput("SaeInvalid", f"{store.uri}/{folder} is damaged: {error}") from error
-        return cls.from_tensors(SAEConfig.from_dict(config), tensors, device)
+        config, tensors = files.read(store, prefix)
+        if dtype is not None:
+            config = dataclasses.replace(config, dtype=dtype)
+        return cls.from_tensors(config, tensors, device)
 
     @classmethod
     def from_tensors(cls, cfg: SAEConfig, tensors: dict[str, Tensor], device: str | torch.device = "cpu") -> Self:
         """Build an SAE from stored tensors; raises `InvalidInput` when they are not what the configuration says."""
-        tensors = dict(tensors)
-        for name in _SCALING_NAMES:
-            if (scaling := tensors.pop(name, None)) is not None and not bool((scaling == 1).all()):
-                if not cfg.finetuning_scaling_factor:
-                    raise InvalidInput("SaeInvalid", f"{name} is there, but cfg.json has finetuning_scaling_factor off")
-                tensors[_SCALING_NAMES[0]] = scaling
-        cfg = dataclasses.replace(cfg, finetuning_scaling_factor=_SCALING_NAMES[0] in tensors, device=str(device))
-        shapes = {
-            "W_enc": (cfg.d_in, cfg.d_sae),
-            "b_enc": (cfg.d_sae,),
-            "W_dec": (cfg.d_sae, cfg.d_in),
-            "b_dec": (cfg.d_in,),
-        }
-        if cfg.finetuning_scaling_factor:
-            shapes[_SCALING_NAMES[0]] = (cfg.d_sae,)
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != shapes:
-            raise InvalidInput("SaeInvalid", f"tensors are {found}, but cfg.json asks for {shapes}")
-        dtype = _DTYPES.get(cfg.dtype)
-        if dtype is None:
-            raise InvalidInput("SaeUnsupported", f"dtype {cfg.dtype!r} is none of {', '.join(_DTYPES)}")
-        return cls(cfg, {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()})
+        cfg.check()
+        cfg, tensors = files.fitting(cfg, tensors)
+        dtype = DTYPES[cfg.dtype]
+        cfg = dataclasses.replace(cfg, device=str(torch.device(device)))
+        sae = cls(cfg, {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()})
+        if cfg.rescale_acts_by_decoder_norm:
+            folding.fold_rescaling_by_decoder_norm(sae)
+        return sae
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves and casts, all of them (`to`, `cuda`, `half`, …), come here: the configuration follows."""
+        super()._apply(fn, recurse)
+        dtype = str(self.dtype).removeprefix("torch.")
+        self.cfg = dataclasses.replace(self.cfg, device=str(self.device), dtype=dtype)
+        return self
+
+    def _at(self, name: str, tensor: Tensor, *, hooks: bool = True) -> Tensor:
+        """What passes a hook point; without hooks, the tensor itself."""
+        return getattr(self, name)(tensor) if hooks else tensor
+
+    def _hooked(self, name: str) -> bool:
+        return getattr(self, name).hooked
+
+    def _enter(self, x: Float[Tensor, "... d_in"], *, hooks: bool) -> tuple[Float[Tensor, "... d_in"], Encoded]:
+        """The encoder's input, and what decoding needs besides the latents."""
+        x = x.to(self.dtype)
+        heads = None
+        if self.hook_z_reshaping_mode and x.shape[-1] != self.cfg.d_in:
+            heads = (x.shape[-2], x.shape[-1])
+            if math.prod(heads) != self.cfg.d_in:
+                raise ValueError(f"inputs are {list(x.shape)}, but the last two sizes must multiply to {self.cfg.d_in}")
+            x = x.flatten(-2)
+        x = self._at(INPUT, x, hooks=hooks)
+        # Of the input as it is, before normalisation, as SAELens has it.
+        skip = torch.nn.functional.linear(x, self.W_skip) if self.cfg.skip_connection else None
+        normalized, statistics = normalize_rows(x, self.cfg.normalize_activations)
+        normalized = normalized.to(self.dtype)
+        if self.cfg.apply_b_dec_to_input:
+            normalized = normalized - self.b_dec
+        # What a transcoder gives is of another hook: its heads and its scale are not those of the input.
+        return normalized, Encoded(skip=skip) if self.cfg.is_transcoder else Encoded(statistics, heads)
+
+    def _encode(self, x: Float[Tensor, "... d_in"], *, hooks: bool) -> tuple[Float[Tensor, "... d_sae"], Encoded]:
+        centred, context = self._enter(x, hooks=hooks)
+        features = ENCODERS[self.cfg.architecture].encode(self, centred, lambda pre: self._at_pre(pre, hooks=hooks))
+        return self._at(ACTS_POST, features, hooks=hooks), context
+
+    def _at_pre(self, pre: Tensor, *, hooks: bool) -> tuple[Tensor, bool]:
+        """What passes `hook_sae_acts_pre`, and whether nobody else needs it."""
+        free = not pre.requires_grad and not (hooks and self._hooked(ACTS_PRE))
+        return self._at(ACTS_PRE, pre, hooks=hooks), free
+
+    def _context(self, context: Encoded | None) -> Encoded:
+        if context is not None:
+            return context
+        if self.cfg.normalize_activations in RUN_TIME_NORMALIZATIONS and not self.cfg.is_transcoder:
+            raise ValueError(
+                f"an SAE with {self.cfg.normalize_activations} decodes to raw activations by the statistics of its "
+                "inputs: pass what encode_with_context gave, or call reconstruct"
+            )
+        return Encoded()
+
+    def _decode(self, features: Float[Tensor, "... d_sae"], context: Encoded, *, hooks: bool) -> Tensor:
+        if self.cfg.finetuning_scaling_factor:
+            features = features * self.finetuning_scaling_factor
+        decoded = torch.nn.functional.linear(features.to(self.dtype), self.W_dec.T, self.b_dec)
+        return self._leave(decoded, context, hooks=hooks)
+
+    def _leave(self, decoded: Float[Tensor, "... d_out"], context: Encoded, *, hooks: bool) -> Tensor:
+        """From what the decoder gives to the reconstruction."""
+        decoded = self._at(RECONS, decoded, hooks=hooks)
+        decoded = denormalize_rows(decoded, context.statistics)
+        if context.skip is not None:
+            decoded = decoded + context.skip
+        return decoded if context.heads is None else decoded.unflatten(-1, context.heads)
+
+    def _reconstruct(
+        self, x: Float[Tensor, "... d_in"], *, hooks: bool
+    ) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "... d_out"]]:
+        if not self._decodes_sparsely(x, hooks=hooks):
+            features, context = self._encode(x, hooks=hooks)
+            return features, self._decode(features, context, hooks=hooks)
+        centred, context = self._enter(x, hooks=hooks)
+        features, active = encode_largest(self, centred)
+        if self.cfg.finetuning_scaling_factor:
+            active = active.with_values(active.values * self.finetuning_scaling_factor[active.indices])
+        decoded = active.decode(self.W_dec).add_(self.b_dec).view(*features.shape[:-1], self.cfg.width_out)
+        return features, self._leave(decoded, context, hooks=hooks)
+
+    def _decodes_sparsely(self, x: Tensor, *, hooks: bool) -> bool:
+        """Whether the decoder may touch the k largest alone: half the work, where nobody looks at the latents on the
+        way, and gradients are not traced."""
+        if not self.cfg.uses_top_k or (hooks and (self._hooked(ACTS_PRE) or self._hooked(ACTS_POST))):
+            return False
+        return not torch.is_grad_enabled() or not (x.requires_grad or (hooks and self._hooked(INPUT)))

@@ -1,43 +1,38 @@
-"""cfg.json: the configuration of a saved SAE, in the layout of SAELens 5."""
+"""The configuration of an SAE for use, whatever layout of files it is stored in.
+
+`saelens5` and `saelens6` translate it from and to cfg.json.
+"""
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
 
 from sae_job.errors import InvalidInput
+from sae_job.saes import saelens5, saelens6
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS
 
-# Architectures that can be loaded; each has a row in `architectures`.
-ARCHITECTURES = ("standard", "topk")
+Layout = Literal["saelens5", "saelens6"]
+
+# Architectures that an SAE for use may have, and the activation functions of each. What was trained as batchtopk or
+# matryoshka_batchtopk is used as jumprelu.
+ACTIVATION_FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "standard": ("relu", "tanh-relu", "topk"),
+    "gated": ("relu", "tanh-relu"),
+    # Tanh would be applied in use to what was trained without it.
+    "jumprelu": ("relu",),
+    "topk": ("topk",),
+}
+ARCHITECTURES = tuple(ACTIVATION_FUNCTIONS)
 # What is done outside the SAE or not at all, and what the SAE does with each activation.
 NORMALIZATIONS = ("none", "expected_average_only_in", *RUN_TIME_NORMALIZATIONS)
-# Names that older files use, and today's.
-RENAMED = {
-    "hook_point": "hook_name",
-    "hook_point_head_index": "hook_head_index",
-    "hook_point_layer": "hook_layer",
-    "activation_fn": "activation_fn_str",
-}
-# What a key that an older file lacks stood for when the file was written.
-DEFAULTS: dict[str, Any] = {
-    "prepend_bos": True,
-    "dataset_trust_remote_code": True,
-    "apply_b_dec_to_input": True,
-    "finetuning_scaling_factor": False,
-    "sae_lens_training_version": None,
-    "activation_fn_str": "relu",
-    "architecture": "standard",
-    "neuronpedia_id": None,
-    "normalize_activations": "none",
-    "device": "cpu",
-    "dataset_path": "",
-    "hook_head_index": None,
-    "context_size": 128,
-    "model_name": "",
-    "hook_name": "",
-    "hook_layer": 0,
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
 }
 
 
@@ -54,6 +49,8 @@ class Provenance:
         prepend_bos: whether contexts begin with BOS.
         seqpos_slice: start, stop and step of the positions that became rows; (None,) for all.
         model_from_pretrained_kwargs: what `HookedTransformer.from_pretrained_no_processing` takes to give the model.
+        hook_name_out: a transcoder's target hook; None for an autoencoder.
+        hook_head_index_out: the head of the target hook that is taken alone.
     """
 
     model_name: str = ""
@@ -64,24 +61,38 @@ class Provenance:
     prepend_bos: bool = True
     seqpos_slice: tuple[int | None, ...] = (None,)
     model_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
+    hook_name_out: str | None = None
+    hook_head_index_out: int | None = None
 
     @property
     def hook_layer(self) -> int:
         """The layer: the first number in the hook's path, e.g. 7 of `transformer.h.7`; 0 when there is none."""
-        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.hook_name)
-        return int(match.group(1)) if match else 0
+        return saelens6.layer_of(self.hook_name)
 
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """The 22 keys of cfg.json, under the names that the field's tools read.
+    """What an SAE for use computes, and where it came from, under the names that the field's tools read.
 
     Attributes:
-        activation_fn_str: "relu" or "topk".
+        architecture: one of `ARCHITECTURES`.
+        activation_fn_str: one of the architecture's `ACTIVATION_FUNCTIONS`.
         activation_fn_kwargs: `{"k": k}` for topk.
+        apply_b_dec_to_input: whether `b_dec` is subtracted before encoding; False for a transcoder.
+        dtype: number format of the weights, a key of `DTYPES`.
+        finetuning_scaling_factor: whether there is a factor of that name for each latent in decoding.
         normalize_activations: what the SAE does with each activation, "constant_norm_rescale" or "layer_norm"; else
             "none": what was applied in training is folded into the weights.
         seqpos_slice: positions that were trained on; all when (None,).
+        d_out: width of what a transcoder gives; None for an autoencoder.
+        skip_connection: whether a transcoder adds an affine map of its input, `W_skip` [d_out, d_in].
+        hook_name_out: a transcoder's target hook.
+        hook_head_index_out: its head.
+        reshape_activations: "hook_z" where inputs are [..., n_heads, d_head] with n_heads * d_head = d_in.
+        rescale_acts_by_decoder_norm: whether the decoder counts as if its rows had unit norm, so that those norms
+            count in the choice of the k largest; folded into the weights when an SAE is built.
+        training_architecture: what it was trained as, e.g. "batchtopk"; None where that is not known.
+        metadata: what else a file in the newest layout told.
     """
 
     architecture: str
@@ -106,54 +117,110 @@ class SAEConfig:
     neuronpedia_id: str | None = None
     model_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
     seqpos_slice: tuple[int | None, ...] = (None,)
+    d_out: int | None = None
+    skip_connection: bool = False
+    hook_name_out: str | None = None
+    hook_head_index_out: int | None = None
+    reshape_activations: str = "none"
+    rescale_acts_by_decoder_norm: bool = False
+    training_architecture: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in cfg.json."""
-        return asdict(self) | {"seqpos_slice": list(self.seqpos_slice)}
+    def to_dict(self, layout: Layout | None = None) -> dict[str, Any]:
+        """As it stands in cfg.json.
+
+        Args:
+            layout: SAELens 5's or SAELens 6's; when None that of SAELens 5, and for a transcoder, which it does not
+                know, that of SAELens 6.
+
+        Raises:
+            InvalidInput: the layout does not know such an SAE.
+        """
+        if layout is None:
+            layout = "saelens6" if self.is_transcoder else "saelens5"
+        return saelens5.write(self) if layout == "saelens5" else saelens6.write(self)
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> SAEConfig:
-        """Read a cfg.json, older ones included: keys are renamed, missing ones filled in, others left out.
+        """Read a cfg.json of either layout, older ones included.
 
         Raises:
-            InvalidInput: a key is missing, or the architecture or its activation function is not one that can be
-                loaded.
+            InvalidInput: a key is missing, or the SAE is not one that can be loaded.
         """
-        values = DEFAULTS | {RENAMED.get(key, key): value for key, value in stored.items()}
-        if isinstance(values["normalize_activations"], bool):
-            values["normalize_activations"] = "expected_average_only_in" if values["normalize_activations"] else "none"
-        if values["normalize_activations"] is None:
-            values["normalize_activations"] = "none"
-        values["activation_fn_kwargs"] = values.get("activation_fn_kwargs") or {}
-        values["dtype"] = str(values.get("dtype", "float32")).removeprefix("torch.")
-        positions = values.get("seqpos_slice", (None,))
-        values["seqpos_slice"] = tuple(positions) if isinstance(positions, list | tuple) else (positions,)
-        known = {entry.name for entry in fields(cls)}
-        missing = sorted({"d_in", "d_sae"} - values.keys())
-        if missing:
-            raise InvalidInput("SaeInvalid", f"cfg.json has no {' and no '.join(missing)}")
-        config = cls(**{key: value for key, value in values.items() if key in known})
+        read = saelens6.read if saelens6.is_layout_of(stored) else saelens5.read
+        config = cls(**read(stored))
         config.check()
         return config
 
     def check(self) -> None:
-        """Raises `InvalidInput` for what cannot be loaded rightly, rather than to load something else."""
+        """Raises `InvalidInput` for what cannot be used rightly, rather than to compute something else."""
         if self.architecture not in ARCHITECTURES:
-            raise InvalidInput(
-                "SaeUnsupported",
-                f"architecture {self.architecture!r} cannot be loaded; these can: {', '.join(ARCHITECTURES)}",
+            raise unsupported("architecture", self.architecture, ARCHITECTURES)
+        if self.activation_fn_str not in ACTIVATION_FUNCTIONS[self.architecture]:
+            raise unsupported(
+                f"activation function of architecture {self.architecture}",
+                self.activation_fn_str,
+                ACTIVATION_FUNCTIONS[self.architecture],
             )
-        if self.activation_fn_str not in ("relu", "topk"):
-            raise InvalidInput("SaeUnsupported", f"activation function {self.activation_fn_str!r} cannot be loaded")
-        if self.uses_top_k and not isinstance(self.activation_fn_kwargs.get("k"), int):
-            raise InvalidInput("SaeInvalid", "cfg.json has no activation_fn_kwargs.k, which topk needs")
         if self.normalize_activations not in NORMALIZATIONS:
+            raise unsupported("normalize_activations", self.normalize_activations, NORMALIZATIONS)
+        if self.dtype not in DTYPES:
+            raise unsupported("dtype", self.dtype, tuple(DTYPES))
+        sizes = {"d_in": self.d_in, "d_sae": self.d_sae}
+        if self.d_out is not None:
+            sizes["d_out"] = self.d_out
+        if self.uses_top_k:
+            sizes["k"] = self._k
+            others = sorted(self.activation_fn_kwargs.keys() - {"k"})
+            if others:
+                raise InvalidInput("SaeUnsupported", f"activation_fn_kwargs.{others[0]} cannot be loaded; k alone can")
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise InvalidInput("SaeInvalid", f"cfg.json has {name} {size!r}; it must be a number of at least 1")
+        if self.uses_top_k and self.k > self.d_sae:
+            raise InvalidInput("SaeInvalid", f"cfg.json has k {self.k}, but only {self.d_sae} latents")
+        if self.is_transcoder and self.apply_b_dec_to_input:
             raise InvalidInput(
-                "SaeUnsupported",
-                f"normalize_activations {self.normalize_activations!r} cannot be loaded; these can: "
-                f"{', '.join(NORMALIZATIONS)}",
+                "SaeInvalid", "cfg.json has apply_b_dec_to_input on, but a transcoder's b_dec is of its outputs"
             )
+        if self.skip_connection and not self.is_transcoder:
+            raise InvalidInput("SaeInvalid", "only a transcoder has a skip connection, and d_out is not there")
 
     @property
     def uses_top_k(self) -> bool:
-        return self.architecture == "topk" or self.activation_fn_str == "topk"
+        return self.activation_fn_str == "topk"
+
+    @property
+    def _k(self) -> Any:
+        if "k" not in self.activation_fn_kwargs:
+            raise InvalidInput("SaeInvalid", "cfg.json has no activation_fn_kwargs.k, which topk needs")
+        return self.activation_fn_kwargs["k"]
+
+    @property
+    def k(self) -> int:
+        """Latents that are active at most, of an SAE that uses top-k."""
+        return int(self._k)
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.d_out is not None
+
+    @property
+    def width_out(self) -> int:
+        """Width of what it gives."""
+        return self.d_in if self.d_out is None else self.d_out
+
+    @property
+    def reshapes_heads(self) -> bool:
+        """Whether inputs may come as [..., n_heads, d_head]."""
+        return self.reshape_activations == "hook_z" or self.hook_name.endswith("_z")
+
+    @property
+    def name(self) -> str:
+        """`sae_{model}_{hook}_{latents}`."""
+        return f"sae_{self.model_name}_{self.hook_name}_{self.d_sae}"
+
+
+def unsupported(what: str, found: object, possible: tuple[str, ...]) -> InvalidInput:
+    """The error for a value that no SAE here can have."""
+    return InvalidInput("SaeUnsupported", f"{what} {found!r} cannot be loaded; these can: {', '.join(possible)}")

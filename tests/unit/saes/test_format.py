@@ -124,16 +124,24 @@ def test_older_names_of_keys_are_understood() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"architecture": "gated"}, "architecture 'gated' cannot be loaded; these can: standard, topk"),
-        ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu'"),
+        (
+            {"architecture": "vanilla"},
+            "architecture 'vanilla' cannot be loaded; these can: standard, gated, jumprelu, topk",
+        ),
+        ({"architecture": "gated", "activation_fn_str": "relu"}, "b_gate is not there; .* b_enc is not one of them"),
+        ({"architecture": "jumprelu", "activation_fn_str": "tanh-relu"}, "'tanh-relu' cannot be loaded; .*: relu"),
+        ({"activation_fn_str": "gelu"}, "activation function of architecture .* 'gelu' cannot be loaded"),
         (
             {"normalize_activations": "covariance_whitening"},
             "normalize_activations 'covariance_whitening' cannot be loaded; these can: none, expected_average_only_in, "
             "constant_norm_rescale, layer_norm",
         ),
-        ({"architecture": "topk", "activation_fn_kwargs": {}}, "activation_fn_kwargs.k"),
-        ({"d_sae": 7}, "tensors are"),
-        ({"dtype": "float8"}, "dtype 'float8'"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {}}, "activation_fn_kwargs.k"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 0}}, "k 0; it must be"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 65}}, "k 65, but only 64 latents"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 1, "postact_fn": "tanh"}}, "kwargs.postact_fn"),
+        ({"d_sae": 70}, r"W_enc is \[12, 64\] instead of \[12, 70\]"),
+        ({"dtype": "float8"}, "dtype 'float8' cannot be loaded; these can: float32"),
     ],
 )
 def test_what_cannot_be_loaded_rightly_is_refused(
