@@ -260,6 +260,9 @@ class TrainableWeights(ABC):
             # What is folded in is not to be done again.
             normalize_activations=normalization if normalization in RUN_TIME_NORMALIZATIONS else "none",
             hook_layer=source.hook_layer,
+            d_out=None if self.spec.target_hook is None else self.d_out,
+            skip_connection=self.W_skip is not None,
+            training_architecture=self.spec.architecture.type,
             **dataclasses.asdict(source),
         )
         dtype = _SAVED_DTYPES[self.spec.dtype]
