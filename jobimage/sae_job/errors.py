@@ -31,3 +31,7 @@ class Stopped(Exception):
         self.message = message
         self.tokens = tokens
         super().__init__(message)
+
+
+class PeerLost(Exception):
+    """Another process of the same training ended or cannot be reached: exit code 1, and all are started again."""

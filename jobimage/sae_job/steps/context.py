@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.storage.base import ObjectStore
+from sae_job.training.place import ALONE, Place
 from sae_operator.api.store import StoreLocation
 
 
@@ -20,6 +21,7 @@ class StepContext:
         open_store: opens the object store at a location.
         completion_index: which pod of an Indexed Job this is.
         now: seconds since the epoch.
+        place: which of the processes that train together this is.
     """
 
     reporter: ProgressReporter
@@ -27,3 +29,4 @@ class StepContext:
     open_store: Callable[[StoreLocation], ObjectStore]
     now: Callable[[], float]
     completion_index: int = 0
+    place: Place = ALONE

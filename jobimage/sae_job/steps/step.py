@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from sae_job.errors import InvalidInput, Stopped
+from sae_job.errors import InvalidInput, PeerLost, Stopped
 from sae_job.reporting.endpoint import serve_progress
 from sae_job.reporting.log import LogTail, set_up_logging
 from sae_job.reporting.progress import ProgressReporter
@@ -23,11 +23,13 @@ from sae_job.steps.output_marker import check_output
 from sae_job.steps.stopping import stop_on_signals
 from sae_job.storage.base import ObjectStore, StoreError
 from sae_job.storage.open import open_store
+from sae_job.training.place import ALONE, Place
 from sae_operator.api.steps import (
     ENV_COMPLETION_INDEX,
     ENV_POD_IP,
     ENV_SECRETS_DIRECTORY,
     ENV_TERMINATION_MESSAGE,
+    PEER_LOST,
     PROGRESS_PORT,
     CacheStep,
     ExitCode,
@@ -101,6 +103,8 @@ def outcome(name: str, run: Callable[[], StepResult]) -> StepResult:
             message=error.message,
             checkpoint_tokens=error.tokens,
         )
+    except PeerLost as error:
+        return StepResult(step=name, exit_code=ExitCode.FAILED, reason=PEER_LOST, message=str(error))
     except StoreError as error:
         logger.exception("the object store failed")
         return StepResult(step=name, exit_code=ExitCode.FAILED, reason="StoreFailed", message=str(error))
@@ -124,22 +128,44 @@ def store_log(step: TrainStep, open_output: Callable[[StoreLocation], ObjectStor
 
 
 def run_step_process(name: str, path: Path) -> int:
-    """Run one step in this process as a pod does; returns the exit code."""
+    """Run one step as a pod does, in as many processes as it takes; returns the exit code."""
+    told = os.environ.get(ENV_TERMINATION_MESSAGE)
+    message = Path(told) if told else None
+    if name == "train":
+        # Not for other steps: it asks torch for GPUs.
+        from sae_job.steps.launch import gpu_count, group_of, run_launcher
+
+        group = group_of(os.environ, gpu_count)
+        if group.size > 1:
+            return run_launcher(name, path, group, message)
+    return run_rank(name, path, ALONE, message)
+
+
+def run_rank(name: str, path: Path, place: Place, message: Path | None) -> int:
+    """Run one step in this process; returns the exit code.
+
+    Args:
+        name: of the step.
+        path: of its spec.
+        place: which of the processes that run it together this is.
+        message: where its result goes.
+    """
     tail = set_up_logging()
     reporter = ProgressReporter(name)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        if host := os.environ.get(ENV_POD_IP):
+        host = os.environ.get(ENV_POD_IP)
+        if host and place.local_index == 0:
             stack.enter_context(serve_progress(reporter, host, PROGRESS_PORT))
-        secrets = os.environ.get(ENV_SECRETS_DIRECTORY)
         context = StepContext(
-            reporter=reporter,
+            # All processes are equally far: the first one tells it for all.
+            reporter=reporter if place.index == 0 else ProgressReporter(name),
             should_stop=stop,
-            open_store=partial(open_store, secrets_directory=Path(secrets) if secrets else None),
+            open_store=store_opener(),
             now=time.time,
             completion_index=int(os.environ.get(ENV_COMPLETION_INDEX, "0")),
+            place=place,
         )
-
         steps: list[CacheStep | TrainStep] = []
 
         def run() -> StepResult:
@@ -149,12 +175,26 @@ def run_step_process(name: str, path: Path) -> int:
             return step_function(name)(step, context)
 
         result = outcome(name, run)
-        log = logger.info if result.exit_code == ExitCode.DONE else logger.error
-        log("%s: %s", result.reason, result.message or "done")
         for step in steps:
-            if isinstance(step, TrainStep) and name == "train":
+            if isinstance(step, TrainStep) and name == "train" and place.index == 0:
+                tell(result)
                 store_log(step, context.open_store, tail)
+                break
+        else:
+            tell(result)
         # Before signals are let through again: what is done must be told.
-        if target := os.environ.get(ENV_TERMINATION_MESSAGE):
-            write_result(result, Path(target))
+        if message is not None:
+            write_result(result, message)
     return result.exit_code
+
+
+def tell(result: StepResult) -> None:
+    """Log how a step ended."""
+    log = logger.info if result.exit_code == ExitCode.DONE else logger.error
+    log("%s: %s", result.reason, result.message or "done")
+
+
+def store_opener() -> Callable[[StoreLocation], ObjectStore]:
+    """Opens stores with the Secrets that this process is given."""
+    secrets = os.environ.get(ENV_SECRETS_DIRECTORY)
+    return partial(open_store, secrets_directory=Path(secrets) if secrets else None)

@@ -36,6 +36,14 @@ ENV_TERMINATION_MESSAGE = "SAE_JOB_TERMINATION_MESSAGE"
 ENV_POD_IP = "SAE_JOB_POD_IP"
 # Set by the Job controller in Indexed Jobs.
 ENV_COMPLETION_INDEX = "JOB_COMPLETION_INDEX"
+# Of pods that train together: how many they are, and host:port of the first one.
+ENV_PODS = "SAE_JOB_PODS"
+ENV_RENDEZVOUS = "SAE_JOB_RENDEZVOUS"
+RENDEZVOUS_PORT = 29400
+# Processes of a training in one pod; one per GPU when it is not set.
+ENV_PROCESSES = "SAE_JOB_PROCESSES"
+# Reason of a process that ended because another one had: never the cause.
+PEER_LOST = "PeerLost"
 
 
 class ExitCode(IntEnum):
