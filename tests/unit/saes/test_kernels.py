@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_job.saes.kernels.sparse import ActiveLatents, active_above, top_k
+from tests.kernel_cases import BATCH, D_SAE, FORMS, active_latents, random
 
-BATCH, D_SAE, D_IN = 6, 40, 7
-FORMS = ["regular", "ragged", "nothing active"]
+D_IN = 7
 
 
 @given(
@@ -30,23 +30,6 @@ def test_top_k_has_the_same_values_as_a_sort(seed: int, k: int, groups: int, res
     assert torch.equal(values.sort(dim=1, descending=True).values, expected)
     assert torch.equal(pre.gather(1, indices), values)
     assert all(len(set(row.tolist())) == k for row in indices)
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def active_latents(form: str) -> ActiveLatents:
-    """Regular: 4 places per row, some of them zero. Ragged: 0 to 12 per row, the first and the last row among those
-    that have none."""
-    if form == "regular":
-        generator = torch.Generator().manual_seed(0)
-        indices = torch.stack([torch.randperm(D_SAE, generator=generator)[:4] for _ in range(BATCH)])
-        return ActiveLatents(indices, torch.randn(BATCH, 4, generator=generator).relu(), D_SAE)
-    numbers = [0, 12, 1, 5, 0, 0] if form == "ragged" else [0] * BATCH
-    rows = torch.arange(BATCH).repeat_interleave(torch.tensor(numbers))
-    latents = torch.cat([torch.randperm(D_SAE, generator=torch.Generator().manual_seed(n))[:n] for n in numbers])
-    return ActiveLatents.ragged(rows, latents, random(len(rows), seed=1), BATCH, D_SAE)
 
 
 @pytest.fixture(params=FORMS)

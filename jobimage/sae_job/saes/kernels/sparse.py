@@ -9,12 +9,17 @@ fast as the operator that PyTorch has for them, with the same sums in the same o
 from __future__ import annotations
 
 import copy
+import importlib
 from functools import cached_property
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
+
+from sae_job.saes.kernels.choice import takes_triton
 
 _SUM = 0  # PyTorch's number for mode="sum"
 # The maxima of groups of this size are searched instead of all entries. 8 is the measured optimum on a CPU: half as
@@ -48,23 +53,38 @@ class _Places:
     Attributes:
         latents: each entry's latent.
         rows: each entry's row, ascending.
-        offsets: where each row's entries begin.
+        starts: where each row's entries begin, and where the last one's end.
     """
 
     def __init__(
-        self, latents: Int64[Tensor, " n"], rows: Int64[Tensor, " n"], offsets: Int64[Tensor, " batch"], d_sae: int
+        self, latents: Int64[Tensor, " n"], rows: Int64[Tensor, " n"], starts: Int64[Tensor, " batch+1"], d_sae: int
     ) -> None:
         self.latents = latents
         self.rows = rows
-        self.offsets = offsets
+        self.starts = starts
         self._d_sae = d_sae
 
     @cached_property
-    def by_latent(self) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"], Int64[Tensor, " d_sae"]]:
-        """The entries by latent, then by row: their places and rows, and where each latent's begin."""
-        latents, order = self.latents.sort(stable=True)
-        starts = torch.searchsorted(latents, torch.arange(self._d_sae, device=latents.device))
+    def by_latent(self) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"], Int64[Tensor, " d_sae+1"]]:
+        """The entries by latent, then by row: their places and rows, and where each latent's begin and the last
+        one's end."""
+        latents, order = self.latents.to(torch.int32).sort(stable=True)  # half the digits to sort by
+        starts = torch.searchsorted(latents, torch.arange(self._d_sae + 1, device=latents.device, dtype=torch.int32))
         return order, self.rows[order], starts
+
+
+class Reconstruction(NamedTuple):
+    """What a row's active latents make of it.
+
+    Attributes:
+        error: reconstruction minus target.
+        squares: each row's sum of squared errors.
+        value_gradients: gradient of the activations.
+    """
+
+    error: Float[Tensor, "batch d_out"]
+    squares: Float[Tensor, " batch"]
+    value_gradients: Float[Tensor, "*entries"]
 
 
 class ActiveLatents:
@@ -92,13 +112,13 @@ class ActiveLatents:
     def __init__(self, indices: Int64[Tensor, "batch k"], values: Float[Tensor, "batch k"], d_sae: int) -> None:
         batch, k = indices.shape
         rows = torch.arange(batch, device=indices.device).repeat_interleave(k)
-        offsets = torch.arange(batch, device=indices.device) * k
+        starts = torch.arange(batch + 1, device=indices.device) * k
         self.indices = indices
         self.values = values
         self.shape = indices.shape
         self.batch = batch
         self.d_sae = d_sae
-        self._places = _Places(indices.reshape(-1), rows, offsets, d_sae)
+        self._places = _Places(indices.reshape(-1), rows, starts, d_sae)
 
     @classmethod
     def ragged(
@@ -124,8 +144,8 @@ class ActiveLatents:
         self.shape = latents.shape
         self.batch = batch
         self.d_sae = d_sae
-        offsets = torch.searchsorted(rows, torch.arange(batch, device=rows.device))
-        self._places = _Places(latents, rows, offsets, d_sae)
+        starts = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
+        self._places = _Places(latents, rows, starts, d_sae)
         return self
 
     def with_values(self, values: Float[Tensor, "*entries"]) -> ActiveLatents:
@@ -133,6 +153,25 @@ class ActiveLatents:
         assert values.shape == self.shape
         other = copy.copy(self)
         other.values = values
+        return other
+
+    def split_rows(self, parts: Int64[Tensor, " n"], count: int) -> ActiveLatents:
+        """The same entries on `count` rows for each row, one after the other; what is known of the latents is shared.
+
+        Args:
+            parts: which of its row's parts each entry goes to, ascending on a row, and the same for all entries of a
+                latent.
+            count: parts of a row.
+        """
+        other = copy.copy(self)
+        rows = self.rows * count + parts
+        other.indices, other.values = self.latents, self.values.reshape(-1)
+        other.shape = self.latents.shape
+        other.batch = self.batch * count
+        order, _, of_latents = self._places.by_latent
+        starts = torch.searchsorted(rows, torch.arange(other.batch + 1, device=rows.device))
+        other._places = _Places(self.latents, rows, starts, self.d_sae)
+        other._places.by_latent = order, rows[order], of_latents
         return other
 
     @property
@@ -147,21 +186,49 @@ class ActiveLatents:
 
     def decode(self, weight: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
         """Sum of each row's activations times their latents' rows of `weight`; zero where a row has none."""
+        if takes_triton(weight, self.values):
+            return _triton().decode(weight, self.latents, self.values.reshape(-1), self._places.starts)
         weight, values = _same_type(weight, self.values)
-        return torch.ops.aten._embedding_bag(
-            weight, self._places.latents, self._places.offsets, False, _SUM, False, values.reshape(-1)
-        )[0]
+        return _bags(weight, self.latents, self._places.starts, values.reshape(-1))
 
     def value_gradients(
         self, gradient: Float[Tensor, "batch d_in"], weight: Float[Tensor, "d_sae d_in"]
     ) -> Float[Tensor, "*entries"]:
         """Gradient of the activations, given the gradient of `decode`'s output: each entry's row of `gradient` times
         its latent's row of `weight`."""
+        if takes_triton(gradient, weight):
+            return _triton().value_gradients(gradient, weight, self.latents, self._places.starts).view(self.shape)
         gradient, weight = _same_type(gradient, weight)
         flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            gradient, weight, self._places.latents, self._places.offsets, self._places.rows, _SUM
+            gradient, weight, self.latents, self._places.starts[:-1], self.rows, _SUM
         )
         return flat.view(self.shape)
+
+    def reconstruct(
+        self,
+        weight: Float[Tensor, "d_sae d_out"],
+        bias: Float[Tensor, " d_out"],
+        target: Float[Tensor, "batch d_out"],
+        factors: Float[Tensor, " batch"],
+    ) -> Reconstruction:
+        """`decode` plus bias, its error, and the gradient of the activations of a loss that weighs squared errors.
+
+        In Triton this is one pass over the rows; in PyTorch it is the products one after the other.
+
+        Args:
+            weight: the decoder.
+            bias: its bias.
+            target: what is reconstructed.
+            factors: by which a row's error is multiplied to give the gradient of the reconstruction, e.g. 2 / batch.
+        """
+        if takes_triton(weight, self.values, target):
+            error, squares, gradients = _triton().reconstruct(
+                weight, bias, target, factors, self.latents, self.values.reshape(-1), self._places.starts
+            )
+            return Reconstruction(error, squares, gradients.view(self.shape))
+        error = self.decode(weight).add_(bias).sub_(target)
+        gradients = self.value_gradients(error * factors.unsqueeze(1), weight)
+        return Reconstruction(error, error.square().sum(dim=1), gradients)
 
     def weight_gradient(
         self, rows: Float[Tensor, "batch d_in"], values: Float[Tensor, "*entries"]
@@ -172,30 +239,49 @@ class ActiveLatents:
         activations' gradient it is that of the encoder's transpose.
         """
         order, row_of, starts = self._places.by_latent
+        if takes_triton(rows, values):
+            return _triton().weight_gradient(rows, values.reshape(-1), order, row_of, starts)
         rows, values = _same_type(rows, values)
-        return torch.ops.aten._embedding_bag(rows, row_of, starts, False, _SUM, False, values.reshape(-1)[order])[0]
+        return _bags(rows, row_of, starts, values.reshape(-1)[order])
+
+    def weight_gradients(
+        self,
+        first: tuple[Float[Tensor, "batch first_width"], Float[Tensor, "*entries"]],
+        second: tuple[Float[Tensor, "batch second_width"], Float[Tensor, "*entries"]],
+    ) -> tuple[Float[Tensor, "d_sae first_width"], Float[Tensor, "d_sae second_width"]]:
+        """`weight_gradient` of two pairs of rows and values: in Triton one pass over each latent's entries.
+
+        Decoder and encoder: `weight_gradients((output_gradient, values), (centred, value_gradient))`.
+        """
+        if takes_triton(*first, *second):
+            pairs = [(rows, values.reshape(-1)) for rows, values in (first, second)]
+            return _triton().weight_gradients(*pairs, *self._places.by_latent)
+        return self.weight_gradient(*first), self.weight_gradient(*second)
 
     def sum_by_latent(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " d_sae"]:
         """Sum of `values` over the batch for each latent."""
+        if takes_triton(values):
+            order, _, starts = self._places.by_latent
+            return _triton().sum_by_latent(values.reshape(-1), order, starts)
         total = torch.zeros(self.d_sae, dtype=values.dtype, device=values.device)
-        return total.scatter_add_(0, self._places.latents, values.reshape(-1))
+        return total.scatter_add_(0, self.latents, values.reshape(-1))
 
     def sum_by_row(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " batch"]:
         """Sum of `values` over each row's entries."""
         if values.dim() == 2:
             return values.sum(dim=1)
         total = torch.zeros(self.batch, dtype=values.dtype, device=values.device)
-        return total.scatter_add_(0, self._places.rows, values)
+        return total.scatter_add_(0, self.rows, values)
 
     def fire_counts(self) -> Int64[Tensor, " d_sae"]:
         """Rows on which each latent is active (above zero)."""
         total = torch.zeros(self.d_sae, dtype=torch.int64, device=self.values.device)
-        return total.scatter_add_(0, self._places.latents, (self.values > 0).reshape(-1).to(torch.int64))
+        return total.scatter_add_(0, self.latents, (self.values > 0).reshape(-1).to(torch.int64))
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """The activations of all latents. A latent stands at most once on a row."""
         features = torch.zeros(self.batch, self.d_sae, dtype=self.values.dtype, device=self.values.device)
-        features[self._places.rows, self._places.latents] = self.values.reshape(-1)
+        features[self.rows, self.latents] = self.values.reshape(-1)
         return features
 
 
@@ -214,6 +300,21 @@ def _places(mask: Tensor) -> Int64[Tensor, " n"]:
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.nonzero().squeeze(1)
+
+
+def _bags(
+    table: Float[Tensor, "rows width"],
+    places: Int64[Tensor, " n"],
+    starts: Int64[Tensor, " bags+1"],
+    factors: Float[Tensor, " n"],
+) -> Float[Tensor, "bags width"]:
+    """Each bag's sum of factors times rows of a table: PyTorch's EmbeddingBag."""
+    return torch.ops.aten._embedding_bag(table, places, starts, False, _SUM, False, factors, True)[0]
+
+
+def _triton() -> ModuleType:
+    """The products in Triton, imported where they are used first: Triton is there with PyTorch for CUDA only."""
+    return importlib.import_module("sae_job.saes.kernels.triton_products")
 
 
 def _same_type(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

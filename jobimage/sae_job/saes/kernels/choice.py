@@ -1,0 +1,66 @@
+"""Which implementation of the sparse products runs: Triton's on a CUDA device where it works, else PyTorch's."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kernels = Literal["triton", "sparse"]
+
+_log = logging.getLogger(__name__)
+_forced: ContextVar[Kernels | None] = ContextVar("forced_kernels", default=None)
+# What Triton's kernels load, and sum in float32. Others, such as the float64 of a check, are PyTorch's.
+_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def kernel_name(device: torch.device) -> Kernels:
+    """The implementation that a device gets: `triton`, or `sparse`, which is public PyTorch operators."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    return "triton" if device.type == "cuda" and triton_trouble(device) is None else "sparse"
+
+
+def takes_triton(*tensors: Tensor) -> bool:
+    """Whether a product of these tensors is Triton's."""
+    return kernel_name(tensors[0].device) == "triton" and all(tensor.dtype in _TYPES for tensor in tensors)
+
+
+@contextmanager
+def forced_kernels(name: Kernels) -> Iterator[None]:
+    """Inside, one implementation serves whatever the device: for checks that compare the two."""
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@lru_cache
+def triton_trouble(device: torch.device) -> str | None:
+    """What keeps Triton from running on a CUDA device, found by running a small product; None where it works.
+
+    Triton links a launcher with the machine's driver when it first runs, for which it needs a C compiler: an image
+    without one trains with PyTorch's operators, and the log says so.
+    """
+    # Whatever fails in here (import, compiler, driver, a device that is too old), there is another implementation.
+    try:
+        products = importlib.import_module("sae_job.saes.kernels.triton_products")
+        weight = torch.arange(6.0, device=device).view(3, 2)
+        latents, starts = torch.tensor([2, 0], device=device), torch.tensor([0, 2], device=device)
+        found = products.decode(weight, latents, torch.tensor([1.0, 0.5], device=device), starts)
+    except Exception as error:  # noqa: BLE001
+        trouble = f"{type(error).__name__}: {error}"
+    else:
+        trouble = None if found.tolist() == [[4.0, 5.5]] else f"a product came out as {found.tolist()}"
+    if trouble is not None:
+        _log.warning("Triton does not run on %s, so that steps are slower: %s", device, trouble)
+    return trouble

@@ -1,0 +1,344 @@
+"""The sparse products in Triton, for CUDA devices: `sparse.py` calls them there, and its plain path is their oracle.
+
+Operands are 16-bit or float32; sums are float32, in an order that depends on nothing but the places of the entries,
+and no two programs write one number: the same input gives the same bits. Any width is covered, by masks.
+
+Importing this module needs Triton, which PyTorch for CUDA brings.
+"""
+# pyright: reportInvalidTypeForm=false, reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+# What stands in a kernel is Triton's language, whose values have no Python types.
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+# A program works on tiles of so many entries times so many columns: 256 columns of bfloat16 are 512 bytes, four whole
+# lines of the cache, and divide the widths of common models (2304, 3584, 4096) without rest; 16 entries at once
+# keep 8 KiB on their way from memory per program.
+ENTRIES = 16
+COLUMNS = 256
+
+
+@triton.jit
+def decode_kernel(out, weight, latents, values, starts, width, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
+    """One row's sum of its activations times their latents' weights, in one block of columns."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    begin = tl.load(starts + row)
+    end = tl.load(starts + row + 1)
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
+    for first in range(begin, end, ENTRIES):
+        places = first + tl.arange(0, ENTRIES)
+        there = places < end
+        latent = tl.load(latents + places, mask=there, other=0)
+        value = tl.load(values + places, mask=there, other=0.0).to(tl.float32)
+        tile = tl.load(
+            weight + latent[:, None] * width + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0
+        )
+        total += tl.sum(value[:, None] * tile.to(tl.float32), axis=0)
+    tl.store(out + row * width + columns, total, mask=inside)
+
+
+@triton.jit
+def value_gradients_kernel(out, gradient, weight, latents, starts, width, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
+    """One row's entries: each latent's weights times the row's gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.load(starts + row)
+    end = tl.load(starts + row + 1)
+    for first in range(begin, end, ENTRIES):
+        places = first + tl.arange(0, ENTRIES)
+        there = places < end
+        latent = tl.load(latents + places, mask=there, other=0)
+        total = tl.zeros([ENTRIES, COLUMNS], dtype=tl.float32)
+        for left in range(0, width, COLUMNS):
+            columns = left + tl.arange(0, COLUMNS)
+            inside = columns < width
+            of_row = tl.load(gradient + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+            tile = tl.load(
+                weight + latent[:, None] * width + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0
+            )
+            total += tile.to(tl.float32) * of_row[None, :]
+        tl.store(out + places, tl.sum(total, axis=1), mask=there)
+
+
+@triton.jit
+def reconstruct_kernel(
+    error,
+    squares,
+    value_gradient,
+    weight,
+    bias,
+    target,
+    factors,
+    latents,
+    values,
+    starts,
+    width,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One row: its reconstruction's error, the sum of its squares, and the activations' gradients.
+
+    The row's weights are read twice, but the second time from the cache, where the first has just put them.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.load(starts + row)
+    end = tl.load(starts + row + 1)
+    square = tl.zeros([COLUMNS], dtype=tl.float32)
+    for left in range(0, width, COLUMNS):
+        columns = left + tl.arange(0, COLUMNS)
+        inside = columns < width
+        total = tl.zeros([COLUMNS], dtype=tl.float32)
+        for first in range(begin, end, ENTRIES):
+            places = first + tl.arange(0, ENTRIES)
+            there = places < end
+            latent = tl.load(latents + places, mask=there, other=0)
+            value = tl.load(values + places, mask=there, other=0.0).to(tl.float32)
+            tile = tl.load(
+                weight + latent[:, None] * width + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0
+            )
+            total += tl.sum(value[:, None] * tile.to(tl.float32), axis=0)
+        total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        total -= tl.load(target + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        square += total * total
+        tl.store(error + row * width + columns, total, mask=inside)
+    tl.store(squares + row, tl.sum(square, axis=0))
+    tl.debug_barrier()  # the error was written by other threads of this program than those that read it now
+    factor = tl.load(factors + row).to(tl.float32)
+    for first in range(begin, end, ENTRIES):
+        places = first + tl.arange(0, ENTRIES)
+        there = places < end
+        latent = tl.load(latents + places, mask=there, other=0)
+        total = tl.zeros([ENTRIES, COLUMNS], dtype=tl.float32)
+        for left in range(0, width, COLUMNS):
+            columns = left + tl.arange(0, COLUMNS)
+            inside = columns < width
+            of_row = tl.load(error + row * width + columns, mask=inside, other=0.0)
+            tile = tl.load(
+                weight + latent[:, None] * width + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0
+            )
+            total += tile.to(tl.float32) * of_row[None, :]
+        tl.store(value_gradient + places, tl.sum(total, axis=1) * factor, mask=there)
+
+
+@triton.jit
+def weight_gradients_kernel(
+    first_out,
+    second_out,
+    first_rows,
+    second_rows,
+    first_values,
+    second_values,
+    order,
+    row_of,
+    starts,
+    first_width,
+    second_width,
+    TWO: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One latent's gradient in one block of columns: the sum of values times rows over its entries; of two pairs of
+    rows and values where TWO."""
+    latent = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    begin = tl.load(starts + latent)
+    end = tl.load(starts + latent + 1)
+    in_first = columns < first_width
+    in_second = columns < second_width
+    first_total = tl.zeros([COLUMNS], dtype=tl.float32)
+    second_total = tl.zeros([COLUMNS], dtype=tl.float32)
+    for first in range(begin, end, ENTRIES):
+        sorted_places = first + tl.arange(0, ENTRIES)
+        there = sorted_places < end
+        place = tl.load(order + sorted_places, mask=there, other=0)
+        row = tl.load(row_of + sorted_places, mask=there, other=0)
+        value = tl.load(first_values + place, mask=there, other=0.0).to(tl.float32)
+        tile = tl.load(
+            first_rows + row[:, None] * first_width + columns[None, :],
+            mask=there[:, None] & in_first[None, :],
+            other=0.0,
+        )
+        first_total += tl.sum(value[:, None] * tile.to(tl.float32), axis=0)
+        if TWO:
+            value = tl.load(second_values + place, mask=there, other=0.0).to(tl.float32)
+            tile = tl.load(
+                second_rows + row[:, None] * second_width + columns[None, :],
+                mask=there[:, None] & in_second[None, :],
+                other=0.0,
+            )
+            second_total += tl.sum(value[:, None] * tile.to(tl.float32), axis=0)
+    tl.store(first_out + latent * first_width + columns, first_total, mask=in_first)
+    if TWO:
+        tl.store(second_out + latent * second_width + columns, second_total, mask=in_second)
+
+
+@triton.jit
+def sum_by_latent_kernel(out, values, order, starts, ENTRIES: tl.constexpr):
+    """One latent's sum of its entries' values."""
+    latent = tl.program_id(0).to(tl.int64)
+    begin = tl.load(starts + latent)
+    end = tl.load(starts + latent + 1)
+    total = tl.zeros([ENTRIES], dtype=tl.float32)
+    for first in range(begin, end, ENTRIES):
+        sorted_places = first + tl.arange(0, ENTRIES)
+        there = sorted_places < end
+        place = tl.load(order + sorted_places, mask=there, other=0)
+        total += tl.load(values + place, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + latent, tl.sum(total, axis=0))
+
+
+def decode(
+    weight: Float[Tensor, "d_sae width"],
+    latents: Int64[Tensor, " n"],
+    values: Float[Tensor, " n"],
+    starts: Int64[Tensor, " batch+1"],
+) -> Float[Tensor, "batch width"]:
+    """Each row's sum of activations times weights; see `ActiveLatents.decode`.
+
+    Args:
+        weight: one row per latent.
+        latents: each entry's latent, row after row.
+        values: each entry's activation.
+        starts: where each row's entries begin, and where the last one's end.
+    """
+    batch, width = len(starts) - 1, weight.shape[1]
+    out = _empty((batch, width), weight, values)
+    with _device_of(out):
+        decode_kernel[batch, triton.cdiv(width, COLUMNS)](
+            out, weight.contiguous(), latents, values.contiguous(), starts, width, ENTRIES, COLUMNS
+        )
+    return out
+
+
+def value_gradients(
+    gradient: Float[Tensor, "batch width"],
+    weight: Float[Tensor, "d_sae width"],
+    latents: Int64[Tensor, " n"],
+    starts: Int64[Tensor, " batch+1"],
+) -> Float[Tensor, " n"]:
+    """Each entry's row of `gradient` times its latent's row of `weight`; see `ActiveLatents.value_gradients`."""
+    batch, width = gradient.shape
+    out = _empty((len(latents),), gradient, weight)
+    with _device_of(out):
+        value_gradients_kernel[(batch,)](
+            out, gradient.contiguous(), weight.contiguous(), latents, starts, width, ENTRIES, COLUMNS
+        )
+    return out
+
+
+def reconstruct(
+    weight: Float[Tensor, "d_sae width"],
+    bias: Float[Tensor, " width"],
+    target: Float[Tensor, "batch width"],
+    factors: Float[Tensor, " batch"],
+    latents: Int64[Tensor, " n"],
+    values: Float[Tensor, " n"],
+    starts: Int64[Tensor, " batch+1"],
+) -> tuple[Float[Tensor, "batch width"], Float[Tensor, " batch"], Float[Tensor, " n"]]:
+    """Error, its squares' sum per row, and the activations' gradients, all float32; see `ActiveLatents.reconstruct`."""
+    batch, width = target.shape
+    error = torch.empty(batch, width, dtype=torch.float32, device=target.device)
+    squares = torch.empty(batch, dtype=torch.float32, device=target.device)
+    value_gradient = torch.empty(len(latents), dtype=torch.float32, device=target.device)
+    with _device_of(error):
+        reconstruct_kernel[(batch,)](
+            error,
+            squares,
+            value_gradient,
+            weight.contiguous(),
+            bias.contiguous(),
+            target.contiguous(),
+            factors.contiguous(),
+            latents,
+            values.contiguous(),
+            starts,
+            width,
+            ENTRIES,
+            COLUMNS,
+        )
+    return error, squares, value_gradient
+
+
+def weight_gradient(
+    rows: Float[Tensor, "batch width"],
+    values: Float[Tensor, " n"],
+    order: Int64[Tensor, " n"],
+    row_of: Int64[Tensor, " n"],
+    starts: Int64[Tensor, " d_sae+1"],
+) -> Float[Tensor, "d_sae width"]:
+    """Each latent's sum of values times rows over its entries; see `ActiveLatents.weight_gradient`.
+
+    Args:
+        rows: what is summed.
+        values: each entry's factor, row after row.
+        order: the entries' places by latent, then by row.
+        row_of: their rows in this order.
+        starts: where each latent's entries begin in this order, and where the last one's end.
+    """
+    width = rows.shape[1]
+    rows, values = rows.contiguous(), values.contiguous()
+    out = _empty((len(starts) - 1, width), rows, values)
+    with _device_of(out):
+        weight_gradients_kernel[out.shape[0], triton.cdiv(width, COLUMNS)](
+            out, out, rows, rows, values, values, order, row_of, starts, width, width, False, ENTRIES, COLUMNS
+        )
+    return out
+
+
+def weight_gradients(
+    first: tuple[Float[Tensor, "batch first_width"], Float[Tensor, " n"]],
+    second: tuple[Float[Tensor, "batch second_width"], Float[Tensor, " n"]],
+    order: Int64[Tensor, " n"],
+    row_of: Int64[Tensor, " n"],
+    starts: Int64[Tensor, " d_sae+1"],
+) -> tuple[Float[Tensor, "d_sae first_width"], Float[Tensor, "d_sae second_width"]]:
+    """`weight_gradient` of two pairs of rows and values in one pass over each latent's entries."""
+    first_rows, first_values, second_rows, second_values = (tensor.contiguous() for tensor in (*first, *second))
+    d_sae, widths = len(starts) - 1, (first_rows.shape[1], second_rows.shape[1])
+    first_out = _empty((d_sae, widths[0]), first_rows, first_values)
+    second_out = _empty((d_sae, widths[1]), second_rows, second_values)
+    with _device_of(first_out):
+        weight_gradients_kernel[d_sae, triton.cdiv(max(widths), COLUMNS)](
+            first_out,
+            second_out,
+            first_rows,
+            second_rows,
+            first_values,
+            second_values,
+            order,
+            row_of,
+            starts,
+            *widths,
+            True,
+            ENTRIES,
+            COLUMNS,
+        )
+    return first_out, second_out
+
+
+def sum_by_latent(
+    values: Float[Tensor, " n"], order: Int64[Tensor, " n"], starts: Int64[Tensor, " d_sae+1"]
+) -> Float[Tensor, " d_sae"]:
+    """Each latent's sum of its entries' values, without atomic additions; see `ActiveLatents.sum_by_latent`."""
+    out = torch.empty(len(starts) - 1, dtype=values.dtype, device=values.device)
+    with _device_of(out):
+        sum_by_latent_kernel[(len(out),)](out, values.contiguous(), order, starts, 128)
+    return out
+
+
+def _empty(shape: tuple[int, ...], first: Tensor, second: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.promote_types(first.dtype, second.dtype), device=first.device)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
