@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # A refused create (a quota, say) is tried again after this; nothing tells us when its cause is gone.
 REFUSED_RETRY_SECONDS = 15.0
+# Where objects that reconciles want are created.
+CHILDREN = {"ConfigMap": paths.config_maps, "Service": paths.services, "Job": paths.jobs}
 
 
 class Refused(Exception):
@@ -83,7 +85,7 @@ class Executor:
 
     async def _create(self, stored: StoredResource, manifest: Mapping[str, Any]) -> None:
         kind, name, namespace = manifest["kind"], manifest["metadata"]["name"], stored.key.namespace
-        path = paths.jobs(namespace) if kind == "Job" else paths.config_maps(namespace)
+        path = CHILDREN[kind](namespace)
         try:
             answer = await self._client.create(path, manifest, metadata_only=kind != "Job")
         except ApiError as error:

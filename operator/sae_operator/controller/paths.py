@@ -27,6 +27,10 @@ def config_maps(namespace: str) -> str:
     return _in("/api/v1", namespace, "configmaps")
 
 
+def services(namespace: str) -> str:
+    return _in("/api/v1", namespace, "services")
+
+
 def events(namespace: str) -> str:
     return _in("/api/v1", namespace, "events")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from sae_operator.api.status import AttemptStatus
+from sae_operator.api.steps import PEER_LOST
 from sae_operator.reconcile.conditions import rfc3339
 from sae_operator.reconcile.diagnosis import Failure
 from sae_operator.reconcile.observed import PodFacts
@@ -15,6 +16,14 @@ MAX_MESSAGE = 300
 JOB_DELETED = "JobDeleted"
 # A Job that somebody (or something) keeps deleting is not made for ever.
 MAX_RECREATIONS = 3
+
+
+def without_peers(pods: Sequence[PodFacts]) -> Sequence[PodFacts]:
+    """The pods without those that failed because another one had, where that one is among them."""
+    lost = [pod for pod in pods if pod.result is not None and pod.result.reason == PEER_LOST]
+    if not any(pod.phase == "Failed" for pod in pods if pod not in lost):
+        return pods
+    return [pod for pod in pods if pod not in lost]
 
 
 def merge_failed_pods(

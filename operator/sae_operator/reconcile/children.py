@@ -11,9 +11,12 @@ from sae_operator.api.base import ApiModel
 from sae_operator.api.run_settings import EnvVar, Resources, RunSettings
 from sae_operator.api.steps import (
     ENV_POD_IP,
+    ENV_PODS,
+    ENV_RENDEZVOUS,
     ENV_SECRETS_DIRECTORY,
     ENV_TERMINATION_MESSAGE,
     PROGRESS_PORT,
+    RENDEZVOUS_PORT,
     SECRETS_DIRECTORY,
     STEP_SPEC_PATH,
     TERMINATION_MESSAGE_PATH,
@@ -22,10 +25,14 @@ from sae_operator.api.steps import (
 from sae_operator.reconcile.names import (
     ANNOTATION_ATTEMPT,
     ANNOTATION_WORK,
+    LABEL_STEP,
+    LABEL_UID,
     STEP_CONTAINER,
     child_name,
+    first_pod_host,
     labels,
     owner_reference,
+    service_name,
 )
 from sae_operator.reconcile.observed import Defaults, Metadata
 
@@ -50,7 +57,8 @@ class StepWanted:
         spec: what the pods are given, resolved.
         run: the pods' settings.
         memory_bytes: memory that the plan says a pod needs; None when it is not known.
-        completions, parallelism: of an Indexed Job; None for a Job with one pod.
+        completions, parallelism: of an Indexed Job whose pods work apart from each other; None for other Jobs.
+        pods: how many pods work together: all of them, or none.
     """
 
     kind: str
@@ -65,16 +73,19 @@ class StepWanted:
     memory_bytes: int | None = None
     completions: int | None = None
     parallelism: int | None = None
+    pods: int = 1
 
     @property
     def name(self) -> str:
         return child_name(self.metadata, self.step, self.attempt)
 
 
-def step_objects(wanted: StepWanted) -> tuple[dict[str, Any], dict[str, Any]]:
-    """ConfigMap and Job of the attempt, in the order in which they are to be created."""
+def step_objects(wanted: StepWanted) -> tuple[dict[str, Any], ...]:
+    """ConfigMap, Service (of pods that work together) and Job of the attempt, in the order in which they are to be
+    created."""
     manifest = wanted.spec.to_manifest()
-    return _config_map(wanted), _job(wanted, secret_names(manifest))
+    service = [_service(wanted)] if wanted.pods > 1 else []
+    return _config_map(wanted), *service, _job(wanted, secret_names(manifest))
 
 
 def secret_names(manifest: Any) -> list[str]:
@@ -122,6 +133,24 @@ def _config_map(wanted: StepWanted) -> dict[str, Any]:
     }
 
 
+def _service(wanted: StepWanted) -> dict[str, Any]:
+    """Gives each pod a name in DNS, from the first moment on; one for all attempts at the step."""
+    metadata = _metadata(wanted)
+    del metadata["annotations"]
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {**metadata, "name": service_name(wanted.metadata)},
+        "spec": {
+            "clusterIP": "None",
+            # Pods look for each other before they are ready.
+            "publishNotReadyAddresses": True,
+            "selector": {LABEL_UID: wanted.metadata.uid, LABEL_STEP: wanted.step},
+            "ports": [{"name": "rendezvous", "port": RENDEZVOUS_PORT}],
+        },
+    }
+
+
 def _job(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
     template = {
         "metadata": {
@@ -149,6 +178,7 @@ def _job(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
                             "values": [int(ExitCode.INVALID)],
                         },
                     },
+                    *_stopped_together(wanted),
                 ]
             },
             "template": template,
@@ -156,7 +186,23 @@ def _job(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _stopped_together(wanted: StepWanted) -> list[dict[str, Any]]:
+    """A pod that is evicted takes the others along, after a checkpoint: no failure of theirs."""
+    if wanted.pods == 1:
+        return []
+    on_exit_codes = {"containerName": STEP_CONTAINER, "operator": "In", "values": [int(ExitCode.STOPPED)]}
+    return [{"action": "Ignore", "onExitCodes": on_exit_codes}]
+
+
 def _retries(wanted: StepWanted) -> dict[str, Any]:
+    if wanted.pods > 1:
+        return {
+            "completionMode": "Indexed",
+            "completions": wanted.pods,
+            "parallelism": wanted.pods,
+            # They fail together: as many failures of all as a single pod may have.
+            "backoffLimit": (wanted.run.backoff_limit + 1) * wanted.pods - 1,
+        }
     if wanted.completions is None:
         return {"backoffLimit": wanted.run.backoff_limit}
     return {
@@ -201,6 +247,8 @@ def _pod_spec(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
         "priorityClassName": run.priority_class_name,
         "serviceAccountName": run.service_account_name,
         "imagePullSecrets": [reference.to_manifest() for reference in run.image_pull_secrets],
+        # With it, the names that the Job controller gives its pods are known to DNS.
+        "subdomain": service_name(wanted.metadata) if wanted.pods > 1 else None,
     }
     return spec | {key: value for key, value in optional.items() if value}
 
@@ -223,8 +271,8 @@ def _container(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
         "imagePullPolicy": run.image_pull_policy,
         "command": ["sae-job"],
         "args": ["step", wanted.step, STEP_SPEC_PATH],
-        "env": [*_own_env(), *(_env(variable) for variable in run.env)],
-        "ports": [{"name": "progress", "containerPort": PROGRESS_PORT}],
+        "env": [*_own_env(wanted), *(_env(variable) for variable in run.env)],
+        "ports": _ports(wanted),
         "resources": _resources(wanted),
         "terminationMessagePath": TERMINATION_MESSAGE_PATH,
         # The end of the log serves where a step could not write its message.
@@ -246,7 +294,14 @@ def _container(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _own_env() -> list[dict[str, Any]]:
+def _ports(wanted: StepWanted) -> list[dict[str, Any]]:
+    ports = [{"name": "progress", "containerPort": PROGRESS_PORT}]
+    if wanted.pods > 1:
+        ports.append({"name": "rendezvous", "containerPort": RENDEZVOUS_PORT})
+    return ports
+
+
+def _own_env(wanted: StepWanted) -> list[dict[str, Any]]:
     fixed = {
         "HOME": HOME,
         "TMPDIR": "/tmp",
@@ -255,6 +310,9 @@ def _own_env() -> list[dict[str, Any]]:
         ENV_SECRETS_DIRECTORY: SECRETS_DIRECTORY,
         ENV_TERMINATION_MESSAGE: TERMINATION_MESSAGE_PATH,
     }
+    if wanted.pods > 1:
+        fixed[ENV_PODS] = str(wanted.pods)
+        fixed[ENV_RENDEZVOUS] = f"{first_pod_host(wanted.metadata, wanted.name)}:{RENDEZVOUS_PORT}"
     pod_ip = {"name": ENV_POD_IP, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
     return [*({"name": name, "value": value} for name, value in fixed.items()), pod_ip]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sae_operator.api.steps import ExitCode
+from sae_operator.api.steps import PEER_LOST, ExitCode
 from sae_operator.reconcile.conditions import (
     IMAGE_PULL_FAILED,
     OOM_KILLED,
@@ -199,7 +199,9 @@ def describe_failed_job(job: JobFacts, pods: Sequence[PodFacts], surroundings: S
     if fatal:
         return describe_failed_pod(fatal[-1], surroundings)
     if ended:
-        failure = describe_failed_pod(ended[-1], surroundings)
+        # Of pods that work together, what the one said that the others lost.
+        causes = [pod for pod in ended if pod.result is None or pod.result.reason != PEER_LOST]
+        failure = describe_failed_pod((causes or ended)[-1], surroundings)
         times = f" (after {len(ended)} failed pods)" if len(ended) > 1 else ""
         return Failure(failure.reason, failure.message + times)
     return Failure(job.failed_reason or "Failed", job.failed_message or f"Job {job.name} failed")

@@ -32,6 +32,17 @@ def child_name(metadata: Metadata, step: str, attempt: int) -> str:
     return f"{metadata.name}-{short_uid(metadata.uid)}-{step}-{attempt}"
 
 
+def service_name(metadata: Metadata) -> str:
+    """Name of the Service that gives pods that train together their names in DNS. It begins with a letter, which a
+    resource's name need not."""
+    return f"sae-{metadata.uid}"
+
+
+def first_pod_host(metadata: Metadata, job_name: str) -> str:
+    """Name in DNS, within the namespace, of the first of the pods that train together."""
+    return f"{job_name}-0.{service_name(metadata)}"
+
+
 def attempt_of(job_name: str) -> int:
     """The attempt that a child's name ends with; 0 when it is no child's name."""
     tail = job_name.rpartition("-")[2]

@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from sae_operator.api.status import Condition
 from sae_operator.api.steps import ExitCode, StepResult
-from sae_operator.reconcile.attempts import MAX_RECREATIONS, merge_failed_pods, recreations, with_deleted_job
+from sae_operator.reconcile.attempts import (
+    MAX_RECREATIONS,
+    merge_failed_pods,
+    recreations,
+    with_deleted_job,
+    without_peers,
+)
 from sae_operator.reconcile.children import StepWanted, step_objects
 from sae_operator.reconcile.conditions import (
     IMAGE_PULL_FAILED,
@@ -80,7 +86,9 @@ def view_step(scene: Scene[Any], plan: StepPlan) -> StepView:
     job = max(jobs, key=lambda job: job.attempt)
     pods = tuple(pod for pod in scene.children.pods if pod.job_name == job.name)
     if job.complete:
-        result = next((pod.result for pod in pods if pod.phase == "Succeeded" and pod.result is not None), None)
+        # Of pods that worked together the first one tells figures.
+        by_index = sorted(pods, key=lambda pod: pod.index or 0)
+        result = next((pod.result for pod in by_index if pod.phase == "Succeeded" and pod.result is not None), None)
         settled = result is not None or not plan.needs_result or _grace_is_over(scene, job)
         return StepView("succeeded" if settled else "settling", job, pods, result)
     if job.failed_reason is not None:
@@ -122,7 +130,7 @@ def drive_step(scene: Scene[Any], draft: Draft, plan: StepPlan) -> StepView:
         draft.updates["job_name"] = view.job.name
         draft.updates["attempt"] = view.job.attempt
         draft.attempts = merge_failed_pods(
-            draft.attempts, view.pods, lambda pod: describe_failed_pod(pod, plan.surroundings)
+            draft.attempts, without_peers(view.pods), lambda pod: describe_failed_pod(pod, plan.surroundings)
         )
         if view.state != "succeeded":
             found = find_ailments(view.pods, scene.children.unreachable, plan.surroundings, scene.settings, scene.now)

@@ -170,6 +170,7 @@ def _plan(
             defaults=scene.defaults,
             default_image=scene.settings.job_image,
             memory_bytes=plan.memory_bytes if plan else None,
+            pods=spec.parallelism if step == "train" else 1,
         )
 
     surroundings = Surroundings(
@@ -215,10 +216,11 @@ def _take_preparation(scene: TrainingScene, draft: Draft, view: StepView) -> Non
 
 
 def _take_figures(scene: TrainingScene, draft: Draft, spec: SAETrainingJobSpec, view: StepView) -> None:
-    """What the training pod says while it works."""
-    latest = latest_by_index(view.pods, scene.children.progress)
+    """What the training pods say while they work: of several the first one, which speaks for all."""
+    pods = [pod for pod in view.pods if not pod.index]
+    latest = latest_by_index(pods, scene.children.progress)
     draft.updates["progress"] = merge_progress(
-        view.pods,
+        pods,
         scene.children.progress,
         scene.previous.progress if scene.previous_step == "train" else None,
         total_tokens=spec.training.tokens,

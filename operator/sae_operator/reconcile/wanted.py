@@ -37,8 +37,9 @@ class Wanted:
 
     Attributes:
         apply_cache: an inline cache to create, join, extend or re-arm.
-        create: manifests of ConfigMaps and Jobs, in order. AlreadyExists is fine when the object's controller is our
-            resource: a ConfigMap's `data` is then replaced, a Job is left as it is and fed back into the store.
+        create: manifests of ConfigMaps, Services and Jobs, in order. AlreadyExists is fine when the object's controller
+            is our resource: a ConfigMap's `data` is then replaced, a Service left as it is, and so is a Job, which is
+            fed back into the store.
         status: the whole status; it replaces the stored one, and is written only when it differs.
         events: to post on the resource, after the status.
         delete_jobs: names of Jobs to delete with propagationPolicy Foreground (the Job stays until its pods have ended,

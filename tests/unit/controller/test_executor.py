@@ -105,6 +105,13 @@ async def test_a_job_of_ours_that_exists_is_taken_over() -> None:
     assert "j" in store.children("uid-a").jobs
 
 
+async def test_a_service_is_made_once_and_serves_every_attempt() -> None:
+    services = "/api/v1/namespaces/ns/services"
+    server = Server({f"POST {services}": EXISTS, f"GET {services}/s": child("Service", "s")})
+    await execute(server, Wanted(create=(child("Service", "s"), child("Job", "j"))))
+    assert server.calls == [f"POST {services}", f"GET {services}/s", f"POST {JOBS}"]
+
+
 async def test_the_data_of_a_config_map_that_exists_is_renewed() -> None:
     there = child("ConfigMap", "c", data={"step.json": "old"})
     server = Server({f"POST {MAPS}": EXISTS, f"GET {MAPS}/c": there})

@@ -93,6 +93,7 @@ class FakeCluster:
     now: datetime = datetime(2026, 1, 1, tzinfo=UTC)
     resources: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     config_maps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    services: dict[str, dict[str, Any]] = field(default_factory=dict)
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     pods: dict[str, dict[str, Any]] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=dict)
@@ -327,6 +328,10 @@ class FakeCluster:
     def _create(self, manifest: dict[str, Any]) -> bool:
         name = manifest["metadata"]["name"]
         assert len(name) <= 63
+        if manifest["kind"] == "Service":
+            known = name in self.services
+            self.services.setdefault(name, manifest)
+            return not known
         existing = self.config_maps if manifest["kind"] == "ConfigMap" else self.jobs
         changed = existing.get(name) != manifest if manifest["kind"] == "ConfigMap" else name not in existing
         if manifest["kind"] == "ConfigMap":
@@ -374,6 +379,12 @@ class FakeCluster:
         limit = spec.get("backoffLimitPerIndex", spec.get("backoffLimit"))
         wanted, active = range(spec.get("completions") or 1), 0
         done = 0
+        if "completions" in spec and "backoffLimit" in spec:
+            # Failures of all indexes count together, but for those that a policy ignores.
+            counted = [pod for pod in pods if _exit_code(pod) not in (None, 0, 143) and not _disrupted(pod)]
+            if len(counted) > limit and not any(_exit_code(pod) == 2 for pod in counted):
+                return self._end_job(job, "Failed", "BackoffLimitExceeded")
+            limit = len(pods)
         for index in wanted:
             of_index = [pod for pod in pods if pod["metadata"]["annotations"].get("index") == str(index)]
             failed = [pod for pod in of_index if pod["status"]["phase"] == "Failed"]
