@@ -17,6 +17,7 @@ import typer
 from sae_job.commands import cache as cache_commands
 from sae_job.commands.convert import CONVERT_EPILOG, convert_configuration
 from sae_job.commands.pretokenize import PRETOKENIZE_EPILOG, pretokenize
+from sae_job.commands.validate import Files, advice_for, validate
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.storage.base import StoreError
 from sae_operator import __version__
@@ -40,14 +41,8 @@ app = typer.Typer(
 
 app.add_typer(cache_commands.app)
 app.command(epilog=PRETOKENIZE_EPILOG)(pretokenize)
+app.command()(validate)
 app.command("convert", epilog=CONVERT_EPILOG)(convert_configuration)
-
-Files = Annotated[
-    list[Path],
-    typer.Option(
-        "--filename", "-f", help="YAML file with one or more resources; may be given several times.", show_default=False
-    ),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -67,16 +62,6 @@ def _root(
 
 def _load(files: list[Path]) -> list[Resource]:
     return [resource for file in files for resource in load_manifests(file)]
-
-
-@app.command()
-def validate(filename: Files) -> None:
-    """Check manifests as the cluster would, with the same messages; nothing is started.
-
-    Exit code 2 when something is wrong, with one line for each problem: file, resource, field, and the fix.
-    """
-    for resource in _load(filename):
-        typer.echo(f"{resource.kind.kind}/{resource.name} is valid")
 
 
 @app.command()
@@ -106,6 +91,9 @@ def run(
     shown.setLevel(logging.INFO if verbose else logging.WARNING)
     logging.basicConfig(level=shown.level, format="%(levelname)s %(name)s: %(message)s", handlers=[shown])
     resources = _load(filename)
+    for resource in resources:
+        for warning in advice_for(resource):
+            print(f"warning: {resource.kind.kind}/{resource.name}: {warning}", file=sys.stderr)
     console = Console()
     outcomes = run_resources(
         resources, store_root=store, display=partial(step_bar, console=console, clock=time.monotonic)

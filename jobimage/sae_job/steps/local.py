@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -120,18 +120,9 @@ class LocalRun:
     def training_job(
         self, name: str, namespace: str, spec: SAETrainingJobSpec, caches: dict[tuple[str, str], ActivationCacheSpec]
     ) -> JobOutcome:
-        cache, location = _activations_of(spec, namespace, caches)
 
         def train_step(step: TrainStepName) -> TrainStep:
-            return TrainStep(
-                step=step,
-                namespace=namespace,
-                name=name,
-                uid=LOCAL_UID,
-                spec=spec,
-                activations=location,
-                cache=cache,
-            )
+            return local_train_step(step, name, namespace, spec, caches)
 
         with kept_log() as tail:
             first = self._run(train_step("preflight"))
@@ -152,8 +143,22 @@ class LocalRun:
         return JobOutcome(name=name, output=spec.output, result=result)
 
 
+def local_train_step(
+    step: TrainStepName,
+    name: str,
+    namespace: str,
+    spec: SAETrainingJobSpec,
+    caches: Mapping[tuple[str, str], ActivationCacheSpec],
+) -> TrainStep:
+    """A step of a training job as it runs in this process."""
+    cache, location = _activations_of(spec, namespace, caches)
+    return TrainStep(
+        step=step, namespace=namespace, name=name, uid=LOCAL_UID, spec=spec, activations=location, cache=cache
+    )
+
+
 def _activations_of(
-    spec: SAETrainingJobSpec, namespace: str, caches: dict[tuple[str, str], ActivationCacheSpec]
+    spec: SAETrainingJobSpec, namespace: str, caches: Mapping[tuple[str, str], ActivationCacheSpec]
 ) -> tuple[ActivationCacheSpec | None, StoreLocation]:
     """The spec of a job's cache, where it is known, and the folder; of a live source, what it would be as a cache, and
     the folder of its contexts."""

@@ -80,10 +80,10 @@ class WorkerMemory:
         """One line for each of these, for people."""
         place = " (on the GPU)" if gpu else ""
         return [
-            f"weights        {_mebibytes(self.weights)}{place}",
-            f"forward pass   {_mebibytes(self.forward)}{place}",
-            f"shard buffers  {_mebibytes(self.buffers)}: {self.shards} of {_mebibytes(self.shard).strip()}",
-            f"process        {_mebibytes(PROCESS_BYTES)}",
+            f"weights        {mebibytes(self.weights)}{place}",
+            f"forward pass   {mebibytes(self.forward)}{place}",
+            f"shard buffers  {mebibytes(self.buffers)}: {self.shards} of {mebibytes(self.shard).strip()}",
+            f"process        {mebibytes(PROCESS_BYTES)}",
         ]
 
     def check(self, spec: ActivationCacheSpec) -> None:
@@ -97,14 +97,12 @@ class WorkerMemory:
         model = (
             ""
             if gpu
-            else (
-                f"weights take {_mebibytes(self.weights).strip()}, a forward pass {_mebibytes(self.forward).strip()}, "
-            )
+            else (f"weights take {mebibytes(self.weights).strip()}, a forward pass {mebibytes(self.forward).strip()}, ")
         )
         raise InvalidInput(
             "NotEnoughMemory",
-            f"{model}{self.shards} shard buffers {_mebibytes(self.buffers).strip()}; the limit is "
-            f"{_mebibytes(limit).strip()}: raise it{self._what_to_lower(spec, needed - limit, gpu=gpu)}",
+            f"{model}{self.shards} shard buffers {mebibytes(self.buffers).strip()}; the limit is "
+            f"{mebibytes(limit).strip()}: raise it{self._what_to_lower(spec, needed - limit, gpu=gpu)}",
             field="spec.run.resources.limits.memory",
         )
 
@@ -121,5 +119,6 @@ class WorkerMemory:
         return f", or lower {' or '.join(fields)}" if fields else ""
 
 
-def _mebibytes(size: int) -> str:
+def mebibytes(size: int) -> str:
+    """Of a table's width."""
     return f"{size / 2**20:10,.1f} MiB"

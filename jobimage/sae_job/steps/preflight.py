@@ -15,13 +15,15 @@ from sae_job.errors import InvalidInput
 from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size, forward_bytes
 from sae_job.models.mirror import LocalModel, localized
 from sae_job.steps.activation_sources import model_of
+from sae_job.steps.advice import advice_for_job
 from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
 from sae_job.steps.hook_groups import shape_of
-from sae_job.steps.memory import PROCESS_BYTES, has_gpu, memory_limit
+from sae_job.steps.memory import has_gpu
 from sae_job.steps.model_evaluation import evaluates_model
 from sae_job.steps.output_marker import check_output, claim_output, finished_results, result_of
 from sae_job.steps.prepare import check_size, finished_manifest, prepare_contexts_for
+from sae_job.steps.training_memory import TrainingMemory
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex, row_bytes
 from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
@@ -33,12 +35,6 @@ from sae_operator.api.training_job import SAETrainingJobSpec
 
 logger = logging.getLogger(__name__)
 
-# A weight in float32, its gradient, and Adam's two moments.
-_BYTES_PER_PARAMETER = 16
-# What a checkpoint copies: the weight and the moments, and the weight of the SAE that is ready for use.
-_CHECKPOINT_BYTES_PER_PARAMETER = 16
-# Float32 arrays of [batch, d_sae] that a step holds at a time: pre-activations, and a penalty's or auxiliary loss's.
-_LATENT_ARRAYS = 3
 # A token id in a stored context.
 TOKEN_BYTES = 4
 
@@ -62,16 +58,15 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
         logger.info("finished results are there already below %s", output.uri)
         return result_of("preflight", finished, adopted=True)
     store = context.open_store(step.activations)
-    needs = _needs(step, store, context)
-    plan = resolve_plan(spec, cache_rows=needs.rows, widths=needs.widths)
-    _check_held_out(spec, plan)
-    if needs.statistics is not None:
-        plan = plan.scaled_by(needs.statistics)
-    _check_memory(spec, plan, needs)
-    memory = memory_bytes(plan, max(needs.held_bytes, needs.scored_model_bytes))
+    surveyed = survey(step, store, context)
+    plan, memory = surveyed.plan, surveyed.memory
+    for line in memory.lines(gpu=has_gpu(spec.run)):
+        logger.info("memory: %s", line)
+    for warning in advice_for_job(spec):
+        logger.warning("%s", warning)
     # After all checks, so that a spec that cannot work does not keep its mended successor from the output.
     claim_output(output, step)
-    stored_bytes = needs.bytes_to_cache
+    stored_bytes = surveyed.bytes_to_cache
     if spec.activations.live is not None:
         stored_bytes = _prepare_contexts(step, store, context)
     return StepResult(
@@ -80,8 +75,43 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
         reason="Completed",
         message=f"{len(plan.saes)} SAEs, {plan.tokens} tokens in {plan.steps} steps of {plan.batch_size}",
         adopted=False,
-        plan={"bytes": stored_bytes, "gpuSeconds": None, "memoryBytes": memory},
+        plan={"bytes": stored_bytes, "gpuSeconds": None, "memoryBytes": memory.total},
     )
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a job comes to.
+
+    Attributes:
+        plan: every default resolved; scales only where a finished cache tells its statistics.
+        memory: what its training pod needs.
+        bytes_to_cache: size of the cache that is to be built or extended.
+    """
+
+    plan: TrainingPlan
+    memory: TrainingMemory
+    bytes_to_cache: int
+
+
+def survey(step: TrainStep, store: ObjectStore, context: StepContext) -> Survey:
+    """What a job comes to, without writing anything.
+
+    Args:
+        store: the folder of its activations.
+
+    Raises:
+        InvalidInput: what cannot work, with the field to change.
+    """
+    spec = step.spec
+    needs = _needs(step, store, context)
+    plan = resolve_plan(spec, cache_rows=needs.rows, widths=needs.widths)
+    _check_held_out(spec, plan)
+    if needs.statistics is not None:
+        plan = plan.scaled_by(needs.statistics)
+    memory = needs.memory(spec, plan)
+    memory.check(spec)
+    return Survey(plan, memory, needs.bytes_to_cache)
 
 
 @dataclass(frozen=True)
@@ -91,20 +121,29 @@ class _Needs:
     Attributes:
         rows: rows that the job asked for, held-out ones included.
         widths: key of every hook -> width of its activations.
-        held_bytes: memory of the training pod for the activations.
-        live_rows_bytes: of these, rows of a live source, which lie in host memory.
-        scored_model_bytes: the same for the CE-loss score, which is taken when the activations are gone.
+        row_bytes: memory of the training pod for rows that are read or computed ahead.
+        model_bytes: the same for the model of a live source, with its forward pass.
+        scored_model_bytes: the same for the model that scores SAEs.
         bytes_to_cache: size of the cache that is to be built or extended.
         statistics: of the activations, where a finished cache tells them.
     """
 
     rows: int
     widths: Mapping[str, int]
-    held_bytes: int
+    row_bytes: int
     scored_model_bytes: int
-    live_rows_bytes: int = 0
+    model_bytes: int = 0
     bytes_to_cache: int = 0
     statistics: Mapping[str, HookStatistics] | None = None
+
+    def memory(self, spec: SAETrainingJobSpec, plan: TrainingPlan) -> TrainingMemory:
+        return TrainingMemory.of(
+            plan,
+            rows=self.row_bytes,
+            model=self.model_bytes,
+            scored_model=self.scored_model_bytes,
+            scored_beside=spec.evaluation.model_every_tokens is not None,
+        )
 
 
 def _needs(step: TrainStep, store: ObjectStore, context: StepContext) -> _Needs:
@@ -122,7 +161,7 @@ def _needs(step: TrainStep, store: ObjectStore, context: StepContext) -> _Needs:
         return _Needs(
             rows=manifest.tokens if cache is None else cache.tokens,
             widths=widths,
-            held_bytes=reader_memory_bytes(
+            row_bytes=reader_memory_bytes(
                 manifest.bytes,
                 manifest.shard_bytes,
                 read_bytes=read_bytes_of_shard(manifest, list(_trained(spec, widths))),
@@ -133,7 +172,7 @@ def _needs(step: TrainStep, store: ObjectStore, context: StepContext) -> _Needs:
     assert cache is not None, "a cache without a spec has a manifest"
     facts = _inspect(spec, cache, store, context)
     shape = shape_of(cache, facts.d_in, None, manifest)
-    size, live_rows = shape.tokens * shape.row_bytes(cache.storage.dtype), 0
+    size, running = shape.tokens * shape.row_bytes(cache.storage.dtype), 0
     if manifest is not None:
         # Its shards keep their rows, however many bytes the spec's would have.
         row = row_bytes(_trained(spec, facts.d_in), cache.storage.dtype, group=1)
@@ -142,13 +181,12 @@ def _needs(step: TrainStep, store: ObjectStore, context: StepContext) -> _Needs:
         held = reader_memory_bytes(size, cache.storage.shard_bytes)
     else:
         running = facts.parameter_bytes + forward_bytes(facts, cache.model, cache.context_size)
-        live_rows = min(size, LIVE_SHARDS_IN_BUFFER * cache.storage.shard_bytes)
-        held = running + live_rows
+        held = min(size, LIVE_SHARDS_IN_BUFFER * cache.storage.shard_bytes)
     return _Needs(
         rows=cache.tokens,
         widths=facts.d_in,
-        held_bytes=held,
-        live_rows_bytes=live_rows,
+        row_bytes=held,
+        model_bytes=running,
         scored_model_bytes=facts.total_parameter_bytes if scores_with_model(spec) else 0,
         bytes_to_cache=size if spec.activations.live is None else 0,
     )
@@ -271,46 +309,4 @@ def _check_head(spec: SAETrainingJobSpec, facts: ModelFacts) -> None:
             "NoLanguageModelHead",
             f"{facts.name!r} predicts no tokens; leave ce_loss_score out",
             field="spec.evaluation.metrics",
-        )
-
-
-def memory_bytes(plan: TrainingPlan, held_bytes: int) -> int:
-    """What the training pod needs, device and host together: weights with gradients and moments, a checkpoint of them,
-    a step, and `held_bytes` of what is read or computed, or of a language model."""
-    weights = _parameters(plan) * (_BYTES_PER_PARAMETER + _CHECKPOINT_BYTES_PER_PARAMETER)
-    return PROCESS_BYTES + held_bytes + weights + _LATENT_ARRAYS * _latent_bytes(plan)
-
-
-def _parameters(plan: TrainingPlan) -> int:
-    return sum(2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae for sae in plan.saes)
-
-
-def _latent_bytes(plan: TrainingPlan) -> int:
-    return max(sae.d_sae for sae in plan.saes) * plan.batch_size * 4
-
-
-def _check_memory(spec: SAETrainingJobSpec, plan: TrainingPlan, needs: _Needs) -> None:
-    """Raises InvalidInput when a pod without a GPU cannot even hold the weights, one step and the shards it reads, or
-    one with a GPU the rows of a live source."""
-    limit, field = memory_limit(spec.run), "spec.run.resources.limits.memory"
-    if limit is None:
-        return
-    if has_gpu(spec.run):
-        if limit < needs.live_rows_bytes:
-            raise InvalidInput(
-                "NotEnoughMemory",
-                f"rows of the live source alone take {needs.live_rows_bytes >> 20} MiB, the limit is "
-                f"{limit >> 20} MiB; raise it, or lower bufferBytes",
-                field=field,
-            )
-        return
-    training = _parameters(plan) * _BYTES_PER_PARAMETER + _latent_bytes(plan)
-    if limit < training + needs.held_bytes:
-        lower = "the cache's shardBytes" if spec.activations.live is None else "bufferBytes of the live source"
-        raise InvalidInput(
-            "NotEnoughMemory",
-            f"weights and one step alone take {training >> 20} MiB and the activations in use "
-            f"{needs.held_bytes >> 20} MiB, the limit is {limit >> 20} MiB; raise it, or lower batchSize, dSae, the "
-            f"number of SAEs or {lower}",
-            field=field,
         )

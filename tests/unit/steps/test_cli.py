@@ -37,7 +37,11 @@ def manifest(tmp_path: Path) -> Path:
 
 def test_a_valid_manifest_is_said_to_be_valid(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command_line(["validate", "-f", str(manifest)]) == 0
-    assert capsys.readouterr().out == "SAETrainingJob/job is valid\n"
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [
+        "SAETrainingJob/job is valid",
+        "  plan: the widths of its hooks are not known here; --d-in tells them",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +50,7 @@ def test_a_valid_manifest_is_said_to_be_valid(manifest: Path, capsys: pytest.Cap
         ("k: 4", "k: 400", "spec.saes[0].architecture.k: k must be at most dSae"),
         ("learningRate: 3e-4", "learningrate: 3e-4", "learningRate"),
         ("kind: SAETrainingJob", "kind: SAEJob", "SAETrainingJob"),
-        ("type: topk", "type: gated", "topk"),
+        ("type: topk", "type: vanilla", "topk"),
         ("name: job}", "name: Job}", "metadata.name"),
     ],
 )
