@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sae_job.saes.kernels import triton_products
-from sae_job.saes.kernels.choice import forced_kernels
+from sae_job.saes.kernels.choice import forced_kernels, rounded_operands
 from sae_job.saes.kernels.sparse import ActiveLatents
 from tests.kernel_cases import BATCH, D_SAE, FORMS, active_latents, random
 
@@ -113,3 +113,21 @@ def test_the_order_of_a_sum_follows_from_the_places_alone() -> None:
     pair = active.weight_gradients((rows, active.values), (rows, active.values))
     assert torch.equal(pair[0], active.weight_gradient(rows, active.values))
     assert torch.equal(pair[0], pair[1])
+
+
+def test_rounded_operands_are_those_alone_that_are_read_row_by_row() -> None:
+    """Weights, inputs and gradients; not activations, biases, targets, or sums."""
+    active = active_latents("ragged")
+    weight, rows, target = random(D_SAE, 9, seed=15), random(BATCH, 9, seed=16), random(BATCH, 9, seed=17)
+    bias, factors = random(9, seed=18), random(BATCH, seed=19)
+    rounded = weight.bfloat16()
+    with rounded_operands(True):
+        assert torch.equal(active.decode(weight), active.decode(rounded))
+        assert torch.equal(active.value_gradients(rows, weight), active.value_gradients(rows, rounded))
+        gradient = active.weight_gradient(rows, active.values)
+        found = active.reconstruct(weight, bias, target, factors)
+        with rounded_operands(False):
+            expected = active.reconstruct(rounded, bias, target, factors)
+            assert torch.equal(gradient, active.weight_gradient(rows.bfloat16(), active.values))
+            assert not torch.equal(active.decode(weight), active.decode(rounded))
+    assert all(map(torch.equal, found, expected))

@@ -17,6 +17,7 @@ Kernels = Literal["triton", "sparse"]
 
 _log = logging.getLogger(__name__)
 _forced: ContextVar[Kernels | None] = ContextVar("forced_kernels", default=None)
+_rounded: ContextVar[bool] = ContextVar("rounded_operands", default=False)
 # What Triton's kernels load, and sum in float32. Others, such as the float64 of a check, are PyTorch's.
 _TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -42,6 +43,26 @@ def forced_kernels(name: Kernels) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextmanager
+def rounded_operands(rounded: bool) -> Iterator[None]:
+    """Inside, Triton's products read their large operands in bfloat16, or, if not `rounded`, as they are.
+
+    What these products cost is the reading of rows of weights, inputs and gradients: half the bytes are half the
+    time. Sums stay float32. PyTorch's operators, which take one type only, would round their sums as well: they are
+    left alone.
+    """
+    token = _rounded.set(rounded)
+    try:
+        yield
+    finally:
+        _rounded.reset(token)
+
+
+def operand(tensor: Tensor) -> Tensor:
+    """A large operand of a Triton product, in the format that it is to be read in."""
+    return tensor.to(torch.bfloat16) if _rounded.get() and tensor.dtype == torch.float32 else tensor
 
 
 @lru_cache

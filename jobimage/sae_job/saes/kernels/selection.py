@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from sae_job.saes.kernels.choice import rounded_operands
 from sae_job.saes.kernels.sparse import ActiveLatents, top_k
 
 # Among Gaussian pre-activations the k-th largest of n lies t deviations out, with t^2 about 2 ln(n / k): 10 for 32 of
@@ -85,7 +86,8 @@ def settled(
     b_enc: Float32[Tensor, " d_sae"],
 ) -> Float32[Tensor, "*entries"]:
     """The candidates' pre-activations from float32 weights, and nothing else's."""
-    return candidates.value_gradients(centred, W_enc_T) + b_enc[candidates.indices]
+    with rounded_operands(False):
+        return candidates.value_gradients(centred, W_enc_T) + b_enc[candidates.indices]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from sae_job.saes.kernels.choice import takes_triton
+from sae_job.saes.kernels.choice import operand, takes_triton
 
 _SUM = 0  # PyTorch's number for mode="sum"
 # The maxima of groups of this size are searched instead of all entries. 8 is the measured optimum on a CPU: half as
@@ -187,7 +187,7 @@ class ActiveLatents:
     def decode(self, weight: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
         """Sum of each row's activations times their latents' rows of `weight`; zero where a row has none."""
         if takes_triton(weight, self.values):
-            return _triton().decode(weight, self.latents, self.values.reshape(-1), self._places.starts)
+            return _triton().decode(operand(weight), self.latents, self.values.reshape(-1), self._places.starts)
         weight, values = _same_type(weight, self.values)
         return _bags(weight, self.latents, self._places.starts, values.reshape(-1))
 
@@ -197,7 +197,9 @@ class ActiveLatents:
         """Gradient of the activations, given the gradient of `decode`'s output: each entry's row of `gradient` times
         its latent's row of `weight`."""
         if takes_triton(gradient, weight):
-            return _triton().value_gradients(gradient, weight, self.latents, self._places.starts).view(self.shape)
+            return (
+                _triton().value_gradients(gradient, operand(weight), self.latents, self._places.starts).view(self.shape)
+            )
         gradient, weight = _same_type(gradient, weight)
         flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             gradient, weight, self.latents, self._places.starts[:-1], self.rows, _SUM
@@ -223,7 +225,7 @@ class ActiveLatents:
         """
         if takes_triton(weight, self.values, target):
             error, squares, gradients = _triton().reconstruct(
-                weight, bias, target, factors, self.latents, self.values.reshape(-1), self._places.starts
+                operand(weight), bias, target, factors, self.latents, self.values.reshape(-1), self._places.starts
             )
             return Reconstruction(error, squares, gradients.view(self.shape))
         error = self.decode(weight).add_(bias).sub_(target)
@@ -240,7 +242,7 @@ class ActiveLatents:
         """
         order, row_of, starts = self._places.by_latent
         if takes_triton(rows, values):
-            return _triton().weight_gradient(rows, values.reshape(-1), order, row_of, starts)
+            return _triton().weight_gradient(operand(rows), values.reshape(-1), order, row_of, starts)
         rows, values = _same_type(rows, values)
         return _bags(rows, row_of, starts, values.reshape(-1)[order])
 
@@ -254,7 +256,7 @@ class ActiveLatents:
         Decoder and encoder: `weight_gradients((output_gradient, values), (centred, value_gradient))`.
         """
         if takes_triton(*first, *second):
-            pairs = [(rows, values.reshape(-1)) for rows, values in (first, second)]
+            pairs = [(operand(rows), values.reshape(-1)) for rows, values in (first, second)]
             return _triton().weight_gradients(*pairs, *self._places.by_latent)
         return self.weight_gradient(*first), self.weight_gradient(*second)
 
