@@ -20,7 +20,6 @@ from sae_job.training.schedules import LearningRateSchedule
 from sae_operator.api.sae import SaeSpec
 from sae_operator.api.training_job import SAETrainingJobSpec, Training
 
-DEFAULT_EXPANSION_FACTOR = 8
 MINIMUM_BATCH_SIZE, MAXIMUM_BATCH_SIZE = 256, 4096
 # A smaller batch takes more steps from the same tokens, which trains better, until steps are plenty.
 MINIMUM_STEPS = 1000
@@ -326,7 +325,7 @@ def _sae_plan(
     target_hook = resolve_target_hook(spec, index, list(widths))
     d_in, d_out = widths[hook], widths[target_hook]
     check_normalization(spec, index, d_in)
-    d_sae = sae.d_sae or (sae.expansion_factor or DEFAULT_EXPANSION_FACTOR) * d_in
+    d_sae = sae.latents(d_in)
     check_architecture(spec, index, d_sae=d_sae)
     rate = (
         sae.training.learning_rate or spec.training.learning_rate or default_learning_rate(batch_size, training_steps)

@@ -44,6 +44,7 @@ FIELD_TYPES: dict[str, tuple[str, ...]] = {
     "pre_activation_coefficient": ("jumprelu",),
     "noise_scale": (*TOP_K_TYPES, "standard", "jumprelu"),
 }
+DEFAULT_EXPANSION_FACTOR = 8
 REQUIRED_FIELDS = ("k", "l1_coefficient", "l0_coefficient")
 
 
@@ -289,3 +290,7 @@ class SaeSpec(ApiModel):
     def subtracts_b_dec(self) -> bool:
         """Whether `b_dec` is subtracted before encoding."""
         return self.target_hook is None if self.apply_b_dec_to_input is None else self.apply_b_dec_to_input
+
+    def latents(self, d_in: int) -> int:
+        """Number of latents on activations of a width."""
+        return self.d_sae or (self.expansion_factor or DEFAULT_EXPANSION_FACTOR) * d_in
