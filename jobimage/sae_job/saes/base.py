@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,18 +219,14 @@ class SAE(torch.nn.Module):
         folding.fold_decoder_norms(self)
 
     def save(
-        self, store: ObjectStore, prefix: str, *, log_sparsity: Tensor | None = None, layout: Layout | None = None
+        self, store: ObjectStore, prefix: str, *, log_sparsity: Tensor | None = None, layout: Layout = "saelens5"
     ) -> None:
         """Write the folder that SAELens loads, the weights last.
 
         Args:
             prefix: folder below the store's URI.
             log_sparsity: log10 firing frequency [d_sae].
-            layout: SAELens 5's or SAELens 6's; when None that of SAELens 5, and for a transcoder, which it does not
-                know, that of SAELens 6.
-
-        Raises:
-            InvalidInput: the layout does not know such an SAE.
+            layout: SAELens 5's or SAELens 6's; transcoders, which SAELens 5 does not know, always have the latter.
         """
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
         files.write(store, prefix, self.cfg, tensors, log_sparsity=log_sparsity, layout=layout)
@@ -245,11 +242,22 @@ class SAE(torch.nn.Module):
 
         Raises:
             InvalidInput: the folder holds no SAE, or one that cannot be loaded rightly.
+
+        Warns:
+            UserWarning: its model must be processed; the message tells how to load it.
         """
         if not isinstance(location, StoreLocation):
             text = str(location)
             location = StoreLocation(uri=text if "://" in text else f"file://{Path(text).absolute()}")
-        return cls.load_from_store(open_store(location), "", device, dtype=dtype)
+        sae = cls.load_from_store(open_store(location), "", device, dtype=dtype)
+        if sae.cfg.model_from_pretrained_kwargs:
+            arguments = ", ".join(f"{name}={value!r}" for name, value in sae.cfg.model_from_pretrained_kwargs.items())
+            warnings.warn(
+                "this SAE was trained on a processed model: load it by "
+                f"HookedTransformer.from_pretrained_no_processing(..., {arguments})",
+                stacklevel=2,
+            )
+        return sae
 
     @classmethod
     def load_from_store(

@@ -126,19 +126,17 @@ class SAEConfig:
     training_architecture: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self, layout: Layout | None = None) -> dict[str, Any]:
+    def to_dict(self, layout: Layout = "saelens5") -> dict[str, Any]:
         """As it stands in cfg.json.
 
         Args:
-            layout: SAELens 5's or SAELens 6's; when None that of SAELens 5, and for a transcoder, which it does not
-                know, that of SAELens 6.
-
-        Raises:
-            InvalidInput: the layout does not know such an SAE.
+            layout: SAELens 5's or SAELens 6's; transcoders, which SAELens 5 does not know, always have the latter.
         """
-        if layout is None:
-            layout = "saelens6" if self.is_transcoder else "saelens5"
-        return saelens5.write(self) if layout == "saelens5" else saelens6.write(self)
+        return (saelens5 if self.layout(layout) == "saelens5" else saelens6).write(self)
+
+    def layout(self, wanted: Layout) -> Layout:
+        """The layout that it is stored in where `wanted` is asked for."""
+        return "saelens6" if self.is_transcoder else wanted
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> SAEConfig:

@@ -33,10 +33,10 @@ def write(
     tensors: Mapping[str, Tensor],
     *,
     log_sparsity: Tensor | None,
-    layout: Layout | None,
+    layout: Layout,
 ) -> None:
     """Write the folder, the weights last; see `SAE.save`."""
-    config, tensors = _for_layout(config, tensors, layout)
+    config, tensors = _for_layout(config, tensors, config.layout(layout))
     cfg = json.dumps(config.to_dict(layout), indent=1).encode()
     dtype = DTYPES[config.dtype]
     weights = save_tensors({name: tensor.to(dtype).cpu().contiguous() for name, tensor in tensors.items()})
@@ -102,13 +102,13 @@ def shapes_of(config: SAEConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _for_layout(
-    config: SAEConfig, tensors: Mapping[str, Tensor], layout: Layout | None
+    config: SAEConfig, tensors: Mapping[str, Tensor], layout: Layout
 ) -> tuple[SAEConfig, dict[str, Tensor]]:
     """What goes into the files: SAELens 6 has no factor of fine-tuning, and SAELens 5 none in gated SAEs; there it
     goes into the decoder, which leaves activations and reconstructions as they are."""
     tensors = dict(tensors)
     if (factor := tensors.pop(FACTOR, None)) is not None:
-        if layout == "saelens6" or config.is_transcoder or config.architecture == "gated":
+        if layout == "saelens6" or config.architecture == "gated":
             tensors["W_dec"] = tensors["W_dec"] * factor.unsqueeze(1)
             config = dataclasses.replace(config, finetuning_scaling_factor=False)
         else:

@@ -99,15 +99,6 @@ def read(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(config: SAEConfig) -> dict[str, Any]:
-    """The 22 keys.
-
-    Raises:
-        InvalidInput: it is a transcoder, which SAELens 5 does not know.
-    """
-    if config.is_transcoder:
-        raise InvalidInput(
-            "SaeUnsupported",
-            "SAELens 5 has no transcoders: write the newest layout",
-            field="spec.saeFormat",
-        )
+    """The 22 keys; of an autoencoder, since SAELens 5 knows no transcoders."""
+    assert not config.is_transcoder
     return {key: getattr(config, key) for key in KEYS} | {"seqpos_slice": list(config.seqpos_slice)}
