@@ -214,6 +214,19 @@ class MixedRows:
                 )
         return batch.decoded(self._device)
 
+    def next_places(self) -> list[tuple[int, int]]:
+        """Shard and row in it of every row of the next batch, to tell where one came from; reading does not move on.
+
+        Raises:
+            as `next_batch`.
+        """
+        here, places = self.state(), []
+        batch, done = self._batch(self._batch_size, self._memory), 0
+        while done < self._batch_size * self._world_size:
+            done = self._take(batch, done, places)
+        self.restore(here)
+        return places
+
     def state(self) -> dict[str, Any]:
         """Where reading stands, as JSON; `restore` continues exactly there, in any number of processes."""
         return {
@@ -321,9 +334,9 @@ class MixedRows:
     def _plan(self, epoch: int) -> EpochPlan:
         return EpochPlan(self._epoch_rows.training, seed=self._seed, epoch=epoch, mix_shards=self._mix_shards)
 
-    def _take(self, batch: Batch, done: int) -> int:
+    def _take(self, batch: Batch, done: int, places: list[tuple[int, int]] | None = None) -> int:
         """Copy rows of the current phase into a batch of which all processes have `done` rows; returns how many they
-        have then."""
+        have then. Shard and row of each are appended to `places`."""
         place = self._place
         if self._labels is None:
             self._labels = self._enter_phase()
@@ -338,7 +351,11 @@ class MixedRows:
             tensors = self._source.get(self._epoch_rows.shards[shard].shard)
             if tensors.kept is not None:
                 rows = rows[tensors.kept[rows]]
-            batch.add(tensors, rows[(self._rank - done) % self._world_size :: self._world_size])
+            mine = rows[(self._rank - done) % self._world_size :: self._world_size]
+            batch.add(tensors, mine)
+            if places is not None:
+                number = self._epoch_rows.shards[shard].shard.number
+                places += [(number, row) for row in mine.tolist()]
             self._cursors[number] += count
             done += len(rows)
         self._advance(place.offset + len(taken))

@@ -14,11 +14,11 @@ class CheckpointWriter:
     """Writes snapshots in a thread; an error there is raised by the next call here.
 
     Args:
-        checkpoints: where they go.
-        on_stored: called, in the writing thread, with the tokens of each checkpoint that is safely stored.
+        checkpoints: where they go; None where none are submitted.
+        on_stored: called, in the writing thread, with each snapshot that is safely stored.
     """
 
-    def __init__(self, checkpoints: Checkpoints, on_stored: Callable[[int], None]) -> None:
+    def __init__(self, checkpoints: Checkpoints | None, on_stored: Callable[[Snapshot], None]) -> None:
         self._checkpoints = checkpoints
         self._on_stored = on_stored
         self._thread: threading.Thread | None = None
@@ -60,12 +60,13 @@ class CheckpointWriter:
             raise error
 
     def _write(self, snapshot: Snapshot) -> None:
+        assert self._checkpoints is not None, "a rank that writes no checkpoints submits none"
         try:
             self._checkpoints.write(snapshot)
         except BaseException as error:  # noqa: BLE001 - raised again in the training's thread
             self._error = error
             return
-        self._on_stored(snapshot.tokens)
+        self._on_stored(snapshot)
 
     def __enter__(self) -> Self:
         return self

@@ -3,7 +3,7 @@
 Below `checkpoints/<tokens>/`: `<sae>/` is an SAE as the finished job would leave it; `state/<sae>.safetensors` its
 weights, optimiser and counters; `state/random.safetensors` the states of torch's generators; `metrics.jsonl` the lines
 so far; `state.json` the rest; `checkpoint.json`, written last, holds the SHA-256 of every file: without it there is no
-checkpoint.
+checkpoint. An SAE that broke is not in later checkpoints; the last good `<sae>/` stays, whatever else is removed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sae_job.saes.base import SAE
+from sae_job.saes.config import Layout
+from sae_job.saes.files import WEIGHTS_FILE
 from sae_job.storage.base import ObjectInfo, ObjectNotFound, ObjectStore
+from sae_job.training.observer import Moment
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PREFIX = "checkpoints/"
 MARKER = "checkpoint.json"
 STATE = "state.json"
@@ -41,10 +44,11 @@ class Snapshot:
     Attributes:
         tokens: tokens trained on.
         state: what is no tensor, JSON-able.
-        tensors: SAE name -> its tensors; SAEs that failed are included.
+        tensors: SAE name -> its tensors; without SAEs that failed.
         random: states of torch's generators.
         metrics: lines of metrics.jsonl so far.
-        saes: SAE name -> (ready for use, log10 firing frequencies); without those that failed. Empty when loaded.
+        saes: SAE name -> (ready for use, log10 firing frequencies); only those with finite weights. Empty when loaded.
+        moment: when it was taken.
     """
 
     tokens: int
@@ -53,6 +57,7 @@ class Snapshot:
     random: dict[str, Tensor]
     metrics: list[dict[str, Any]]
     saes: dict[str, tuple[SAE, Tensor | None]]
+    moment: Moment
 
 
 class CorruptCheckpoint(Exception):
@@ -84,11 +89,13 @@ class Checkpoints:
     Args:
         store: the job's output.
         keep: how many finished checkpoints are kept.
+        layout: of the SAEs ready for use; see `SAE.save`.
     """
 
-    def __init__(self, store: ObjectStore, *, keep: int) -> None:
+    def __init__(self, store: ObjectStore, *, keep: int, layout: Layout | None = None) -> None:
         self._store = store
         self._keep = keep
+        self._layout: Layout | None = layout
 
     def write(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, then remove what is older than the last `keep`.
@@ -98,8 +105,9 @@ class Checkpoints:
         """
         folder = _folder(snapshot.tokens)
         recorder = _DigestStore(self._store)
+        names = list(snapshot.state["failures"])
         for name, (sae, log_sparsity) in snapshot.saes.items():
-            sae.save(recorder, f"{folder}{name}", log_sparsity=log_sparsity)
+            sae.save(recorder, f"{folder}{name}", log_sparsity=log_sparsity, layout=self._layout)
         for name, tensors in snapshot.tensors.items():
             recorder.put(f"{folder}state/{name}.safetensors", save(tensors))
         recorder.put(folder + RANDOM, save(snapshot.random))
@@ -109,10 +117,11 @@ class Checkpoints:
             "formatVersion": FORMAT_VERSION,
             "tokens": snapshot.tokens,
             "saes": list(snapshot.tensors),
+            "broken": [name for name in names if name not in snapshot.saes],
             "sha256": {key.removeprefix(folder): digest for key, digest in recorder.digests.items()},
         }
         self._store.put(folder + MARKER, json.dumps(marker, indent=1).encode())
-        self._prune(snapshot.tokens)
+        self._prune(snapshot.tokens, [name for name in names if name not in snapshot.saes])
 
     def newest(self, fits: Callable[[dict[str, Any]], bool]) -> Snapshot | None:
         """The newest checkpoint that is whole and whose state `fits`; those that are not are removed, with a warning.
@@ -134,11 +143,32 @@ class Checkpoints:
             self._store.delete(_folder(tokens) + MARKER)
         return None
 
-    def remove_all(self) -> None:
-        """Remove every checkpoint; markers go first, so that none is left half."""
+    def remove_all(self, *, keep: Collection[str] = ()) -> None:
+        """Remove every checkpoint but the last good weights of the SAEs `keep`; markers go first, so that none is left
+        half."""
         keys = self._keys()
-        for key in sorted(keys, key=lambda key: not key.endswith(f"/{MARKER}")):
-            self._store.delete(key)
+        self._delete(keys, self._last_good_folders(keys, keep))
+
+    def last_good(self, sae: str) -> int | None:
+        """Tokens of the newest checkpoint that holds an SAE ready for use: with finite weights; None without one.
+
+        Of an SAE that broke it stays, below `checkpoints/<tokens>/<sae>/`, when the checkpoint itself goes.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        return self._last_good(self._keys(), sae)
+
+    @staticmethod
+    def _last_good(keys: Collection[str], sae: str) -> int | None:
+        # The weights are written last.
+        end = f"/{sae}/{WEIGHTS_FILE}"
+        names = (key.removeprefix(PREFIX).removesuffix(end) for key in keys if key.endswith(end))
+        return max((int(name) for name in names if name.isdecimal()), default=None)
+
+    def _last_good_folders(self, keys: Collection[str], saes: Collection[str]) -> tuple[str, ...]:
+        found = ((name, self._last_good(keys, name)) for name in saes)
+        return tuple(f"{_folder(tokens)}{name}/" for name, tokens in found if tokens is not None)
 
     def _load(self, tokens: int) -> Snapshot:
         folder = _folder(tokens)
@@ -154,13 +184,15 @@ class Checkpoints:
                     raise CorruptCheckpoint(f"{name} has another checksum than when it was written")
                 return data
 
+            state = json.loads(read(STATE))
             return Snapshot(
                 tokens=tokens,
-                state=json.loads(read(STATE)),
+                state=state,
                 tensors={name: load(read(f"state/{name}.safetensors")) for name in marker["saes"]},
                 random=load(read(RANDOM)),
                 metrics=[json.loads(line) for line in read(METRICS).splitlines()],
                 saes={},
+                moment=Moment(state["steps_done"], tokens),
             )
         except ObjectNotFound as error:
             raise CorruptCheckpoint(str(error)) from error
@@ -176,11 +208,16 @@ class Checkpoints:
         names = (folder.removeprefix(PREFIX) for folder in folders)
         return {int(name) for name in names if name.isdecimal()}
 
-    def _prune(self, newest: int) -> None:
+    def _prune(self, newest: int, broken: Collection[str]) -> None:
+        """Remove all but the last `keep` checkpoints, and the last good weights of SAEs that this one lacks."""
         keys = self._keys()
         others = sorted(self._finished(keys) - {newest}, reverse=True)
         kept = (newest, *others[: self._keep - 1])
-        superfluous = [key for key in keys if not key.startswith(tuple(_folder(tokens) for tokens in kept))]
+        self._delete(keys, (*(_folder(tokens) for tokens in kept), *self._last_good_folders(keys, broken)))
+
+    def _delete(self, keys: Collection[str], kept: tuple[str, ...]) -> None:
+        """Delete those of the keys that are below none of the folders `kept`, markers first."""
+        superfluous = [key for key in keys if not key.startswith(kept)]
         for key in sorted(superfluous, key=lambda key: not key.endswith(f"/{MARKER}")):
             self._store.delete(key)
 

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from sae_job.training.observer import SparsityWindow
+
 # Added to a frequency before its logarithm, so that a latent that never fired has a finite one (-10).
 FREQUENCY_FLOOR = 1e-10
 
@@ -70,23 +72,33 @@ class FiringFrequency:
         self._counts = torch.zeros(2, d_sae, dtype=torch.float64, device=device)
         self._rows = [0, 0]
         self._window_tokens = window_tokens
+        self._closed = False
 
     def update(self, fire_counts: Tensor, rows: int) -> None:
         """Count a batch: `fire_counts` [d_sae] is in how many of its `rows` rows each latent fired."""
         self._counts[1] += fire_counts
         self._rows[1] += rows
-        if self._rows[1] >= self._window_tokens:
+        self._closed = self._rows[1] >= self._window_tokens
+        if self._closed:
             self._counts[0] = self._counts[1]
             self._counts[1].zero_()
             self._rows = [self._rows[1], 0]
 
+    def closed_window(self) -> SparsityWindow | None:
+        """The window that the last batch filled; None where it filled none."""
+        if not self._closed:
+            return None
+        return SparsityWindow(_logarithms(self._counts[0] / self._rows[0]), self._rows[0])
+
+    def estimate(self) -> SparsityWindow | None:
+        """The rows that are known, of the last complete window and the current one; None before the first."""
+        rows = sum(self._rows)
+        return None if rows == 0 else SparsityWindow(_logarithms(self._counts.sum(dim=0) / rows), rows)
+
     def log10(self) -> Float32[Tensor, " d_sae"] | None:
         """log10 of each latent's frequency (per row), on the CPU; None before the first row."""
-        rows = sum(self._rows)
-        if rows == 0:
-            return None
-        frequency = self._counts.sum(dim=0) / rows
-        return torch.log10(frequency + FREQUENCY_FLOOR).to(torch.float32).cpu()
+        estimate = self.estimate()
+        return None if estimate is None else estimate.log10_frequencies
 
     def state(self) -> dict[str, Tensor]:
         return {"window_counts": self._counts, "window_rows": torch.tensor(self._rows)}
@@ -94,3 +106,7 @@ class FiringFrequency:
     def restore(self, state: dict[str, Tensor]) -> None:
         self._counts.copy_(state["window_counts"])
         self._rows = [int(rows) for rows in state["window_rows"]]
+
+
+def _logarithms(frequencies: Tensor) -> Float32[Tensor, " d_sae"]:
+    return torch.log10(frequencies + FREQUENCY_FLOOR).to(torch.float32).cpu()

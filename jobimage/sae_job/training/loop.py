@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from queue import SimpleQueue
 
 from sae_job.errors import Stopped
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.training.checkpoint_writer import CheckpointWriter
-from sae_job.training.checkpoints import Checkpoints
+from sae_job.training.checkpoints import Checkpoints, Snapshot
 from sae_job.training.trainer import Trainer
 from sae_operator.api.steps import SaeProgress
 
@@ -20,7 +21,7 @@ class TrainingLoop:
 
     Args:
         trainer: initialised, or restored from a checkpoint.
-        checkpoints: where checkpoints go.
+        checkpoints: where checkpoints go; None on ranks that write none.
         reporter: where progress is told.
         should_stop: looked at between steps.
         now: seconds.
@@ -31,7 +32,7 @@ class TrainingLoop:
     def __init__(
         self,
         trainer: Trainer,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | None,
         reporter: ProgressReporter,
         *,
         should_stop: Callable[[], bool],
@@ -46,6 +47,7 @@ class TrainingLoop:
         self._now = now
         self._start = now() - seconds_before
         self._stored_tokens = stored_tokens
+        self._stored: SimpleQueue[Snapshot] = SimpleQueue()
 
     @property
     def seconds(self) -> float:
@@ -61,6 +63,7 @@ class TrainingLoop:
             StoreError: a checkpoint could not be written.
         """
         trainer, plan = self._trainer, self._trainer.plan
+        trainer.begin()
         self._reporter.update(
             tokens=trainer.tokens,
             total_tokens=plan.tokens,
@@ -76,24 +79,58 @@ class TrainingLoop:
                 trainer.step()
                 saes = sae_progress(trainer) if len(trainer.lines) > lines else None
                 self._reporter.update(tokens=trainer.tokens, saes=saes)
-                due = plan.checkpoint_every_seconds is not None and (
-                    self._now() - last >= plan.checkpoint_every_seconds and not trainer.finished and not writer.busy
-                )
-                if due or plan.checkpoints_after(trainer.steps_done):
+                if plan.checkpoints_after(trainer.steps_done) and not trainer.finished:
+                    # All ranks, after the same step: a step that broke an SAE must not be stored as a good one.
+                    trainer.settle()
+                    self._submit(writer)
                     last = self._now()
-                    writer.submit(trainer.snapshot({"seconds": self.seconds}))
+                elif self._is_due(last, writer):
+                    self._submit(writer)
+                    last = self._now()
+                self._tell_stored()
+        self._tell_stored()
+        for observer in trainer.observers:
+            observer.finished()
 
-    def _on_stored(self, tokens: int) -> None:
-        self._stored_tokens = tokens
-        self._reporter.update(checkpoint_tokens=tokens)
-        logger.info("checkpoint of %d tokens stored", tokens)
+    def _is_due(self, last: float, writer: CheckpointWriter) -> bool:
+        """Whether a checkpoint by time is due. This rank alone decides: a snapshot changes nothing, and where a step
+        has broken an SAE, it waits until all ranks have seen it."""
+        every = self._trainer.plan.checkpoint_every_seconds
+        return (
+            self._checkpoints is not None
+            and every is not None
+            and self._now() - last >= every
+            and not self._trainer.finished
+            and not writer.busy
+            and not self._trainer.unsettled
+        )
+
+    def _submit(self, writer: CheckpointWriter) -> None:
+        if self._checkpoints is not None:
+            writer.submit(self._trainer.snapshot({"seconds": self.seconds}))
+
+    def _on_stored(self, snapshot: Snapshot) -> None:
+        """In the writer's thread."""
+        self._stored_tokens = snapshot.tokens
+        self._stored.put(snapshot)
+        self._reporter.update(checkpoint_tokens=snapshot.tokens)
+        logger.info("checkpoint of %d tokens stored", snapshot.tokens)
+
+    def _tell_stored(self) -> None:
+        """Tell observers, in the training's own thread, which checkpoints are stored by now."""
+        while not self._stored.empty():
+            snapshot = self._stored.get()
+            for observer in self._trainer.observers:
+                observer.checkpointed(snapshot.moment, snapshot.saes)
 
     def _stop(self, writer: CheckpointWriter) -> None:
         trainer = self._trainer
+        trainer.settle()
         writer.wait()
         if self._stored_tokens != trainer.tokens and trainer.steps_done > 0:
-            writer.submit(trainer.snapshot({"seconds": self.seconds}))
+            self._submit(writer)
             writer.wait()
+        self._tell_stored()
         if trainer.steps_done == 0:
             raise Stopped("stopped before the first step")
         done = f"{trainer.tokens} of {trainer.plan.tokens}"
@@ -106,11 +143,8 @@ class TrainingLoop:
 def sae_progress(trainer: Trainer) -> list[SaeProgress]:
     """The latest figures of each SAE."""
     return [
-        SaeProgress(
-            name=sae.name,
-            phase="Running" if sae.failure is None else "Failed",
-            message=sae.failure,
-            **trainer.latest(sae.name),
+        SaeProgress.model_validate(
+            {"name": sae.name, "phase": sae.phase, "message": sae.message, **trainer.latest(sae.name)}
         )
         for sae in trainer.saes
     ]

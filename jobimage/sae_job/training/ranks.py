@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from sae_job.errors import InvalidInput, PeerLost, Stopped
-from sae_job.saes.trainable import Ranks
+from sae_job.saes.trainable import OneProcess, Ranks
 from sae_job.training.place import Place
 
 logger = logging.getLogger(__name__)
@@ -137,15 +137,31 @@ class DistributedRanks:
         assert found is not None
         raise _error(found) from failure
 
+    def in_turn(self, act: Callable[[], Value], *, early: bool) -> Value:
+        """Act on every rank, on some only when the early ones have done it well.
+
+        Raises:
+            as `together`.
+        """
+        value, _ = self.together(lambda: act() if early else None)
+        value, _ = self.together(lambda: value if early else act())
+        return value  # type: ignore[return-value]
+
     def conclude(self, failure: BaseException | None) -> None:
-        """Tell the others, from the first rank, how the training ended, and let them hear it."""
+        """Tell the others, from the first rank, how the training ended, and let them hear it where they wait for it.
+
+        It is told however it ended: an error here would hide the one that matters.
+        """
         outcome = "" if failure is None else type(failure).__name__
-        with _peers():
+        waited_for = failure is None or isinstance(failure, Stopped)
+        heard = [f"{_HEARD}/{index}" for index in range(1, self.size)]
+        deadline = time.monotonic() + HEARD_SECONDS
+        try:
             self._store.set(_OUTCOME, outcome)
-            heard = [f"{_HEARD}/{index}" for index in range(1, self.size)]
-            deadline = time.monotonic() + HEARD_SECONDS
-            while not self._store.check(heard) and time.monotonic() < deadline:
+            while waited_for and not self._store.check(heard) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
+        except RuntimeError as error:
+            logger.warning("the other processes could not be told how the training ended: %s", error)
 
     def await_conclusion(self, should_stop: Callable[[], bool]) -> str:
         """Wait until the first rank has concluded: an empty text, or the type of what it failed with.
@@ -182,6 +198,22 @@ class DistributedRanks:
         return self._words if tensor.device.type == "cpu" else self._sums
 
 
+class OnlyProcess(OneProcess):
+    """A training in one process, as its own first rank."""
+
+    def together(self, act: Callable[[], Value], *, asked_to_stop: bool = False) -> tuple[Value, bool]:
+        return act(), asked_to_stop
+
+    def in_turn(self, act: Callable[[], Value], *, early: bool) -> Value:
+        return act()
+
+    def conclude(self, failure: BaseException | None) -> None:
+        """There is nobody to tell."""
+
+    def stop_wanted(self) -> bool:
+        return False
+
+
 class SharedStream:
     """This rank's rows of every batch, which all ranks have before any of them goes on.
 
@@ -208,6 +240,10 @@ class SharedStream:
         batch, stop = self._ranks.together(self._stream.next_batch, asked_to_stop=self._asked())
         self._stop |= stop
         return batch
+
+    def next_places(self) -> list[tuple[int, int]]:
+        places, _ = self._ranks.together(self._stream.next_places)
+        return places
 
     def should_stop(self) -> bool:
         """Whether any rank had been asked to stop when the last batch was read: the same on all."""

@@ -1,22 +1,30 @@
-"""One SAE in training: its weights, optimiser, schedule, counters, and what it says when it breaks."""
+"""One SAE in training: its weights, optimiser, schedule, counters, and what it says when it breaks or is given up."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import math
 from collections.abc import Mapping
+from typing import Literal, Protocol, cast
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from sae_job.evaluation.metrics import HeldOutRows, reconstruction_metrics
 from sae_job.saes.architectures import build_trainable
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
-from sae_job.saes.trainable import StepInput, StepStatistics
+from sae_job.saes.products import products_in
+from sae_job.saes.trainable import ONE_PROCESS, Ranks, StepInput, StepStatistics
 from sae_job.training.dead_latents import DeadLatents, FiringFrequency
+from sae_job.training.finetuning import Finetunable, Finetuning
+from sae_job.training.observer import SparsityWindow
+from sae_job.training.optimizers import build_optimizer, optimizer_tensors, restore_optimizer, set_rate
 from sae_job.training.plan import SaePlan, TrainingPlan
+from sae_job.training.stop_early import reason_to_stop
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +34,40 @@ FREQUENCY_WINDOW_TOKENS = 1_000_000
 # that its weights do not depend on the other SAEs of the job.
 FEWEST_SAMPLE_ROWS, MOST_SAMPLE_ROWS = 8192, 32768
 
+Phase = Literal["Running", "Failed", "Stopped"]
+
 
 def sample_rows(d_sae: int) -> int:
     """Rows of the sample that an SAE is initialised from: enough that decoder rows rarely share one."""
     return min(max(2 * d_sae, FEWEST_SAMPLE_ROWS), MOST_SAMPLE_ROWS)
+
+
+def noise_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of an SAE's noise in one step on one rank: a training that goes on from any step draws what it would have
+    drawn, and ranks draw different noise for their different rows."""
+    digest = hashlib.sha256(f"noise/{seed}/{step}/{rank}".encode()).digest()
+    # torch takes 64 bits; the sign bit is left out.
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class _Learner(Protocol):
+    """What is trained in a phase: the SAE, or its fine-tuning."""
+
+    @property
+    def parameters_by_name(self) -> dict[str, Tensor]: ...
+    def step_gradients(self, batch: StepInput) -> StepStatistics: ...
+    def project_gradients(self) -> None: ...
+    def after_optimizer_step(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _LastStep:
+    """What a log line tells of: tensors stay on their device until one is written."""
+
+    statistics: StepStatistics
+    rate: float
+    dead: Tensor
+    rows: int
 
 
 class SaeTraining:
@@ -41,76 +79,148 @@ class SaeTraining:
         index: place in `spec.saes`, for messages.
         provenance: what the saved SAE tells of its activations.
         device: where weights lie.
+        ranks: the processes that train together, each on its rows of every batch. All of them hold the same weights,
+            counters and failures.
     """
 
     def __init__(
-        self, plan: SaePlan, job: TrainingPlan, index: int, *, provenance: Provenance, device: torch.device
+        self,
+        plan: SaePlan,
+        job: TrainingPlan,
+        index: int,
+        *,
+        provenance: Provenance,
+        device: torch.device,
+        ranks: Ranks = ONE_PROCESS,
     ) -> None:
         self.plan = plan
         self.failure: str | None = None
+        self.stopped: str | None = None
         self._job = job
         self._index = index
         self._provenance = provenance
         self._device = device
-        self._trainable = build_trainable(plan.spec, plan.d_in, device=device)
-        self._parameters = self._trainable.parameters_by_name
-        self._optimizer = torch.optim.Adam(
-            list(self._parameters.values()), lr=plan.learning_rate.peak, betas=plan.betas, fused=True
+        self._ranks = ranks
+        # Every architecture is made of `TrainableWeights`, which has what fine-tuning needs.
+        self._trainable = cast(
+            Finetunable,
+            build_trainable(
+                plan.spec,
+                plan.d_in,
+                plan.d_out,
+                device=device,
+                ranks=ranks,
+                mse_loss_normalization=job.settings.mse_loss_normalization,
+            ),
         )
+        self._finetuning: Finetuning | None = None
+        self._optimizer = self._fresh_optimizer(plan.learning_rate.peak)
         self._dead = DeadLatents(
             plan.d_sae, dead_after_tokens=job.dead_after_tokens, total_tokens=job.tokens, device=device
         )
         self._frequency = FiringFrequency(plan.d_sae, window_tokens=FREQUENCY_WINDOW_TOKENS, device=device)
+        self._noise = None if plan.spec.architecture.noise_scale is None else torch.Generator(device)
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._last: tuple[StepStatistics, float, Tensor, int] | None = None
+        self._last: _LastStep | None = None
 
     @property
     def name(self) -> str:
         return self.plan.name
 
-    def initialize(self, sample: Float32[Tensor, "rows d_in"]) -> None:
+    @property
+    def phase(self) -> Phase:
+        if self.failure is not None:
+            return "Failed"
+        return "Running" if self.stopped is None else "Stopped"
+
+    @property
+    def message(self) -> str | None:
+        """Why it is trained no further."""
+        return self.failure or self.stopped
+
+    @property
+    def _learner(self) -> _Learner:
+        return self._trainable if self._finetuning is None else self._finetuning
+
+    def _fresh_optimizer(self, rate: float) -> torch.optim.Optimizer:
+        return build_optimizer(
+            self._job.settings.optimizer, self._learner.parameters_by_name, rate=rate, betas=self.plan.betas
+        )
+
+    def initialize(self, sample: Float32[Tensor, "rows d_in"], target: Float32[Tensor, "rows d_out"]) -> None:
         """Set the initial weights from the first rows of a (scaled, normalised) sample and the SAE's own seed."""
         generator = torch.Generator(device="cpu").manual_seed(self.plan.spec.seed)
-        first = sample[: sample_rows(self.plan.d_sae)]
-        self._trainable.initialize(first, first, generator)
+        rows = sample_rows(self.plan.d_sae)
+        self._trainable.initialize(sample[:rows], target[:rows], generator)
 
-    def step(self, x: Float32[Tensor, "batch d_in"], step: int) -> None:
-        """Train on one (scaled, normalised) batch.
+    def start_from(self, sae: SAE) -> None:
+        """Begin with the weights of a saved SAE that `check_start` found to fit."""
+        self._trainable.start_from(sae.to(self._device), scale=self.plan.scale, target_scale=self.plan.target_scale)
+
+    def step(self, x: Float32[Tensor, "batch d_in"], target: Float32[Tensor, "batch d_out"], step: int) -> None:
+        """Train on this rank's rows of one (scaled, normalised) batch.
 
         The component of the decoder's gradient along each row is removed before clipping and before the step, since
         unit-norm rows cannot move along themselves.
         """
-        rate = self.plan.learning_rate(step)
+        if self._job.is_finetuning(step) and self._finetuning is None:
+            self._begin_finetuning()
+        rate = self._rate(step)
         dead = self._dead.mask()
-        statistics = self._trainable.step_gradients(StepInput(x, x, step, dead))
+        learner = self._learner
+        if self._noise is not None:
+            self._noise.manual_seed(noise_seed(self.plan.spec.seed, step, self._ranks.index))
+        with products_in(self._job.settings.precision, self._device):
+            statistics = learner.step_gradients(StepInput(x, target, step, dead, self._noise))
+        parameters = list(learner.parameters_by_name.values())
+        statistics = sum_over_ranks(statistics, parameters, self._ranks)
         self._note_bad_loss(statistics, step)
-        self._trainable.project_gradients()
+        learner.project_gradients()
         if self._job.gradient_clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self._job.gradient_clip_norm)
-        self._optimizer.param_groups[0]["lr"] = rate
+            torch.nn.utils.clip_grad_norm_(parameters, self._job.gradient_clip_norm)
+        set_rate(self._optimizer, rate)
         self._optimizer.step()
-        self._trainable.after_optimizer_step()
-        rows = x.shape[0]
+        learner.after_optimizer_step()
+        rows = x.shape[0] * self._ranks.size
         self._dead.update(statistics.fire_counts > 0, rows)
         self._frequency.update(statistics.fire_counts, rows)
-        self._last = (statistics, rate, dead, rows)
-        # Asking a GPU at every step would hold it up; there the check waits for the next log line.
-        if self._device.type == "cpu":
-            self.check()
+        self._last = _LastStep(statistics, rate, dead, rows)
+
+    def _begin_finetuning(self) -> None:
+        """Freeze the encoder, and go on with a fresh optimiser."""
+        settings, schedule = self._job.settings.finetuning, self.plan.finetuning_rate
+        assert settings is not None
+        assert schedule is not None
+        self._finetuning = Finetuning(self._trainable, settings.method, ranks=self._ranks)
+        self._optimizer = self._fresh_optimizer(schedule.peak)
+
+    def _rate(self, step: int) -> float:
+        """The rate that a step uses; each phase has a schedule of its own."""
+        if not self._job.is_finetuning(step):
+            return self.plan.learning_rate(step)
+        assert self.plan.finetuning_rate is not None
+        return self.plan.finetuning_rate(step - self._job.training_steps)
 
     def _note_bad_loss(self, statistics: StepStatistics, step: int) -> None:
         bad = ~torch.isfinite(statistics.loss) & (self._first_bad_step < 0)
         self._first_bad_step.masked_fill_(bad, step)
 
-    def check(self) -> bool:
-        """Whether the SAE is still sound; sets `failure` when its loss was not finite in a step so far."""
-        if self.failure is None and (step := int(self._first_bad_step)) >= 0:
-            self._fail(f"the loss is not finite from step {step} of {self._job.steps} on", step)
-        return self.failure is None
+    def first_bad_step(self) -> int | None:
+        """The first step whose loss was not finite; waits for a GPU."""
+        step = int(self._first_bad_step)
+        return step if step >= 0 else None
+
+    def weights_are_finite(self) -> bool:
+        """Whether all weights are: those that the last step made are seen by no loss yet."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self._learner.parameters_by_name.values())
+
+    def fail_at(self, step: int) -> None:
+        """Freeze the SAE because its loss was not finite in a step."""
+        self._fail(f"the loss is not finite from step {step} of {self._job.steps} on", step)
 
     def check_weights(self, steps_done: int) -> bool:
-        """Like `check`, and looks at the weights too: the last step's are seen by no loss."""
-        if self.check() and not all(bool(torch.isfinite(tensor).all()) for tensor in self._parameters.values()):
+        """Whether the weights are finite; freezes the SAE where they are not."""
+        if not self.weights_are_finite():
             self._fail(f"weights are not finite after step {steps_done - 1} of {self._job.steps}", steps_done - 1)
         return self.failure is None
 
@@ -119,28 +229,56 @@ class SaeTraining:
         self._fail(f"reconstructions are not finite after step {steps_done - 1} of {self._job.steps}", steps_done - 1)
 
     def _fail(self, what: str, step: int) -> None:
-        peak = self.plan.learning_rate.peak
-        self.failure = (
-            f"{what} (learning rate {self.plan.learning_rate(step):.3g}): lower "
-            f"spec.saes[{self._index}].training.learningRate, e.g. to {peak / 10:.1g}"
-        )
+        if self._job.is_finetuning(step):
+            assert self.plan.finetuning_rate is not None
+            peak, field = self.plan.finetuning_rate.peak, "spec.training.finetuning.learningRate"
+        else:
+            peak, field = self.plan.learning_rate.peak, f"spec.saes[{self._index}].training.learningRate"
+        self.failure = f"{what} (learning rate {self._rate(step):.3g}): lower {field}, e.g. to {peak / 10:.1g}"
         logger.warning("SAE %r is trained no further: %s", self.name, self.failure)
 
-    def log_line(self) -> dict[str, float]:
-        """Figures of the last step, with the values that it used."""
+    def stop_if_hopeless(self, figures: Mapping[str, float | None], *, tokens: int) -> None:
+        """Freeze the SAE where these figures of an evaluation are worse than its `stopEarly` allows."""
+        self.stopped = reason_to_stop(self.plan.spec.stop_early, figures, tokens=tokens)
+        if self.stopped is not None:
+            logger.info("SAE %r: %s", self.name, self.stopped)
+
+    def log_line(self, *, told_kernel: str | None) -> dict[str, float | str]:
+        """Figures of the last step, with the values that it used.
+
+        Args:
+            told_kernel: the kernel that was told last: only another one is told.
+        """
         assert self._last is not None
-        statistics, rate, dead, rows = self._last
-        return {
+        last = self._last
+        statistics = last.statistics
+        line: dict[str, float | str] = {
             "loss": float(statistics.loss),
             **{name: float(value) for name, value in statistics.losses.items()},
-            "l0": float(statistics.fire_counts.sum()) / rows,
-            "learning_rate": rate,
-            "dead_features": int(dead.sum()),
+            "l0": float(statistics.fire_counts.sum()) / last.rows,
+            "learning_rate": last.rate,
+            "dead_features": int(last.dead.sum()),
+            "mean_tokens_since_fired": float(self._dead.tokens_since_fired.to(torch.float64).mean()),
         }
+        if statistics.coefficient is not None:
+            line["coefficient"] = statistics.coefficient
+        if statistics.kernel != told_kernel:
+            line["kernel"] = statistics.kernel
+        return line
 
-    def evaluate(self, held_out: HeldOutRows) -> dict[str, float | None]:
-        """Figures on held-out rows; `dead_fraction` is of the training so far."""
-        metrics = reconstruction_metrics(self.inference(), held_out)
+    def evaluate(self, inference: SAE, held_out: HeldOutRows, target: HeldOutRows) -> dict[str, float | None]:
+        """Figures on held-out rows; `dead_fraction` is of the training so far.
+
+        Args:
+            inference: what `inference` gave.
+            held_out: rows of its hook.
+            target: the same rows of its target hook.
+        """
+        metrics = (
+            reconstruction_metrics(inference, held_out, target)
+            if self.plan.is_transcoder
+            else reconstruction_metrics(inference, held_out)
+        )
         return {
             "explained_variance": metrics.explained_variance,
             "l0": metrics.l0,
@@ -150,46 +288,86 @@ class SaeTraining:
 
     def inference(self) -> SAE:
         """A copy for use on raw activations: scaling folded in, or the normalisation its own."""
-        return self._trainable.to_inference(
-            scale=self.plan.scale, normalization=self._job.normalization, provenance=self._provenance
+        learner = self._trainable if self._finetuning is None else self._finetuning
+        return learner.to_inference(
+            scale=self.plan.scale,
+            target_scale=self.plan.target_scale,
+            normalization=self._job.normalization,
+            provenance=self._provenance,
         )
 
     def log_densities(self) -> Float32[Tensor, " d_sae"] | None:
         """log10 firing frequency of each latent, on the CPU."""
         return self._frequency.log10()
 
+    def closed_window(self) -> SparsityWindow | None:
+        """The window of firing frequencies that the last step completed, if it did."""
+        return self._frequency.closed_window()
+
+    def last_window(self) -> SparsityWindow | None:
+        """What is known of firing frequencies at the end of a training."""
+        return self._frequency.estimate()
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the training goes on from, as copies on the CPU."""
-        tensors = {f"weights.{name}": parameter for name, parameter in self._parameters.items()}
-        for name, parameter in self._parameters.items():
-            for part, tensor in self._optimizer.state[parameter].items():
-                tensors[f"adam.{name}.{part}"] = tensor
+        tensors = {f"weights.{name}": tensor for name, tensor in self._trainable.parameters_by_name.items()}
+        tensors |= {f"buffers.{name}": tensor for name, tensor in self._trainable.buffers_by_name.items()}
+        if self._finetuning is not None:
+            tensors |= {f"finetuning.{name}": tensor for name, tensor in self._finetuning.tensors.items()}
+        for key, tensor in optimizer_tensors(self._optimizer, self._learner.parameters_by_name).items():
+            tensors[f"optimizer.{key}"] = tensor
         tensors |= {f"dead.{name}": tensor for name, tensor in self._dead.state().items()}
         tensors |= {f"frequency.{name}": tensor for name, tensor in self._frequency.state().items()}
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
-    def restore(self, tensors: Mapping[str, Tensor], failure: str | None) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave.
 
         Raises:
             KeyError, RuntimeError: the tensors are of another SAE.
         """
+        fine = _below("finetuning.", tensors)
+        if fine:
+            self._begin_finetuning()
+        named = [("weights.", self._trainable.parameters_by_name), ("buffers.", self._trainable.buffers_by_name)]
+        if self._finetuning is not None:
+            named.append(("finetuning.", self._finetuning.tensors))
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[f"weights.{name}"])
-        for name, parameter in self._parameters.items():
-            prefix = f"adam.{name}."
-            # Adam counts steps in a tensor that lies beside the moments when fused on a GPU.
-            self._optimizer.state[parameter] = {
-                key.removeprefix(prefix): tensor.to(self._device, copy=True)
-                for key, tensor in tensors.items()
-                if key.startswith(prefix)
-            }
-        for prefix, counter in (("dead.", self._dead), ("frequency.", self._frequency)):
-            counter.restore(
-                {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            )
-        self.failure = failure
+            for prefix, ours in named:
+                for name, tensor in ours.items():
+                    tensor.copy_(tensors[f"{prefix}{name}"])
+        restore_optimizer(self._optimizer, self._learner.parameters_by_name, _below("optimizer.", tensors))
+        self._dead.restore(_below("dead.", tensors))
+        self._frequency.restore(_below("frequency.", tensors))
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+@torch.no_grad()
+def sum_over_ranks(statistics: StepStatistics, parameters: list[Tensor], ranks: Ranks) -> StepStatistics:
+    """Replace each parameter's gradient by its sum over all ranks; returns the sums of the statistics.
+
+    One exchange does for all: gradients, losses and counts (exact in float32 up to 2^24, the largest batch) as one row
+    of numbers.
+    """
+    if ranks.size == 1:
+        return statistics
+    losses = [statistics.loss, *statistics.losses.values()]
+    gradients = [parameter.grad for parameter in parameters]
+    pieces = [piece for piece in gradients if piece is not None]
+    pieces += [*losses, statistics.fire_counts]
+    flat = torch.cat([piece.detach().reshape(-1).to(torch.float32) for piece in pieces])
+    summed = iter(ranks.sum_(flat).split([piece.numel() for piece in pieces]))
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.copy_(next(summed).view_as(gradient))
+    loss, *parts = [next(summed).reshape(()) for _ in losses]
+    counts: Int64[Tensor, " d_sae"] = next(summed).to(statistics.fire_counts.dtype)
+    return dataclasses.replace(
+        statistics, loss=loss, losses=dict(zip(statistics.losses, parts, strict=True)), fire_counts=counts
+    )
 
 
 def is_finite(figures: Mapping[str, float | None]) -> bool:

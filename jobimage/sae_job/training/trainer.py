@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,16 +12,25 @@ from torch import Tensor
 
 from sae_job.errors import InvalidInput
 from sae_job.evaluation.metrics import HeldOutRows
+from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS, normalize_rows
+from sae_job.saes.trainable import ONE_PROCESS, Ranks
+from sae_job.training.bad_rows import LocatedStream, check_rows
 from sae_job.training.checkpoints import Snapshot, random_states, restore_random_states
+from sae_job.training.observer import Moment, SparsityWindow, TrainingObserver
 from sae_job.training.plan import TrainingPlan
+from sae_job.training.ranks import whole_batch
 from sae_job.training.sae_training import SaeTraining, is_finite, sample_rows
 
 logger = logging.getLogger(__name__)
 
+# Steps after which losses are looked at even where no line of metrics is due: to find the rows that broke one, the
+# places of the stream are kept until then.
+MOST_STEPS_UNCHECKED = 1000
 
-class ActivationStream(Protocol):
+
+class ActivationStream(LocatedStream, Protocol):
     """Batches in an order that depends on nothing but the data and a seed."""
 
     @property
@@ -29,11 +38,7 @@ class ActivationStream(Protocol):
         """Rows of one epoch."""
         ...
 
-    def next_batch(self) -> dict[str, Tensor]: ...
-
     def state(self) -> dict[str, Any]: ...
-
-    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class Trainer:
@@ -42,13 +47,19 @@ class Trainer:
     Of a batch the SAEs share nothing but its scaling or normalisation: on a CPU, each SAE's weights are bit for bit
     what training it alone gives (with the same number of threads).
 
+    Of several ranks each has its own rows of every batch. What is computed of them is summed, so that weights,
+    counters, failures and figures are the same on all; only the first one observes and takes snapshots.
+
     Args:
         plan: the job.
-        stream: batches of `plan.batch_size` rows per hook, in raw scale.
-        held_out: hook -> held-out rows, in raw scale.
+        stream: batches of `plan.batch_size / ranks.size` rows per hook, in raw scale.
+        held_out: hook -> held-out rows, in raw scale; of all hooks of the plan the same rows.
         metrics: which figures of evaluations are kept.
         provenance: hook -> what saved SAEs tell of its activations.
         device: where the SAEs lie.
+        ranks: the processes that train together.
+        starts: SAE -> saved SAE whose weights it begins with, as `load_starts` gives them.
+        observers: who is told what happens.
     """
 
     def __init__(
@@ -60,22 +71,30 @@ class Trainer:
         metrics: frozenset[str],
         provenance: Mapping[str, Provenance],
         device: torch.device,
+        ranks: Ranks = ONE_PROCESS,
+        starts: Mapping[str, SAE] | None = None,
+        observers: Sequence[TrainingObserver] = (),
     ) -> None:
         self.plan = plan
         self.steps_done = 0
         self.lines: list[dict[str, Any]] = []
+        self.observers = observers
         self._latest: dict[str, dict[str, float | None]] = {}
+        self._kernels: dict[str, str] = {}
         self.saes = [
-            SaeTraining(sae, plan, index, provenance=provenance[sae.hook], device=device)
+            SaeTraining(sae, plan, index, provenance=provenance[sae.hook], device=device, ranks=ranks)
             for index, sae in enumerate(plan.saes)
         ]
         self._stream = stream
         self._held_out = held_out
         self._metrics = metrics
         self._device = device
-        self._scales = {sae.hook: sae.scale for sae in plan.saes}
+        self._ranks = ranks
+        self._starts = starts or {}
         # Batches are copied into the same memory each time: fresh pages cost as much as the work on them.
         self._seen: dict[str, Tensor] = {}
+        # Step -> where the stream stood before it, of steps whose losses nobody has looked at yet.
+        self._places: dict[int, dict[str, Any]] = {}
 
     @property
     def tokens(self) -> int:
@@ -84,41 +103,72 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self.steps_done >= self.plan.steps
+        """Whether all steps are done, or no SAE is left to train."""
+        return self.steps_done >= self.plan.steps or not self.running()
+
+    @property
+    def moment(self) -> Moment:
+        finetuning = self.steps_done > 0 and self.plan.is_finetuning(self.steps_done - 1)
+        return Moment(self.steps_done, self.tokens, finetuning)
+
+    def running(self) -> list[SaeTraining]:
+        """The SAEs that are still trained."""
+        return [sae for sae in self.saes if sae.phase == "Running"]
 
     def sound(self) -> list[SaeTraining]:
-        """The SAEs that have not failed."""
-        return [sae for sae in self.saes if sae.failure is None]
+        """The SAEs that have not failed; those that were stopped early are among them."""
+        return [sae for sae in self.saes if sae.phase != "Failed"]
 
     def initialize(self) -> None:
-        """Set initial weights from the first rows of the stream, which are then trained on as well."""
+        """Set initial weights: of saved SAEs, or from the first rows of the stream, which are then trained on too."""
+        for sae in self.saes:
+            if sae.name in self._starts:
+                sae.start_from(self._starts[sae.name])
+        fresh = [sae for sae in self.saes if sae.name not in self._starts]
+        if not fresh:
+            return
         start = self._stream.state()
-        wanted = max(sample_rows(sae.plan.d_sae) for sae in self.saes)
+        wanted = max(sample_rows(sae.plan.d_sae) for sae in fresh)
         # No more than one pass over short data: a repeated row tells nothing new.
         batches = -(-min(wanted, self._stream.training_rows) // self.plan.batch_size)
-        parts: dict[str, list[Tensor]] = {hook: [] for hook in self.plan.hooks}
+        hooks = tuple(dict.fromkeys(hook for sae in fresh for hook in (sae.plan.hook, sae.plan.target_hook)))
+        parts: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
         for _ in range(batches):
             batch = self._stream.next_batch()
             for hook, rows in parts.items():
-                rows.append(batch[hook].clone())
+                # The rows of all ranks, in the order of one process: all begin with the weights that one would have.
+                rows.append(whole_batch(batch[hook].to(self._device, torch.float32, copy=True), self._ranks))
         self._stream.restore(start)
-        for hook, rows in parts.items():
-            sample = self._as_seen(hook, torch.cat(rows).to(self._device, torch.float32))
-            for sae in self.saes:
-                if sae.plan.hook == hook:
-                    sae.initialize(sample)
+        samples = {hook: self._as_seen(hook, torch.cat(rows)) for hook, rows in parts.items()}
+        for sae in fresh:
+            sae.initialize(samples[sae.plan.hook], samples[sae.plan.target_hook])
 
-    def step(self) -> None:
-        """Train every sound SAE on the next batch, and log and evaluate where it is due.
+    def begin(self) -> None:
+        """Tell observers where the training stands; once, before the first step of this attempt.
 
         Raises:
-            InvalidInput: no SAE is left to train, or activations cannot be read.
+            InvalidInput: all SAEs have failed in an earlier attempt.
         """
+        self._end_when_all_failed()
+        for observer in self.observers:
+            observer.started(self.moment, self.lines)
+
+    def step(self) -> None:
+        """Train every running SAE on the next batch, and log and evaluate where it is due.
+
+        Raises:
+            InvalidInput: all SAEs have failed, or activations cannot be read or are not finite.
+        """
+        self._places[self.steps_done] = self._stream.state()
         batch = self._stream.next_batch()
         seen = {hook: self._copy(hook, batch[hook]) for hook in self.plan.hooks}
-        for sae in self.sound():
-            sae.step(seen[sae.plan.hook], self.steps_done)
+        for sae in self.running():
+            sae.step(seen[sae.plan.hook], seen[sae.plan.target_hook], self.steps_done)
         self.steps_done += 1
+        # Asking a GPU at every step would hold it up; there the check waits.
+        if self._device.type == "cpu" or len(self._places) >= MOST_STEPS_UNCHECKED:
+            self.settle()
+        self._tell_windows()
         if self.plan.logs_after(self.steps_done):
             self._log()
         if self.plan.evaluates_after(self.steps_done):
@@ -134,35 +184,108 @@ class Trainer:
         """Raw rows as the hook's SAEs see them; the rows are overwritten."""
         if self.plan.normalization in RUN_TIME_NORMALIZATIONS:
             return normalize_rows(rows, self.plan.normalization, out=rows)[0]
-        return rows.mul_(self._scales[hook])
+        return rows.mul_(self.plan.scales[hook])
+
+    def settle(self) -> None:
+        """Look at the losses of the steps that nobody has looked at yet, and freeze SAEs whose are not finite.
+
+        Ranks do it after the same steps.
+
+        Raises:
+            InvalidInput: the activations of a step that broke one are not finite themselves.
+        """
+        bad = {sae.name: step for sae in self.running() if (step := sae.first_bad_step()) is not None}
+        for step in sorted(set(bad.values())):
+            check_rows(
+                self._stream, self._places[step], self.plan.hooks, step=step, steps=self.plan.steps, ranks=self._ranks
+            )
+        for sae in self.running():
+            if sae.name in bad:
+                sae.fail_at(bad[sae.name])
+                self._tell_phase(sae)
+        self._places.clear()
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a loss is not finite that `settle` has not seen."""
+        return any(sae.first_bad_step() is not None for sae in self.running())
 
     def _log(self) -> None:
-        for sae in self.sound():
-            if not sae.check():
-                continue
-            self._add_line(sae, sae.log_line())
+        self.settle()
+        for sae in self.running():
+            figures = sae.log_line(told_kernel=self._kernels.get(sae.name))
+            self._add_line(sae, figures)
+            for observer in self.observers:
+                observer.logged(sae.name, self.moment, figures)
+
+    def _tell_windows(self) -> None:
+        for sae in self.running():
+            window = sae.closed_window()
+            if window is None and self.steps_done == self.plan.steps:
+                window = sae.last_window()
+            if window is not None:
+                self._tell_window(sae, window)
+
+    def _tell_window(self, sae: SaeTraining, window: SparsityWindow) -> None:
+        self._add_line(sae, {"window": window.figures()})
+        for observer in self.observers:
+            observer.window(sae.name, self.moment, window)
 
     def _evaluate(self) -> None:
-        for sae in self.sound():
+        self.settle()
+        for sae in self.running():
             if not sae.check_weights(self.steps_done):
+                self._tell_phase(sae)
                 continue
-            figures = sae.evaluate(self._held_out[sae.plan.hook])
+            inference = sae.inference()
+            figures = self._agreed(
+                sae.evaluate(inference, self._held_out[sae.plan.hook], self._held_out[sae.plan.target_hook])
+            )
             if not is_finite(figures):
                 sae.diverged(self.steps_done)
+                self._tell_phase(sae)
                 continue
             kept = {name: value for name, value in figures.items() if name in self._metrics}
             self._add_line(sae, {"evaluation": kept})
             told = ", ".join(f"{name} {value:.4g}" for name, value in kept.items() if value is not None)
             logger.info("%s after %d of %d tokens: %s", sae.name, self.tokens, self.plan.tokens, told)
+            for observer in self.observers:
+                observer.evaluated(sae.name, self.moment, kept, inference)
+            if self.steps_done < self.plan.steps:
+                sae.stop_if_hopeless(figures, tokens=self.tokens)
+            if sae.stopped is not None:
+                window = sae.last_window()
+                if window is not None:
+                    self._tell_window(sae, window)
+                self._tell_phase(sae)
+
+    def _agreed(self, figures: dict[str, float | None]) -> dict[str, float | None]:
+        """The first rank's figures: what is decided by them must be the same on all, to the last bit."""
+        if self._ranks.size == 1:
+            return figures
+        numbers = [float("nan") if value is None else value for value in figures.values()]
+        first = self._ranks.gather(torch.tensor(numbers, dtype=torch.float64, device=self._device))[: len(numbers)]
+        return {
+            name: None if value is None else told
+            for (name, value), told in zip(figures.items(), first.tolist(), strict=True)
+        }
 
     def _add_line(self, sae: SaeTraining, figures: Mapping[str, Any]) -> None:
-        line = {"step": self.steps_done, "tokens": self.tokens, "sae": sae.name, **figures}
-        self.lines.append(line)
-        self._note_latest(line)
+        line: dict[str, Any] = {"step": self.steps_done, "tokens": self.tokens, "sae": sae.name}
+        if self.moment.finetuning:
+            line["phase"] = "finetuning"
+        self.lines.append(line | dict(figures))
+        self._note_latest(self.lines[-1])
 
     def _note_latest(self, line: dict[str, Any]) -> None:
-        figures = line.get("evaluation") or {"loss": line["loss"]}
+        figures: dict[str, Any] = line.get("evaluation") or ({"loss": line["loss"]} if "loss" in line else {})
         self._latest[line["sae"]] = self._latest.get(line["sae"], {}) | figures
+        if "kernel" in line:
+            self._kernels[line["sae"]] = line["kernel"]
+
+    def _tell_phase(self, sae: SaeTraining) -> None:
+        for observer in self.observers:
+            observer.phase(sae.name, self.moment, sae.phase, sae.message or "")
 
     def latest(self, sae: str) -> dict[str, float | None]:
         """The training loss last logged, and the figures last evaluated."""
@@ -183,14 +306,30 @@ class Trainer:
                 return line["evaluation"]
         return {}
 
+    def last_evaluation(self, sae: str) -> dict[str, float | None]:
+        """Figures of the last evaluation of an SAE, which of one that was stopped is not the job's last."""
+        for line in reversed(self.lines):
+            if line["sae"] == sae and "evaluation" in line:
+                return line["evaluation"]
+        return {}
+
+    def tokens_of(self, sae: str) -> int:
+        """Tokens that an SAE was trained on: fewer than the job's where it was stopped or failed, as far as its lines
+        tell."""
+        (training,) = (entry for entry in self.saes if entry.name == sae)
+        if training.phase == "Running":
+            return self.tokens
+        return max((line["tokens"] for line in self.lines if line["sae"] == sae), default=0)
+
     def snapshot(self, extra: Mapping[str, Any]) -> Snapshot:
-        """Copies of all that the training goes on from.
+        """Copies of all that the training goes on from; changes nothing.
+
+        An SAE whose weights are not finite is not among those that are ready for use, and one that has failed has no
+        tensors: there is nothing to go on from.
 
         Args:
             extra: JSON-able state of the caller, stored beside the trainer's.
         """
-        for sae in self.sound():
-            sae.check_weights(self.steps_done)
         return Snapshot(
             tokens=self.tokens,
             state={
@@ -198,18 +337,23 @@ class Trainer:
                 "steps_done": self.steps_done,
                 "stream": self._stream.state(),
                 "failures": {sae.name: sae.failure for sae in self.saes},
+                "stopped": {sae.name: sae.stopped for sae in self.saes},
                 **extra,
             },
-            tensors={sae.name: sae.tensors() for sae in self.saes},
+            tensors={sae.name: sae.tensors() for sae in self.sound()},
             random=random_states(),
             metrics=list(self.lines),
-            saes={sae.name: (sae.inference(), sae.log_densities()) for sae in self.sound()},
+            saes={sae.name: (sae.inference(), sae.log_densities()) for sae in self.sound() if sae.weights_are_finite()},
+            moment=self.moment,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of a training that `continues` this one."""
         for sae in self.saes:
-            sae.restore(snapshot.tensors[sae.name], snapshot.state["failures"][sae.name])
+            sae.failure = snapshot.state["failures"][sae.name]
+            sae.stopped = snapshot.state["stopped"][sae.name]
+            if sae.phase != "Failed":
+                sae.restore(snapshot.tensors[sae.name])
         self._stream.restore(snapshot.state["stream"])
         restore_random_states(snapshot.random)
         self.steps_done = snapshot.state["steps_done"]
@@ -222,14 +366,17 @@ def continues(plan: TrainingPlan, state: Mapping[str, Any]) -> bool:
     """Whether a training stopped with this state can go on under this plan: same SAEs, batches and held-out rows.
 
     The number of steps may differ: raised tokens lengthen a training that is not finished. Then learning rates follow
-    the new plan from where it stands. Scales may differ too: they are taken over from the state.
+    the new plan from where it stands; a fine-tuning that has begun cannot be put off any more. Scales may differ too:
+    they are taken over from the state.
     """
     before, now = state["plan"], plan.record()
-    same = ("batch_size", "held_out_rows", "normalization")
-    fixed = ("hook", "d_in", "d_sae")
+    same = ("batch_size", "held_out_rows", "normalization", "optimizer", "precision", "finetuning")
+    fixed = ("architecture", "hook", "target_hook", "d_in", "d_out", "d_sae")
+    begun = state["steps_done"] > before.get("training_steps", 0)
     return (
-        all(before.get(key) == now[key] for key in same)
+        all(key in before and before[key] == now[key] for key in same)
         and before["saes"].keys() == now["saes"].keys()
-        and all(before["saes"][name][key] == sae[key] for name, sae in now["saes"].items() for key in fixed)
+        and all(before["saes"][name].get(key) == sae[key] for name, sae in now["saes"].items() for key in fixed)
         and state["steps_done"] <= plan.steps
+        and (not begun or before["training_steps"] == plan.training_steps)
     )

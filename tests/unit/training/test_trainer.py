@@ -187,7 +187,7 @@ def test_the_job_ends_when_all_saes_are_broken(cache: FileStore, open_jobs: list
 def test_gradients_are_clipped(cache: FileStore, open_jobs: list[SmallJob]) -> None:
     plain = trained(cache, open_jobs, [on("layer", TOPK)])
     clipped = trained(cache, open_jobs, [on("layer", TOPK)], training={**TRAINING, "gradientClipNorm": 0.01})
-    moments = [trainer.saes[0].tensors()["adam.b_dec.exp_avg"] for trainer in (plain, clipped)]
+    moments = [trainer.saes[0].tensors()["optimizer.b_dec.exp_avg"] for trainer in (plain, clipped)]
     assert float(moments[1].norm()) <= 0.01 < float(moments[0].norm())
 
 
