@@ -6,6 +6,9 @@ from typing import Protocol
 
 import torch
 
+from sae_job.saes.batchtopk import BatchTopKSAE
+from sae_job.saes.matryoshka import MatryoshkaBatchTopKSAE
+from sae_job.saes.sparse_step import SelectingSAE, Selection
 from sae_job.saes.standard import StandardSAE
 from sae_job.saes.topk import TopKSAE
 from sae_job.saes.trainable import ONE_PROCESS, MseNormalization, Ranks, TrainableSAE
@@ -20,10 +23,10 @@ class _Build(Protocol):
 
 TRAINABLE: dict[str, _Build] = {
     "topk": TopKSAE,
+    "batchtopk": BatchTopKSAE,
+    "matryoshka_batchtopk": MatryoshkaBatchTopKSAE,
     "standard": StandardSAE,
 }
-
-DEFAULT_EXPANSION_FACTOR = 8
 
 
 def build_trainable(
@@ -34,6 +37,7 @@ def build_trainable(
     device: torch.device | str,
     ranks: Ranks = ONE_PROCESS,
     mse_loss_normalization: MseNormalization = "none",
+    selection: Selection = "exact",
 ) -> TrainableSAE:
     """The trainable SAE of a spec, with weights that are not yet initialised.
 
@@ -42,9 +46,12 @@ def build_trainable(
         d_out: width of a transcoder's target; `d_in` when None.
         ranks: the processes that train together.
         mse_loss_normalization: the job's.
+        selection: the job's; of no meaning to architectures that select nothing.
     """
-    d_sae = spec.d_sae if spec.d_sae is not None else d_in * (spec.expansion_factor or DEFAULT_EXPANSION_FACTOR)
     build = TRAINABLE[spec.architecture.type]
-    sae = build(spec, d_in, d_in if d_out is None else d_out, d_sae, device=torch.device(device), ranks=ranks)
+    d_out = d_in if d_out is None else d_out
+    sae = build(spec, d_in, d_out, spec.latents(d_in), device=torch.device(device), ranks=ranks)
     sae.mse_loss_normalization = mse_loss_normalization
+    if isinstance(sae, SelectingSAE):
+        sae.selection = selection
     return sae

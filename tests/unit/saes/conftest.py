@@ -47,7 +47,7 @@ def trainable(
     sae.initialize(sample, target, generator)
     with torch.no_grad():
         for name in set(sae.latent_parameters) - {"threshold"}:
-            getattr(sae, name).add_(0.1 * torch.randn(D_SAE, generator=generator))
+            getattr(sae, name).add_(0.1 * torch.randn(sae.d_sae, generator=generator))
         if sae.W_skip is not None:
             sae.W_skip.copy_(0.1 * torch.randn(D_OUT, D_IN, generator=generator))
     return sae
