@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -30,17 +30,23 @@ def write_small_cache(
     store: ObjectStore,
     *,
     hooks: Sequence[str] = ("layer",),
-    d_in: int = 6,
+    d_in: int | Mapping[str, int] = 6,
     shards: int = 4,
     contexts_per_shard: int = 24,
     dtype: torch.dtype = torch.float32,
 ) -> CacheManifest:
-    """Write the shards and the manifest; a shard holds all positions of its contexts."""
+    """Write the shards and the manifest; a shard holds all positions of its contexts.
+
+    Args:
+        d_in: width of all hooks, or of each.
+    """
+    widths = {hook: d_in if isinstance(d_in, int) else d_in[hook] for hook in hooks}
     rows = contexts_per_shard * CONTEXT_SIZE
     name = str(dtype).removeprefix("torch.")
-    layout = layout_of_part(rows, dict.fromkeys(hooks, d_in), CODECS[name])
+    layout = layout_of_part(rows, widths, CODECS[name])
     values = {
-        hook: made_up_rows(shards * rows, d_in, seed=number).to(dtype).split(rows) for number, hook in enumerate(hooks)
+        hook: made_up_rows(shards * rows, widths[hook], seed=number).to(dtype).split(rows)
+        for number, hook in enumerate(hooks)
     }
     entries: list[ShardEntry] = []
     sums: dict[str, list[HookSums]] = {hook: [] for hook in hooks}

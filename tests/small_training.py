@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from sae_job.activations.manifest import read_manifest
 from sae_job.activations.reader import CachedActivations, held_out_contexts_for
 from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.reporting.progress import ProgressReporter
+from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
 from sae_job.steps.context import StepContext
 from sae_job.steps.train import run_train
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.file_store import FileStore
+from sae_job.training.observer import TrainingObserver
 from sae_job.training.plan import TrainingPlan, resolve_plan
 from sae_job.training.trainer import Trainer
 from sae_operator.api.steps import Progress, StepResult, TrainStep
@@ -36,6 +38,32 @@ STANDARD: dict[str, Any] = {
     "dSae": 16,
     "seed": 1,
 }
+# One of each architecture, with what each keeps between steps: noise, thresholds, skip connections, dead latents.
+EVERY_KIND: dict[str, dict[str, Any]] = {
+    "topk": {"architecture": {"type": "topk", "k": 3, "noiseScale": 0.01}},
+    "batchtopk": {"architecture": {"type": "batchtopk", "k": 3}},
+    "matryoshka": {"architecture": {"type": "matryoshka_batchtopk", "k": 3, "widths": [6, 12]}},
+    "standard": {
+        "architecture": {"type": "standard", "l1Coefficient": 0.1, "l1WarmUpSteps": 4, "ghostGradients": True}
+    },
+    "gated": {"architecture": {"type": "gated", "l1Coefficient": 0.1, "l1WarmUpSteps": 4}},
+    "jumprelu": {"architecture": {"type": "jumprelu", "l0Coefficient": 0.1, "preActivationCoefficient": 0.01}},
+    "transcoder": {
+        "architecture": {"type": "topk", "k": 3},
+        "targetHook": "other",
+        "skipConnection": True,
+        "normalizeDecoder": False,
+    },
+    "gated-transcoder": {
+        "architecture": {"type": "gated", "l1Coefficient": 0.1},
+        "targetHook": "other",
+    },
+}
+for _seed, (_name, _sae) in enumerate(EVERY_KIND.items()):
+    _sae |= {"name": _name, "hook": "layer", "dSae": 20 + _seed, "seed": _seed}
+# Widths of the hooks of `EVERY_KIND`.
+TWO_HOOKS = {"layer": 6, "other": 5}
+
 TRAINING: dict[str, Any] = {"tokens": 600, "batchSize": 32, "logEverySteps": 3, "learningRate": 0.01}
 
 
@@ -61,7 +89,14 @@ class SmallJob:
     trainer: Trainer
 
 
-def small_job(store: ObjectStore, spec: SAETrainingJobSpec, *, device: str = "cpu") -> SmallJob:
+def small_job(
+    store: ObjectStore,
+    spec: SAETrainingJobSpec,
+    *,
+    device: str = "cpu",
+    starts: Mapping[str, SAE] | None = None,
+    observers: Sequence[TrainingObserver] = (),
+) -> SmallJob:
     """A trainer on the cache in `store`, not yet initialised."""
     manifest = read_manifest(store)
     statistics = {hook.name: hook for hook in manifest.hooks}
@@ -82,6 +117,8 @@ def small_job(store: ObjectStore, spec: SAETrainingJobSpec, *, device: str = "cp
         metrics=frozenset(spec.evaluation.metrics),
         provenance={hook: Provenance(hook_name=hook) for hook in plan.hooks},
         device=torch.device(device),
+        starts=starts,
+        observers=observers,
     )
     return SmallJob(plan, reader, trainer)
 

@@ -8,12 +8,14 @@ and no loss scaling is needed, since bfloat16 has the exponents of float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from sae_job.saes.kernels.choice import rounded_operands
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -106,18 +108,18 @@ def products_in(precision: Precision, device: torch.device) -> Iterator[None]:
 
     - `float32`: as they are.
     - `tf32`: operands with 10 bits of mantissa on a GPU that has it; on a CPU as they are.
-    - `bfloat16`: operands with 7 bits.
+    - `bfloat16`: operands with 7 bits, of Triton's sparse products too.
 
-    Products with a vector, sparse ones, sums and everything else stay float32.
+    Products with a vector, sums and everything else stay float32.
 
     Args:
         device: where the tensors lie; only its type counts.
     """
     if precision == "bfloat16":
-        context: Any = _Bfloat16Products()
+        with _Bfloat16Products(), rounded_operands(True):
+            yield
     elif precision == "tf32" and device.type == "cuda":
-        context = _tf32()
+        with _tf32():
+            yield
     else:
-        context = nullcontext()
-    with context:
         yield

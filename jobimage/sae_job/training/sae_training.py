@@ -19,6 +19,7 @@ from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
 from sae_job.saes.products import products_in
 from sae_job.saes.trainable import ONE_PROCESS, Ranks, StepInput, StepStatistics
+from sae_job.training.compiled import CompiledUpkeep, DecoderUpkeep
 from sae_job.training.dead_latents import DeadLatents, FiringFrequency
 from sae_job.training.finetuning import Finetunable, Finetuning
 from sae_job.training.observer import SparsityWindow
@@ -50,14 +51,12 @@ def noise_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-class _Learner(Protocol):
+class _Learner(DecoderUpkeep, Protocol):
     """What is trained in a phase: the SAE, or its fine-tuning."""
 
     @property
     def parameters_by_name(self) -> dict[str, Tensor]: ...
     def step_gradients(self, batch: StepInput) -> StepStatistics: ...
-    def project_gradients(self) -> None: ...
-    def after_optimizer_step(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +110,11 @@ class SaeTraining:
                 device=device,
                 ranks=ranks,
                 mse_loss_normalization=job.settings.mse_loss_normalization,
+                selection=job.settings.selection,
             ),
         )
         self._finetuning: Finetuning | None = None
+        self._decoder: DecoderUpkeep = self._upkeep()
         self._optimizer = self._fresh_optimizer(plan.learning_rate.peak)
         self._dead = DeadLatents(
             plan.d_sae, dead_after_tokens=job.dead_after_tokens, total_tokens=job.tokens, device=device
@@ -175,12 +176,12 @@ class SaeTraining:
         parameters = list(learner.parameters_by_name.values())
         statistics = sum_over_ranks(statistics, parameters, self._ranks)
         self._note_bad_loss(statistics, step)
-        learner.project_gradients()
+        self._decoder.project_gradients()
         if self._job.gradient_clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self._job.gradient_clip_norm)
         set_rate(self._optimizer, rate)
         self._optimizer.step()
-        learner.after_optimizer_step()
+        self._decoder.after_optimizer_step()
         rows = x.shape[0] * self._ranks.size
         self._dead.update(statistics.fire_counts > 0, rows)
         self._frequency.update(statistics.fire_counts, rows)
@@ -193,6 +194,10 @@ class SaeTraining:
         assert schedule is not None
         self._finetuning = Finetuning(self._trainable, settings.method, ranks=self._ranks)
         self._optimizer = self._fresh_optimizer(schedule.peak)
+        self._decoder = self._upkeep()
+
+    def _upkeep(self) -> DecoderUpkeep:
+        return CompiledUpkeep(self._learner) if self._job.settings.compile else self._learner
 
     def _rate(self, step: int) -> float:
         """The rate that a step uses; each phase has a schedule of its own."""

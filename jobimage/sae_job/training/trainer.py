@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from sae_job.saes.trainable import ONE_PROCESS, Ranks
 from sae_job.training.bad_rows import LocatedStream, check_rows
 from sae_job.training.checkpoints import Snapshot, random_states, restore_random_states
 from sae_job.training.observer import Moment, SparsityWindow, TrainingObserver
-from sae_job.training.plan import TrainingPlan
+from sae_job.training.plan import SaePlan, TrainingPlan
 from sae_job.training.ranks import whole_batch
 from sae_job.training.sae_training import SaeTraining, is_finite, sample_rows
 
@@ -82,7 +83,7 @@ class Trainer:
         self._latest: dict[str, dict[str, float | None]] = {}
         self._kernels: dict[str, str] = {}
         self.saes = [
-            SaeTraining(sae, plan, index, provenance=provenance[sae.hook], device=device, ranks=ranks)
+            SaeTraining(sae, plan, index, provenance=_provenance(sae, provenance), device=device, ranks=ranks)
             for index, sae in enumerate(plan.saes)
         ]
         self._stream = stream
@@ -360,6 +361,15 @@ class Trainer:
         self.lines = list(snapshot.metrics)
         for line in self.lines:
             self._note_latest(line)
+
+
+def _provenance(plan: SaePlan, of_hooks: Mapping[str, Provenance]) -> Provenance:
+    """What a saved SAE tells of its activations; a transcoder of its target's hook, too."""
+    source = of_hooks[plan.hook]
+    if not plan.is_transcoder:
+        return source
+    target = of_hooks[plan.target_hook]
+    return replace(source, hook_name_out=target.hook_name, hook_head_index_out=target.hook_head_index)
 
 
 def continues(plan: TrainingPlan, state: Mapping[str, Any]) -> bool:
