@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 
 from sae_job.saes.batchtopk import BatchTopKSAE
+from sae_job.saes.gated import GatedSAE
+from sae_job.saes.jumprelu import JumpReLUSAE
 from sae_job.saes.matryoshka import MatryoshkaBatchTopKSAE
 from sae_job.saes.sparse_step import SelectingSAE, Selection
 from sae_job.saes.standard import StandardSAE
@@ -26,6 +28,8 @@ TRAINABLE: dict[str, _Build] = {
     "batchtopk": BatchTopKSAE,
     "matryoshka_batchtopk": MatryoshkaBatchTopKSAE,
     "standard": StandardSAE,
+    "gated": GatedSAE,
+    "jumprelu": JumpReLUSAE,
 }
 
 
