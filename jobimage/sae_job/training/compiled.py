@@ -17,6 +17,9 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 
 from sae_job.errors import InvalidInput
 
+# More than a job's SAEs, in either phase.
+_SHAPES = 64
+
 
 class DecoderUpkeep(Protocol):
     """The constraint on the decoder's rows, as `TrainableSAE` has it."""
@@ -33,6 +36,8 @@ class CompiledUpkeep:
     """
 
     def __init__(self, plain: DecoderUpkeep) -> None:
+        # Each SAE of a job may have a shape of its own; beyond the limit torch goes on uncompiled, with other last bits.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
         self._project = torch.compile(plain.project_gradients, dynamic=False)
         self._normalize = torch.compile(plain.after_optimizer_step, dynamic=False)
 
