@@ -23,6 +23,7 @@ from sae_job.steps.context import StepContext
 from sae_job.steps.provenance import provenance_of
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex
+from sae_job.training.place import ALONE, Place
 from sae_job.training.plan import TrainingPlan
 from sae_job.training.scaling import ActivationStatistics
 from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource, Sampling
@@ -78,8 +79,8 @@ class ActivationSource(Protocol):
         """Statistics of these hooks' activations; they depend on nothing but the rows that the job asked for."""
         ...
 
-    def open(self, plan: TrainingPlan) -> OpenActivations:
-        """Begin to read, or to compute.
+    def open(self, plan: TrainingPlan, place: Place = ALONE) -> OpenActivations:
+        """Begin to read, or to compute, the rows of one of the processes that train together.
 
         Raises:
             InvalidInput: too few rows, or what is stored is damaged.
@@ -171,15 +172,17 @@ class CacheSource:
     def statistics(self, hooks: Sequence[str]) -> Mapping[str, ActivationStatistics]:
         return statistics_of_first_rows(self.store, self._manifest, self.rows, hooks=hooks)
 
-    def open(self, plan: TrainingPlan) -> OpenActivations:
+    def open(self, plan: TrainingPlan, place: Place = ALONE) -> OpenActivations:
         stream = CachedActivations.open(
             self.store,
             hooks=plan.hooks,
-            batch_size=plan.batch_size,
+            batch_size=plan.batch_size // place.size,
             seed=ORDER_SEED,
             held_out_contexts=held_out_contexts_for(self.store, self._manifest, plan.held_out_rows),
             total_rows=self.rows,
             device=self._device,
+            rank=place.index,
+            world_size=place.size,
         )
         self._stream = stream
         return OpenActivations(stream, stream.held_out(plan.held_out_rows))
@@ -254,16 +257,18 @@ class LiveModelSource:
     def statistics(self, hooks: Sequence[str]) -> Mapping[str, ActivationStatistics]:
         return {statistics.name: statistics for statistics in self._live().statistics() if statistics.name in hooks}
 
-    def open(self, plan: TrainingPlan) -> OpenActivations:
+    def open(self, plan: TrainingPlan, place: Place = ALONE) -> OpenActivations:
         source = self._live()
         stream = LiveActivations.open(
             source,
             hooks=plan.hooks,
-            batch_size=plan.batch_size,
+            batch_size=plan.batch_size // place.size,
             seed=ORDER_SEED,
             held_out_contexts=source.held_out_contexts(plan.held_out_rows),
             total_rows=self.rows,
             device=self._device,
+            rank=place.index,
+            world_size=place.size,
         )
         self._stream = stream
         return OpenActivations(stream, stream.held_out(plan.held_out_rows))

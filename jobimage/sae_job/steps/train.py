@@ -1,81 +1,193 @@
-"""The step `train`: activations in, trained SAEs, results and a report out."""
+"""The step `train`: activations in, trained SAEs, results and a report out, in one process or several together."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from sae_job.activations.reader import HeldOut
-from sae_job.errors import Stopped
+from sae_job.errors import PeerLost, Stopped
 from sae_job.evaluation.cross_entropy import Splice
 from sae_job.evaluation.metrics import HeldOutRows
-from sae_job.reporting.report import render_report
-from sae_job.steps.activation_sources import ActivationSource, open_source
+from sae_job.steps.activation_sources import ActivationSource, OpenActivations, open_source
 from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
-from sae_job.steps.model_evaluation import MODEL_FIGURES, ModelEvaluation, evaluates_model
+from sae_job.steps.model_evaluation import ModelEvaluation, evaluates_model
 from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_results, result_of
+from sae_job.steps.train_results import Training, leave_results, leave_saes, results_of
 from sae_job.storage.base import ObjectStore
-from sae_job.training.checkpoints import Checkpoints, Snapshot, metrics_lines
+from sae_job.training.checkpoints import Checkpoints, Snapshot
 from sae_job.training.loop import TrainingLoop
+from sae_job.training.place import Place
 from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
+from sae_job.training.ranks import DistributedRanks, OnlyProcess, SharedStream, joined
 from sae_job.training.trainer import Trainer, continues
-from sae_operator.api.steps import CacheStep, StepResult, TrainStep
-from sae_operator.api.training_job import SAETrainingJobSpec
+from sae_job.training.warm_start import load_starts
+from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 
-METRICS_KEY, REPORT_KEY = "metrics.jsonl", "report.html"
-PACKAGES = ("sae-operator", "torch", "safetensors")
+Peers = DistributedRanks | OnlyProcess
 
 
 def run_train(step: TrainStep | CacheStep, context: StepContext) -> StepResult:
     """Train the SAEs of a job, continuing from its last checkpoint, and leave them with their results in its output.
 
+    Of several processes the first one alone writes; the others end when it has, and as it does.
+
     Raises:
         InvalidInput: the spec does not fit the cache, the output is another job's, or all SAEs diverged.
         Stopped: asked to stop; a checkpoint is stored.
         StoreError: the store failed.
+        PeerLost: another process ended.
     """
     if not isinstance(step, TrainStep):
         raise TypeError(f"the train step is given a {type(step).__name__}")
-    with fields_of_activations(step.spec):
-        return _train(step, context)
+    device = _device(context.place)
+    with fields_of_activations(step.spec), _peers(context.place, device) as ranks:
+        if isinstance(ranks, DistributedRanks) and ranks.index > 0:
+            return _train_beside(step, context, ranks, device)
+        try:
+            result = _train(step, context, ranks, device)
+        except BaseException as error:
+            ranks.conclude(error)
+            raise
+        ranks.conclude(None)
+        return result
 
 
-def _train(step: TrainStep, context: StepContext) -> StepResult:
-    spec = step.spec
+def _device(place: Place) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", place.local_index)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _peers(place: Place, device: torch.device) -> Iterator[Peers]:
+    if place.size == 1:
+        yield OnlyProcess()
+        return
+    with joined(place, device) as ranks:
+        yield ranks
+
+
+def _train_beside(step: TrainStep, context: StepContext, ranks: DistributedRanks, device: torch.device) -> StepResult:
+    """The part of a process that is not the first one."""
+    try:
+        job = _begin(step, context, ranks, device)
+        if isinstance(job, _Job):
+            try:
+                job.loop.run()
+            finally:
+                job.source.close()
+    except Stopped as stopped:
+        logger.info("%s", stopped)
+    outcome = ranks.await_conclusion(context.should_stop)
+    if outcome == Stopped.__name__:
+        raise Stopped("stopped with the first process, which stores a checkpoint")
+    if outcome:
+        raise PeerLost(f"the first process ended with {outcome}")
+    return StepResult(step=step.step, exit_code=ExitCode.DONE, reason="Completed")
+
+
+def _train(step: TrainStep, context: StepContext, ranks: Peers, device: torch.device) -> StepResult:
+    """The part of the first process, or of the only one."""
+    job = _begin(step, context, ranks, device)
+    if isinstance(job, StepResult):
+        return job
+    spec, trainer, output = step.spec, job.trainer, job.output
+    try:
+        job.loop.run()
+        seconds = job.loop.seconds
+        if evaluates_model(spec):
+            # The score takes minutes that must not cost the training when they are interrupted.
+            job.checkpoints.write(trainer.snapshot({"seconds": seconds}))
+    finally:
+        job.source.close()
+    densities = leave_saes(output, trainer, spec.sae_format)
+    figures: dict[str, dict[str, float | None]] = {}
+    if evaluates_model(spec):
+        evaluation = ModelEvaluation(job.source, job.data.held_out, metrics=frozenset(spec.evaluation.metrics))
+        figures = _model_figures(trainer, evaluation, lambda: context.should_stop() or ranks.stop_wanted())
+    training = Training(trainer, job.source, job.data.held_out, seconds, device, ranks.size)
+    failed = [sae.name for sae in trainer.saes if sae.phase == "Failed"]
+    results = results_of(step, training, figures, _last_good(job.checkpoints, failed))
+    leave_results(output, step, trainer, results, densities)
+    job.checkpoints.remove_all(keep=failed)
+    result = result_of("train", results, adopted=False)
+    context.reporter.update(saes=result.saes)
+    return result
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A training that is ready to run."""
+
+    output: ObjectStore
+    checkpoints: Checkpoints
+    source: ActivationSource
+    data: OpenActivations
+    trainer: Trainer
+    loop: TrainingLoop
+
+
+def _begin(step: TrainStep, context: StepContext, ranks: Peers, device: torch.device) -> _Job | StepResult:
+    """Make everything ready, on all processes alike; a result where there are finished ones already."""
+    spec, first = step.spec, ranks.index == 0
     output = context.open_store(spec.output)
-    claim_output(output, step)
-    checkpoints = Checkpoints(output, keep=spec.checkpoints.keep)
-    finished = finished_results(output)
+    checkpoints = Checkpoints(output, keep=spec.checkpoints.keep, layout=spec.sae_format)
+
+    def claim() -> dict[str, Any] | None:
+        claim_output(output, step)
+        return finished_results(output)
+
+    # All look before the first one changes anything.
+    finished, _ = ranks.together(claim)
     if finished is not None and finished["tokens"] >= tokens_asked_for(spec):
         logger.info("finished results are there already: %s/%s", output.uri, RESULTS_KEY)
-        checkpoints.remove_all()
+        if first:
+            checkpoints.remove_all(keep=[sae["name"] for sae in finished["saes"] if sae["phase"] == "Failed"])
         return result_of("train", finished, adopted=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = open_source(step, context, device=device)
-    plan = resolve_plan(spec, cache_rows=source.rows, widths=source.widths)
     left_over = None if finished is None else finished["tokens"]
-    snapshot = _checkpoint(checkpoints, plan, left_over=left_over)
-    if snapshot is not None:
-        plan = plan.with_scales_of(snapshot.state["plan"])
-    elif plan.needs_statistics:
-        plan = plan.scaled_by(source.statistics(plan.hooks))
+
+    def planned() -> tuple[ActivationSource, TrainingPlan]:
+        source = open_source(step, context, device=device)
+        return source, resolve_plan(spec, cache_rows=source.rows, widths=source.widths, ranks=ranks.size)
+
+    (source, plan), _ = ranks.together(planned)
+    # The first one removes checkpoints that cannot be used; then all find the same.
+    snapshot = ranks.in_turn(lambda: _checkpoint(checkpoints, plan, left_over=left_over), early=first)
+
+    def opened() -> tuple[TrainingPlan, OpenActivations]:
+        if snapshot is not None:
+            scaled = plan.with_scales_of(snapshot.state["plan"])
+        else:
+            scaled = plan.scaled_by(source.statistics(plan.hooks)) if plan.needs_statistics else plan
+        return scaled, source.open(scaled, replace(context.place, index=ranks.index, size=ranks.size))
+
     try:
-        data = source.open(plan)
+        # What is fetched for a pod is fetched by its first process.
+        plan, data = ranks.in_turn(opened, early=context.place.local_index == 0)
+        stream, should_stop = data.stream, context.should_stop
+        if isinstance(ranks, DistributedRanks):
+            stream = SharedStream(data.stream, ranks, context.should_stop)
+            should_stop = stream.should_stop
+        starts, _ = ranks.together(lambda: load_starts(plan, context.open_store) if snapshot is None else {})
         trainer = Trainer(
             plan,
-            data.stream,
+            stream,
             {hook: HeldOutRows(rows, device=device) for hook, rows in data.held_out.activations.items()},
             metrics=frozenset(spec.evaluation.metrics),
             provenance={hook: source.provenance(hook) for hook in plan.hooks},
             device=device,
+            ranks=ranks,
+            starts=starts,
         )
         if snapshot is None:
             if left_over is not None:
@@ -84,34 +196,21 @@ def _train(step: TrainStep, context: StepContext) -> StepResult:
         else:
             logger.info("continuing from the checkpoint of %d tokens", snapshot.tokens)
             trainer.restore(snapshot)
-        logger.info("%d SAEs, %d steps of %d tokens on %s", len(plan.saes), plan.steps, plan.batch_size, device)
-        loop = TrainingLoop(
-            trainer,
-            checkpoints,
-            context.reporter,
-            should_stop=context.should_stop,
-            now=context.now,
-            seconds_before=0.0 if snapshot is None else snapshot.state["seconds"],
-            stored_tokens=None if snapshot is None else snapshot.tokens,
-        )
-        loop.run()
-        seconds = loop.seconds
-        if evaluates_model(spec):
-            # The score takes minutes that must not cost the training when they are interrupted.
-            checkpoints.write(trainer.snapshot({"seconds": seconds}))
-    finally:
+    except BaseException:
         source.close()
-    densities = _leave_saes(output, trainer)
-    figures = {}
-    if evaluates_model(spec):
-        evaluation = ModelEvaluation(source, data.held_out, metrics=frozenset(spec.evaluation.metrics))
-        figures = _model_figures(trainer, evaluation, should_stop=context.should_stop)
-    results = _results(step, trainer, source, data.held_out, figures, seconds=seconds, device=device)
-    _leave_results(output, spec, trainer, results, densities)
-    checkpoints.remove_all()
-    result = result_of("train", results, adopted=False)
-    context.reporter.update(saes=result.saes)
-    return result
+        raise
+    text = "%d SAEs, %d steps of %d tokens on %s in %d processes"
+    logger.info(text, len(plan.saes), plan.steps, plan.batch_size, device, ranks.size)
+    loop = TrainingLoop(
+        trainer,
+        checkpoints if first else None,
+        context.reporter,
+        should_stop=should_stop,
+        now=context.now,
+        seconds_before=0.0 if snapshot is None else snapshot.state["seconds"],
+        stored_tokens=None if snapshot is None else snapshot.tokens,
+    )
+    return _Job(output, checkpoints, source, data, trainer, loop)
 
 
 def _checkpoint(checkpoints: Checkpoints, plan: TrainingPlan, *, left_over: int | None) -> Snapshot | None:
@@ -127,8 +226,14 @@ def _checkpoint(checkpoints: Checkpoints, plan: TrainingPlan, *, left_over: int 
     return checkpoints.newest(fits)
 
 
+def _last_good(checkpoints: Checkpoints, failed: list[str]) -> dict[str, str]:
+    """Folders in the output with the last good weights of SAEs that failed."""
+    found = {name: checkpoints.last_good(name) for name in failed}
+    return {name: f"checkpoints/{tokens}/{name}" for name, tokens in found.items() if tokens is not None}
+
+
 def _model_figures(
-    trainer: Trainer, evaluation: ModelEvaluation, *, should_stop: Callable[[], bool]
+    trainer: Trainer, evaluation: ModelEvaluation, should_stop: Callable[[], bool]
 ) -> dict[str, dict[str, float | None]]:
     """What the SAEs cost the language model, where that is asked for.
 
@@ -146,79 +251,3 @@ def _model_figures(
 
     saes = {sae.name: Splice(sae.plan.hook, sae.inference(), sae.plan.spec.target_hook) for sae in trainer.sound()}
     return evaluation(saes, stop_if_asked)
-
-
-def _results(
-    step: TrainStep,
-    trainer: Trainer,
-    source: ActivationSource,
-    held_out: HeldOut,
-    figures: Mapping[str, Mapping[str, float | None]],
-    *,
-    seconds: float,
-    device: torch.device,
-) -> dict[str, Any]:
-    plan = trainer.plan
-    return {
-        "name": step.name,
-        "namespace": step.namespace,
-        "saes": [_sae_results(trainer, index, figures) for index in range(len(trainer.saes))],
-        "tokens": plan.tokens,
-        "held_out_tokens": len(held_out.sequence),
-        "tokens_per_second": plan.tokens / seconds if seconds > 0 else None,
-        "provenance": {
-            **source.facts(),
-            "spec": step.spec.to_manifest(),
-            "resolved": plan.record(),
-            "versions": {package: version(package) for package in PACKAGES},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-        },
-    }
-
-
-def _sae_results(trainer: Trainer, index: int, figures: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
-    sae, plan = trainer.saes[index], trainer.plan
-    last = trainer.evaluation_after(plan.steps, sae.name)
-    tenth = trainer.evaluation_after(plan.tenth_step, sae.name)
-    of_model = figures.get(sae.name, {})
-    return {
-        "name": sae.name,
-        "phase": "Succeeded" if sae.failure is None else "Failed",
-        "message": sae.failure,
-        "hook": sae.plan.hook,
-        "architecture": sae.plan.spec.architecture.type,
-        "d_in": sae.plan.d_in,
-        "d_sae": sae.plan.d_sae,
-        "explained_variance": last.get("explained_variance"),
-        "explained_variance_at_10_percent": tenth.get("explained_variance"),
-        "l0": last.get("l0"),
-        "mse": last.get("mse"),
-        "dead_fraction": last.get("dead_fraction"),
-        **{name: of_model.get(name) for name in MODEL_FIGURES},
-        "loss": trainer.latest(sae.name).get("loss"),
-    }
-
-
-def _leave_saes(output: ObjectStore, trainer: Trainer) -> dict[str, list[float]]:
-    """Write the SAEs and the metrics, before anything can go wrong with the score; returns their log10 densities."""
-    densities: dict[str, list[float]] = {}
-    for sae in trainer.sound():
-        log_densities = sae.log_densities()
-        sae.inference().save(output, sae.name, log_sparsity=log_densities)
-        if log_densities is not None:
-            densities[sae.name] = log_densities.tolist()
-    output.put(METRICS_KEY, metrics_lines(trainer.lines))
-    return densities
-
-
-def _leave_results(
-    output: ObjectStore,
-    spec: SAETrainingJobSpec,
-    trainer: Trainer,
-    results: dict[str, Any],
-    densities: dict[str, list[float]],
-) -> None:
-    """Write report and results; results.json last, since its presence means that all is there."""
-    output.put(REPORT_KEY, render_report(results, trainer.lines, densities, spec.to_manifest()).encode())
-    output.put(RESULTS_KEY, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())

@@ -92,10 +92,10 @@ class Checkpoints:
         layout: of the SAEs ready for use; see `SAE.save`.
     """
 
-    def __init__(self, store: ObjectStore, *, keep: int, layout: Layout | None = None) -> None:
+    def __init__(self, store: ObjectStore, *, keep: int, layout: Layout = "saelens5") -> None:
         self._store = store
         self._keep = keep
-        self._layout: Layout | None = layout
+        self._layout: Layout = layout
 
     def write(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, then remove what is older than the last `keep`.

@@ -40,7 +40,7 @@ def new_job(inputs: Path, tmp_path: Path) -> Callable[..., LiveJob]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr("sae_job.steps.train.render_report", lambda *arguments: "<html></html>")
+    monkeypatch.setattr("sae_job.steps.train_results.render_report", lambda *arguments: "<html></html>")
 
 
 def test_killed_at_store_calls_the_saes_are_the_same(new_job: Callable[..., LiveJob]) -> None:

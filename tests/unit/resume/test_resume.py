@@ -40,7 +40,7 @@ def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report takes ten times as long as such a training."""
-    monkeypatch.setattr("sae_job.steps.train.render_report", lambda *arguments: "<html></html>")
+    monkeypatch.setattr("sae_job.steps.train_results.render_report", lambda *arguments: "<html></html>")
 
 
 @pytest.fixture
