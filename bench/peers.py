@@ -24,6 +24,8 @@ from uv import find_uv_bin
 from tests.testbed.paths import CHECKOUT, cache_directory
 
 CONSTRAINTS = CHECKOUT / "constraints.txt"
+# With Triton among the constraints the installer takes PyTorch for CUDA, and peers then run Triton on a CPU.
+NOT_FOR_PEERS = ("triton==",)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Peer:
 
     def _directory(self) -> Path:
         """Named after everything that decides what is in it."""
-        parts = (*self.bounds, CONSTRAINTS.read_text(), sys.version.split()[0])
+        parts = (*self.bounds, peer_constraints(), sys.version.split()[0])
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
         return cache_directory() / "peers" / f"{self.name}-{key}"
 
@@ -74,7 +76,9 @@ class Peer:
         print(f"peers: making the environment of {self.name}, once per machine, in {directory}", file=sys.stderr)
         shutil.rmtree(directory, ignore_errors=True)
         _run([sys.executable, "-m", "venv", "--without-pip", os.fspath(directory)])
-        wanted = ["torch", f"{self.distribution}=={self.version}", *self.bounds, "--constraint", os.fspath(CONSTRAINTS)]
+        constraints = directory / "constraints.txt"
+        constraints.write_text(peer_constraints())
+        wanted = ["torch", f"{self.distribution}=={self.version}", *self.bounds, "--constraint", os.fspath(constraints)]
         _run([find_uv_bin(), "pip", "install", "--quiet", "--python", python, *wanted])
         _run([python, "-c", f"import {self.module}"])
 
@@ -83,7 +87,15 @@ class Peer:
 SAE_LENS_REFERENCE = Peer("sae-lens", "5.6.0", "sae_lens", bounds=("pyarrow<20",))
 SAE_LENS_NEWEST = Peer("sae-lens", "6.54.12", "sae_lens")
 SPARSIFY = Peer("eai-sparsify", "1.3.0", "sparsify")
-ALL_PEERS = (SAE_LENS_REFERENCE, SAE_LENS_NEWEST, SPARSIFY)
+# With a newer nnsight it does not import.
+DICTIONARY_LEARNING = Peer("dictionary-learning", "0.1.0", "dictionary_learning", bounds=("nnsight<0.4",))
+ALL_PEERS = (SAE_LENS_REFERENCE, SAE_LENS_NEWEST, SPARSIFY, DICTIONARY_LEARNING)
+
+
+def peer_constraints() -> str:
+    """The project's constraints, but for what is not for peers."""
+    lines = CONSTRAINTS.read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith(NOT_FOR_PEERS))
 
 
 def peer_environment() -> dict[str, str]:
