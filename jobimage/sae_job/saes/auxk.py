@@ -22,8 +22,9 @@ from sae_operator.api.sae import Architecture
 DEFAULT_COEFFICIENTS = {"paper": 1 / 32, "saelens": 1.0}
 # A residual without variance has nothing left to predict.
 _SMALLEST_VARIANCE = 1e-12
-# With more dead latents than this many times as many as a row uses, products that touch only these are faster.
-_SPARSE_ABOVE = 6
+# With more dead latents than this many times as many as a row uses, products that touch only these are faster: on a CPU
+# both take the same at 3.5 times, for 64 as for 288 of 576 x 4608.
+_SPARSE_ABOVE = 4
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class SelectingSAE(TrainableWeights):
     def _reconstruct(self, active: ActiveLatents, batch: StepInput, *, keep_error: bool) -> Reconstruction:
         """The reconstruction, its loss and that one's gradients."""
         weights = row_weights(batch.target, normalization=self.mse_loss_normalization, ranks=self.ranks)
-        if self.W_skip is None and kernel_name(batch.x.device) == "triton":
+        if kernel_name(batch.x.device) == "triton":
             return self._reconstruct_in_one_pass(active, batch, weights)
         error = self.add_bias_and_skip_(active.decode(self.W_dec), batch.x).sub_(batch.target)
         kept = error.clone() if keep_error else None
@@ -148,12 +148,13 @@ class SelectingSAE(TrainableWeights):
     def _reconstruct_in_one_pass(
         self, active: ActiveLatents, batch: StepInput, weights: Float32[Tensor, "batch 1"] | None
     ) -> Reconstruction:
-        """The same, with error and activations' gradients from one kernel: a row's weights are read once."""
-        rows = batch.target.shape[0] * self.ranks.size
-        factors = batch.target.new_ones(batch.target.shape[0]) if weights is None else weights.squeeze(1)
-        factors = factors * (2 / rows)  # the gradient of a squared error, averaged over the rows
-        found = active.reconstruct(self.W_dec, self.b_dec, batch.target, factors)
-        mse = (found.squares @ factors) / 2
+        """The same, where one kernel decodes a row and sends the error's gradient back to its latents."""
+        rest = batch.target if self.W_skip is None else torch.addmm(batch.target, batch.x, self.W_skip.T, alpha=-1)
+        factors = batch.x.new_full((active.batch,), 2 / (active.batch * self.ranks.size))
+        if weights is not None:
+            factors.mul_(weights.squeeze(1))
+        found = active.reconstruct(self.W_dec, self.b_dec, rest, factors)
+        mse = found.squares @ factors / 2
         gradient = found.error * factors.unsqueeze(1)
         return Reconstruction(
             losses={"mse_loss": mse},

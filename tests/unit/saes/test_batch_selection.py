@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_job.saes.batch_selection import batch_top_k
+from sae_job.saes.batch_selection import among, batch_top_k
 from tests.unit.saes.simulated_ranks import on_ranks
 
 
@@ -47,6 +47,27 @@ def test_the_selection_is_that_of_a_flat_top_k(
     assert bool((selection.active.values > 0).all())
     smallest = expected[expected > 0].min() if bool((expected > 0).any()) else torch.tensor(torch.inf)
     assert torch.equal(selection.smallest, smallest)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 40),
+    d_sae=st.integers(1, 50),
+    k=st.integers(1, 60),
+    shift=st.sampled_from([0.0, -2.0, -9.0]),
+)
+def test_a_fixed_number_of_entries_as_on_a_gpu_is_the_same_selection(
+    seed: int, rows: int, d_sae: int, k: int, shift: float
+) -> None:
+    pre = pre_activations(seed, rows, d_sae, discrete=False, shift=shift)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_job.saes.batch_selection._has_fixed_size", lambda values, ranks: True)
+        selection = batch_top_k(pre, k)
+        narrower = among(selection.active, max(1, min(k, d_sae) // 2))
+    assert selection.active.values.numel() == min(k, d_sae) * rows
+    assert torch.equal(selection.active.dense(), flat_top_k(pre, min(k, d_sae)))
+    assert torch.equal(selection.smallest, batch_top_k(pre, k).smallest)
+    assert torch.equal(narrower.active.dense(), flat_top_k(pre, max(1, min(k, d_sae) // 2)))
 
 
 @given(

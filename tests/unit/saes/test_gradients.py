@@ -116,6 +116,23 @@ def test_gradients_equal_those_that_autograd_traces_in_float64(case: str) -> Non
         assert torch.allclose(parameter.grad.to(torch.float64), traced, rtol=1e-4, atol=2e-6), name
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("topk")])
+def test_one_pass_over_the_rows_gives_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that a step takes where a kernel reconstructs in one pass, with PyTorch's operators in its place."""
+    sae, step = built(case)
+    expected = sae.step_gradients(step)
+    gradients = {name: parameter.grad for name, parameter in sae.parameters_by_name.items()}
+    monkeypatch.setattr("sae_job.saes.sparse_step.kernel_name", lambda device: "triton")
+    found = sae.step_gradients(step)
+    for name, loss in expected.losses.items():
+        assert float(found.losses[name]) == pytest.approx(float(loss), rel=1e-6), name
+    for name, parameter in sae.parameters_by_name.items():
+        before = gradients[name]
+        assert before is not None
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, before, rtol=1e-5, atol=1e-6), name
+
+
 # The auxiliary loss takes the residual for a constant, so differences of the loss are not its gradient.
 @pytest.mark.parametrize("case", [case for case in CASES if "dead" not in case])
 def test_gradients_agree_with_finite_differences(case: str) -> None:
