@@ -23,7 +23,7 @@ FROM build AS build-job
 # The wheel of torch that the base image's platform gets from this index; set it for CPU-only images, say.
 ARG TORCH_INDEX_URL=
 RUN if [ -n "${TORCH_INDEX_URL}" ]; then /opt/sae-operator/bin/pip install --index-url "${TORCH_INDEX_URL}" torch; fi \
-    && /opt/sae-operator/bin/pip install --constraint constraints.txt ".[job,transformerlens]" \
+    && /opt/sae-operator/bin/pip install --constraint constraints.txt ".[job,transformerlens,wandb]" \
     && /opt/sae-operator/bin/pip uninstall --yes pip
 
 FROM ${PYTHON} AS base

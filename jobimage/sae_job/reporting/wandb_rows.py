@@ -20,6 +20,7 @@ _STEP_NAMES = {
     "loss": "losses/overall_loss",
     "l0": "metrics/l0",
     "explained_variance": "metrics/explained_variance",
+    "explained_variance_std": "metrics/explained_variance_std",
     "dead_features": "sparsity/dead_features",
     "mean_tokens_since_fired": "sparsity/mean_tokens_since_fired",
     "learning_rate": "details/current_learning_rate",

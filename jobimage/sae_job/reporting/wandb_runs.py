@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -180,6 +183,7 @@ class WandbRuns:
         self._densities: dict[str, Any] = {}
         self._offline = settings.mode == "offline"
         self._done = False
+        self._uploads: list[threading.Thread] = []
 
     def started(self, moment: Moment, lines: Sequence[Mapping[str, Any]]) -> None:
         """Open the runs, and log what they lack of the lines so far."""
@@ -200,7 +204,7 @@ class WandbRuns:
             self._add(
                 sae, moment, row | {name: _histogram(value) for name, value in distributions.items()}, evaluated=True
             )
-            if self._settings.log_artifacts and moment.step == self._last_step:
+            if self._logs_artifacts and moment.step == self._last_step:
                 self._log_artifact(sae, inference, self._densities.get(sae), aliases=["final_model"])
 
     def window(self, sae: str, moment: Moment, window: Window) -> None:
@@ -217,8 +221,10 @@ class WandbRuns:
                 self._open[sae].run.summary.update({"phase": phase, "message": message})
 
     def checkpointed(self, moment: Moment, saes: Mapping[str, tuple[Any, Any]]) -> None:
+        self._uploads = [upload for upload in self._uploads if upload.is_alive()]
         with self._no_harm():
-            if self._settings.log_artifacts:
+            # Where one hangs, more would only pile up.
+            if self._logs_artifacts and not self._uploads:
                 for name, (sae, log10_frequencies) in saes.items():
                     self._log_artifact(name, sae, log10_frequencies, aliases=[f"tokens-{moment.tokens}"])
             if self._offline:
@@ -228,24 +234,40 @@ class WandbRuns:
     def finished(self) -> None:
         self._done = True
 
-    def close(self) -> None:
-        """End the runs: as finished ones after `finished`, otherwise as ones that were cut off and may go on."""
+    def close(self, *, stopped: bool = False) -> None:
+        """End the runs: as finished ones after `finished`, otherwise as ones that failed, or, where the training was
+        asked to stop, were preempted."""
+        deadline = self._now() + FINISH_SECONDS
+        for upload in self._uploads:
+            upload.join(max(0.0, deadline - self._now()))
         with self._no_harm():
             for opened in self._open.values():
                 # A row whose evaluation was cut off is logged by the attempt that makes it.
                 if self._done or opened.evaluated:
                     _hand_over(opened)
             # Side by side, because a server that does not answer makes each wait for its time.
-            with ThreadPoolExecutor(max_workers=max(1, len(self._open))) as pool:
-                list(pool.map(self._finish, list(self._open.values())))
+            runs = list(self._open.values())
+            with ThreadPoolExecutor(max_workers=max(1, len(runs))) as pool:
+                in_time = list(pool.map(partial(self._finish, stopped=stopped), runs))
+            if runs:
+                import wandb
+
+                # Files are whole only when the client's service has ended.
+                wandb.teardown()
+            for opened, sent in zip(runs, in_time, strict=True):
+                if self._offline or not sent:
+                    self._store(opened, grown=1.0)
         self._open = {}
 
     def _open_all(self) -> None:
         # Reports of the client's own errors go to its maker, and hold the end of the process up without a network.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Where the root file system is read-only, the home directory may be as well.
+        for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
+            os.environ.setdefault(variable, str(self._directory))
+        self._directory.mkdir(parents=True, exist_ok=True)
         import wandb
 
-        self._directory.mkdir(parents=True, exist_ok=True)
         try:
             opened = {sae: self._init(run) for sae, run in self._descriptions.items()}
         except wandb.Error as error:
@@ -304,6 +326,11 @@ class WandbRuns:
             figures = {name: value for name, value in line.items() if name not in ("step", "tokens", "sae")}
             self._add(line["sae"], moment, step_row(moment, figures))
 
+    @property
+    def _logs_artifacts(self) -> bool:
+        """Offline there is nothing to upload to, and the SAEs are in the output anyway."""
+        return self._settings.log_artifacts and not self._offline
+
     def _wants(self, sae: str, moment: Moment) -> bool:
         return sae in self._open and moment.step > self._open[sae].last
 
@@ -320,39 +347,51 @@ class WandbRuns:
         opened.evaluated |= evaluated
 
     def _log_artifact(self, name: str, sae: Any, log10_frequencies: Any, *, aliases: list[str]) -> None:
-        import wandb
-
-        opened, description = self._open.get(name), self._descriptions[name]
+        """Upload an SAE in a thread: the client asks the server before it takes an artifact, and waits for its
+        answer."""
+        opened = self._open.get(name)
         if opened is None:
             return
-        folder = self._directory / "artifacts" / description.id
-        model_files, sparsity_files = self._save_sae(sae, log10_frequencies, folder)
-        kinds = (
-            (description.artifact, "model", model_files, dict(description.configuration)),
-            (f"{description.artifact}_log_feature_sparsity", "log_feature_sparsity", sparsity_files, None),
-        )
-        for artifact_name, kind, paths, metadata in kinds:
-            if paths:
-                artifact = wandb.Artifact(artifact_name, type=kind, metadata=metadata)
-                for path in paths:
-                    # The copy is taken now: the next checkpoint writes into the same folder.
-                    artifact.add_file(str(path), policy="mutable")
-                opened.run.log_artifact(artifact, aliases=aliases)
+        upload = partial(self._upload, self._descriptions[name], opened.run, sae, log10_frequencies, aliases)
+        self._uploads.append(threading.Thread(target=upload, name=f"artifact of {name}", daemon=True))
+        self._uploads[-1].start()
 
-    def _finish(self, opened: _Open) -> None:
+    def _upload(self, description: RunOfSae, run: Run, sae: Any, log10_frequencies: Any, aliases: list[str]) -> None:
+        import wandb
+
+        folder = self._directory / "artifacts" / description.id / aliases[0]
+        try:
+            model_files, sparsity_files = self._save_sae(sae, log10_frequencies, folder)
+            kinds = (
+                (description.artifact, "model", model_files, dict(description.configuration)),
+                (f"{description.artifact}_log_feature_sparsity", "log_feature_sparsity", sparsity_files, None),
+            )
+            for name, kind, paths, metadata in kinds:
+                if paths:
+                    artifact = wandb.Artifact(name, type=kind, metadata=metadata)
+                    for path in paths:
+                        artifact.add_file(str(path))
+                    run.log_artifact(artifact, aliases=aliases)
+        except Exception as error:  # noqa: BLE001 - the SAE is in the output all the same
+            logger.warning("%s %s was not uploaded to Weights & Biases: %s", description.artifact, aliases[0], error)
+        finally:
+            # The client has taken copies.
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _finish(self, opened: _Open, *, stopped: bool) -> bool:
+        """End a run; False when the server did not take all of it in time."""
         start = self._now()
-        if not self._done:
+        if stopped:
             opened.run.mark_preempting()
         opened.run.finish(exit_code=0 if self._done else 1)
-        late = self._now() - start >= FINISH_SECONDS
-        if late and not self._offline:
+        in_time = self._now() - start < FINISH_SECONDS
+        if not in_time:
             logger.warning(
                 "Weights & Biases did not take all of run %s in time: its files are stored below wandb/ of the output, "
                 "for `wandb sync`",
                 opened.run.id,
             )
-        if late or self._offline:
-            self._store(opened, grown=1.0)
+        return in_time
 
     def _store(self, opened: _Open, *, grown: float) -> None:
         """Store a run's files, if its log has grown by a factor."""
