@@ -36,7 +36,7 @@ class CompiledUpkeep:
     """
 
     def __init__(self, plain: DecoderUpkeep) -> None:
-        # Each SAE of a job may have a shape of its own; beyond the limit torch goes on uncompiled, with other last bits.
+        # Each SAE of a job may have a shape of its own; beyond the limit torch goes on uncompiled, to other bits.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
         self._project = torch.compile(plain.project_gradients, dynamic=False)
         self._normalize = torch.compile(plain.after_optimizer_step, dynamic=False)
