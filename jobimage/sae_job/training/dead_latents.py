@@ -31,6 +31,11 @@ class DeadLatents:
         self._short = total_tokens < dead_after_tokens
         self._tokens = 0
 
+    @property
+    def may_be_any(self) -> bool:
+        """Whether a latent can be dead by now, told without asking the device: early in a run none can be."""
+        return self._tokens > 0 if self._short else self._tokens >= self._dead_after_tokens
+
     def mask(self) -> Bool[Tensor, " d_sae"]:
         """The dead latents now: what a step uses is the state before its own batch."""
         if self._short:

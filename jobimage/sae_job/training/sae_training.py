@@ -172,7 +172,9 @@ class SaeTraining:
         if self._noise is not None:
             self._noise.manual_seed(noise_seed(self.plan.spec.seed, step, self._ranks.index))
         with products_in(self._job.settings.precision, self._device):
-            statistics = learner.step_gradients(StepInput(x, target, step, dead, self._noise))
+            # A loss that revives dead latents asks the device how many there are; while there are none, nobody asks.
+            revived = dead if self._dead.may_be_any else None
+            statistics = learner.step_gradients(StepInput(x, target, step, revived, self._noise))
         parameters = list(learner.parameters_by_name.values())
         statistics = sum_over_ranks(statistics, parameters, self._ranks)
         self._note_bad_loss(statistics, step)

@@ -31,6 +31,21 @@ def test_in_a_run_shorter_than_that_never_having_fired_is_dead() -> None:
     assert dead.mask().tolist() == [False, False, True]
 
 
+@given(
+    dead_after=st.integers(1, 40),
+    total=st.integers(1, 80),
+    batches=st.lists(st.tuples(st.integers(1, 20), st.booleans(), st.booleans()), max_size=8),
+)
+def test_nothing_is_dead_while_nothing_can_be(
+    dead_after: int, total: int, batches: list[tuple[int, bool, bool]]
+) -> None:
+    dead = DeadLatents(2, dead_after_tokens=dead_after, total_tokens=total, device="cpu")
+    for rows, first, second in batches:
+        assert dead.may_be_any or not dead.mask().any()
+        dead.update(fired(first, second), rows)
+    assert dead.may_be_any or not dead.mask().any()
+
+
 def test_a_restored_counter_goes_on_alike() -> None:
     for total in (10, 1000):
         whole = DeadLatents(2, dead_after_tokens=20, total_tokens=total, device="cpu")
