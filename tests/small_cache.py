@@ -34,11 +34,13 @@ def write_small_cache(
     shards: int = 4,
     contexts_per_shard: int = 24,
     dtype: torch.dtype = torch.float32,
+    broken: Mapping[str, Sequence[tuple[int, int, float]]] | None = None,
 ) -> CacheManifest:
     """Write the shards and the manifest; a shard holds all positions of its contexts.
 
     Args:
         d_in: width of all hooks, or of each.
+        broken: hook -> (shard, row, value): rows that hold this value, which neither checksums nor statistics tell.
     """
     widths = {hook: d_in if isinstance(d_in, int) else d_in[hook] for hook in hooks}
     rows = contexts_per_shard * CONTEXT_SIZE
@@ -63,6 +65,9 @@ def write_small_cache(
             stored = layout.tensor(view, hook)
             stored.copy_(values[hook][shard][order])
             sums[hook].append(sums_of(stored, hook))
+            for of, row, value in (broken or {}).get(hook, ()):
+                if of == shard:
+                    stored[row, 0] = value
         key = shard_key(shard, rows, rows)
         store.put(key, buffer)
         sha256, crc32 = checksums(view, layout)

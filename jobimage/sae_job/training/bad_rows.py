@@ -68,10 +68,29 @@ def check_rows(
     named = [(shard, row) for shard, row in zip(pairs[::2], pairs[1::2], strict=True) if shard >= 0]
     rows = ", ".join(f"row {row} of shard {shard}" for shard, row in named)
     more = f" and {count - len(named)} more" if count > len(named) else ""
-    raise InvalidInput(
+    raise _not_finite(f"activations of {hooks[number]} hold NaN or infinity in step {step} of {steps}: {rows}{more}")
+
+
+def check_held_out(rows: Tensor, hook: str) -> None:
+    """Blame held-out rows where they are not finite.
+
+    Args:
+        rows: of the hook, [rows, d_in].
+
+    Raises:
+        InvalidInput: some are not; the message tells how many, and the first.
+    """
+    bad = (~torch.isfinite(rows.to(torch.float32)).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise _not_finite(
+            f"of the held-out activations of {hook} {len(bad)} rows hold NaN or infinity, first row {bad[0]}"
+        )
+
+
+def _not_finite(what: str) -> InvalidInput:
+    return InvalidInput(
         "ActivationsNotFinite",
-        f"activations of {hooks[number]} hold NaN or infinity in step {step} of {steps}: {rows}{more}. The SAEs are "
-        "as in the last checkpoint. Build the cache again in a format that holds the model's values (float16 ends at "
-        "65504), or leave out the text that breaks the model",
+        f"{what}. The SAEs are as in the last checkpoint. Build the cache again in a format that holds the model's "
+        "values (float16 ends at 65504), or leave out the text that breaks the model",
         field="spec.activations",
     )

@@ -17,7 +17,7 @@ from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS, normalize_rows
 from sae_job.saes.trainable import ONE_PROCESS, Ranks
-from sae_job.training.bad_rows import LocatedStream, check_rows
+from sae_job.training.bad_rows import LocatedStream, check_held_out, check_rows
 from sae_job.training.checkpoints import Snapshot, random_states, restore_random_states
 from sae_job.training.observer import Moment, SparsityWindow, TrainingObserver
 from sae_job.training.plan import SaePlan, TrainingPlan
@@ -121,7 +121,11 @@ class Trainer:
         return [sae for sae in self.saes if sae.phase != "Failed"]
 
     def initialize(self) -> None:
-        """Set initial weights: of saved SAEs, or from the first rows of the stream, which are then trained on too."""
+        """Set initial weights: of saved SAEs, or from the first rows of the stream, which are then trained on too.
+
+        Raises:
+            InvalidInput: these rows cannot be read, or are not finite.
+        """
         for sae in self.saes:
             if sae.name in self._starts:
                 sae.start_from(self._starts[sae.name])
@@ -134,13 +138,18 @@ class Trainer:
         batches = -(-min(wanted, self._stream.training_rows) // self.plan.batch_size)
         hooks = tuple(dict.fromkeys(hook for sae in fresh for hook in (sae.plan.hook, sae.plan.target_hook)))
         parts: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
+        places: list[dict[str, Any]] = []
         for _ in range(batches):
+            places.append(self._stream.state())
             batch = self._stream.next_batch()
             for hook, rows in parts.items():
                 # The rows of all ranks, in the order of one process: all begin with the weights that one would have.
                 rows.append(whole_batch(batch[hook].to(self._device, torch.float32, copy=True), self._ranks))
         self._stream.restore(start)
         samples = {hook: self._as_seen(hook, torch.cat(rows)) for hook, rows in parts.items()}
+        if not all(bool(torch.isfinite(sample).all()) for sample in samples.values()):
+            for step, place in enumerate(places):
+                self._check_rows(step, place)
         for sae in fresh:
             sae.initialize(samples[sae.plan.hook], samples[sae.plan.target_hook])
 
@@ -197,14 +206,15 @@ class Trainer:
         """
         bad = {sae.name: step for sae in self.running() if (step := sae.first_bad_step()) is not None}
         for step in sorted(set(bad.values())):
-            check_rows(
-                self._stream, self._places[step], self.plan.hooks, step=step, steps=self.plan.steps, ranks=self._ranks
-            )
+            self._check_rows(step, self._places[step])
         for sae in self.running():
             if sae.name in bad:
                 sae.fail_at(bad[sae.name])
                 self._tell_phase(sae)
         self._places.clear()
+
+    def _check_rows(self, step: int, place: dict[str, Any]) -> None:
+        check_rows(self._stream, place, self.plan.hooks, step=step, steps=self.plan.steps, ranks=self._ranks)
 
     @property
     def unsettled(self) -> bool:
@@ -243,6 +253,8 @@ class Trainer:
                 sae.evaluate(inference, self._held_out[sae.plan.hook], self._held_out[sae.plan.target_hook])
             )
             if not is_finite(figures):
+                for hook in (sae.plan.hook, sae.plan.target_hook):
+                    check_held_out(self._held_out[hook].activations, hook)
                 sae.diverged(self.steps_done)
                 self._tell_phase(sae)
                 continue

@@ -110,6 +110,7 @@ def test_rows_are_normalised_before_each_step_and_by_the_saved_sae(
         def __init__(self, stream: CachedActivations) -> None:
             self._stream = stream
             self.training_rows, self.state, self.restore = stream.training_rows, stream.state, stream.restore
+            self.next_places = stream.next_places
 
         def next_batch(self) -> dict[str, torch.Tensor]:
             return {hook: normalize_rows(rows, mode)[0] for hook, rows in self._stream.next_batch().items()}
