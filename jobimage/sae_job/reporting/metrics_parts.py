@@ -53,7 +53,8 @@ def first_line_of(key: str) -> int | None:
 class MetricsParts:
     """An observer of a training that stores the lines of metrics.jsonl while it runs.
 
-    An attempt that goes on from a checkpoint first makes the parts hold exactly the checkpoint's lines.
+    It is told nothing but when to look: the lines that `started` is given are those of the training, and grow. An
+    attempt that goes on from a checkpoint first makes the parts hold exactly the checkpoint's lines.
 
     Args:
         store: where parts go; called in a thread of its own, one call at a time.
@@ -67,7 +68,7 @@ class MetricsParts:
         self._now = now
         self._begun = self._last = now()
         self._first = 0
-        self._lines: list[Line] = []
+        self._lines: Sequence[Line] = ()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
         self._writing: tuple[Future[bool], int] | None = None
 
@@ -78,20 +79,20 @@ class MetricsParts:
                 self._store.delete(part_key(start))
         # The last part may lack lines, or have more than the checkpoint.
         self._first = max((start for start in starts if start < len(lines)), default=0)
-        self._lines = list(lines[self._first :])
+        self._lines = lines
         self._submit()
 
     def logged(self, sae: str, moment: Moment, figures: Mapping[str, Any]) -> None:
-        self._add(sae, moment, figures)
+        self._submit_if_due()
 
     def evaluated(self, sae: str, moment: Moment, figures: Mapping[str, Any], inference: object) -> None:
-        self._add(sae, moment, {"evaluation": dict(figures)})
+        self._submit_if_due()
 
     def window(self, sae: str, moment: Moment, window: object) -> None:
-        """Windows are not in metrics.jsonl."""
+        self._submit_if_due()
 
     def phase(self, sae: str, moment: Moment, phase: str, message: str) -> None:
-        """Phases are not in metrics.jsonl."""
+        self._submit_if_due()
 
     def checkpointed(self, moment: Moment, saes: object) -> None:
         self._submit()
@@ -113,8 +114,7 @@ class MetricsParts:
         for start in self._store.starts():
             self._store.delete(part_key(start))
 
-    def _add(self, sae: str, moment: Moment, figures: Mapping[str, Any]) -> None:
-        self._lines.append({"step": moment.step, "tokens": moment.tokens, "sae": sae, **figures})
+    def _submit_if_due(self) -> None:
         now = self._now()
         if now - self._last >= min(max(FIRST_SECONDS, (now - self._begun) / SHARE_OF_RUN), LONGEST_SECONDS):
             self._submit()
@@ -125,20 +125,18 @@ class MetricsParts:
             return
         self._settle()
         self._last = self._now()
-        if self._lines:
-            data = self._encode(self._lines)
-            future = self._pool.submit(self._store.put, part_key(self._first), data)
-            self._writing = future, len(self._lines)
+        if lines := self._lines[self._first :]:
+            future = self._pool.submit(self._store.put, part_key(self._first), self._encode(lines))
+            self._writing = future, len(lines)
 
     def _settle(self) -> None:
-        """Forget the lines of a part that is stored; those of one that failed are written with the next."""
+        """Count the lines of a part that is stored; those of one that failed are written with the next."""
         if self._writing is None:
             return
         future, count = self._writing
         self._writing = None
         if future.result():
             self._first += count
-            del self._lines[:count]
 
     def _wait(self) -> None:
         if self._writing is not None:

@@ -113,9 +113,8 @@ def evaluation_row(moment: Moment, figures: Mapping[str, float | None]) -> Row:
     return row | {f"evaluation/{name}": value for name, value in known.items()}
 
 
-def window_row(moment: Moment, window: Window) -> Row:
-    """Of firing frequencies: the figures, but for the histogram `plots/feature_density_line_chart`."""
-    figures = window.figures()
+def window_row(moment: Moment, figures: Mapping[str, float]) -> Row:
+    """Of a window's firing frequencies: the figures, but for the histogram `plots/feature_density_line_chart`."""
     return {
         "details/n_training_tokens": moment.tokens,
         "metrics/mean_log10_feature_sparsity": figures["mean_log10_feature_sparsity"],

@@ -41,6 +41,8 @@ INIT_SECONDS, FINISH_SECONDS = 20.0, 15.0
 # times the last size is written.
 _GROWTH = 1.1
 _BINS = 64
+# What a line of metrics.jsonl has besides figures.
+_PLACE_OF_A_LINE = ("step", "tokens", "sae", "phase")
 
 
 def check_wandb(settings: WandbSettings | None, env: Mapping[str, str]) -> None:
@@ -213,7 +215,7 @@ class WandbRuns:
             return
         with self._no_harm():
             density = {"plots/feature_density_line_chart": _histogram(window.log10_frequencies)}
-            self._add(sae, moment, window_row(moment, window) | density)
+            self._add(sae, moment, window_row(moment, window.figures()) | density)
 
     def phase(self, sae: str, moment: Moment, phase: str, message: str) -> None:
         with self._no_harm():
@@ -322,8 +324,10 @@ class WandbRuns:
         moment = _MomentOfLine(line["step"], line["tokens"])
         if "evaluation" in line:
             self._add(line["sae"], moment, evaluation_row(moment, line["evaluation"]), evaluated=True)
+        elif "window" in line:
+            self._add(line["sae"], moment, window_row(moment, line["window"]))
         elif "loss" in line:
-            figures = {name: value for name, value in line.items() if name not in ("step", "tokens", "sae")}
+            figures = {name: value for name, value in line.items() if name not in _PLACE_OF_A_LINE}
             self._add(line["sae"], moment, step_row(moment, figures))
 
     @property

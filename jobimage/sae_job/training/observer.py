@@ -64,7 +64,8 @@ class TrainingObserver(Protocol):
 
         Args:
             moment: where the training stands: steps and tokens are 0, or those of a checkpoint.
-            lines: the lines of metrics.jsonl until then. Anything later that an earlier attempt told is told again.
+            lines: the lines of metrics.jsonl until then, and, as the training goes on, all that follow. Anything later
+                that an earlier attempt told is told again.
         """
         ...
 

@@ -59,10 +59,24 @@ def line(number: int) -> Line:
     return {"step": number, "tokens": 10 * number, "sae": "a", "loss": 1 / number}
 
 
-def log(parts: MetricsParts, clock: Clock, numbers: range, *, seconds: float = 1.0) -> None:
-    for number in numbers:
-        clock.now += seconds
-        parts.logged("a", At(number, 10 * number), {"loss": 1 / number})
+@dataclass
+class Training:
+    """A training whose lines are observed, from line `done` on."""
+
+    store: Parts
+    clock: Clock
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.lines = [line(number) for number in range(1, self.done + 1)]
+        self.parts = MetricsParts(self.store, encode, self.clock)
+        self.parts.started(At(self.done, 10 * self.done), self.lines)
+
+    def log(self, numbers: range, *, seconds: float = 1.0) -> None:
+        for number in numbers:
+            self.clock.now += seconds
+            self.lines.append(line(number))
+            self.parts.logged("a", At(number, 10 * number), {})
 
 
 @pytest.fixture
@@ -76,12 +90,11 @@ def clock() -> Clock:
 
 
 def test_lines_arrive_while_the_training_runs(store: Parts, clock: Clock) -> None:
-    parts = MetricsParts(store, encode, clock)
-    parts.started(At(0, 0), [])
-    log(parts, clock, range(1, 61))
-    parts.checkpointed(At(60, 600), {})
-    log(parts, clock, range(61, 71))
-    parts.close()
+    training = Training(store, clock)
+    training.log(range(1, 61))
+    training.parts.checkpointed(At(60, 600), {})
+    training.log(range(61, 71))
+    training.parts.close()
     assert store.content() == encode([line(number) for number in range(1, 71)])
     assert len(store.objects) > 2
 
@@ -93,10 +106,9 @@ def test_parts_sort_by_their_lines_and_go_in_the_end(store: Parts, clock: Clock)
         None,
         None,
     ]
-    parts = MetricsParts(store, encode, clock)
-    parts.started(At(0, 0), [])
-    log(parts, clock, range(1, 100))
-    parts.remove()
+    training = Training(store, clock)
+    training.log(range(1, 100))
+    training.parts.remove()
     assert store.objects == {}
 
 
@@ -106,46 +118,34 @@ def test_an_attempt_that_goes_on_leaves_exactly_the_lines_of_an_undisturbed_run(
 ) -> None:
     checkpoint_at = min(checkpoint_at, cut_off_after)
     store, clock = Parts(), Clock()
-    first = MetricsParts(store, encode, clock)
-    first.started(At(0, 0), [])
-    log(first, clock, range(1, cut_off_after + 1), seconds=7)
+    first = Training(store, clock)
+    first.log(range(1, cut_off_after + 1), seconds=7)
     if told_the_end:
-        first.close()
+        first.parts.close()
     else:
-        first._wait()
-    second = MetricsParts(store, encode, clock)
-    second.started(At(checkpoint_at, 10 * checkpoint_at), [line(number) for number in range(1, checkpoint_at + 1)])
-    second._wait()
+        first.parts._wait()
+    second = Training(store, clock, done=checkpoint_at)
+    second.parts._wait()
     assert store.content() == encode([line(number) for number in range(1, checkpoint_at + 1)])
-    log(second, clock, range(checkpoint_at + 1, 71), seconds=7)
-    second.close()
+    second.log(range(checkpoint_at + 1, 71), seconds=7)
+    second.parts.close()
     assert store.content() == encode([line(number) for number in range(1, 71)])
 
 
 def test_lines_of_a_part_that_could_not_be_stored_come_with_the_next(store: Parts, clock: Clock) -> None:
-    parts = MetricsParts(store, encode, clock)
-    parts.started(At(0, 0), [])
+    training = Training(store, clock)
     store.refuses = True
-    log(parts, clock, range(1, 200))
+    training.log(range(1, 200))
     assert store.objects == {}
     store.refuses = False
-    parts.close()
+    training.parts.close()
     assert store.content() == encode([line(number) for number in range(1, 200)])
-
-
-def test_evaluations_are_lines_of_their_own(store: Parts, clock: Clock) -> None:
-    parts = MetricsParts(store, encode, clock)
-    parts.started(At(0, 0), [])
-    parts.evaluated("a", At(1, 10), {"l0": 3.0}, object())
-    parts.close()
-    assert json.loads(store.content()) == {"step": 1, "tokens": 10, "sae": "a", "evaluation": {"l0": 3.0}}
 
 
 def test_a_long_run_writes_each_line_once_into_few_objects(store: Parts, clock: Clock) -> None:
     lines = 100_000
-    parts = MetricsParts(store, encode, clock)
-    parts.started(At(0, 0), [])
-    log(parts, clock, range(1, lines + 1), seconds=0.36)  # ten hours
-    parts.close()
-    assert store.written == len(encode([line(number) for number in range(1, lines + 1)]))
+    training = Training(store, clock)
+    training.log(range(1, lines + 1), seconds=0.36)  # ten hours
+    training.parts.close()
+    assert store.written == len(encode(training.lines))
     assert len(store.objects) < 700
