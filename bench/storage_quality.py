@@ -35,7 +35,7 @@ from sae_job.activations.contexts import ContextReader
 from sae_job.activations.harvest import ActivationModel
 from sae_job.activations.manifest import CacheManifest, read_manifest
 from sae_job.activations.reader import CachedActivations, HeldOut, held_out_contexts_for
-from sae_job.evaluation.cross_entropy import cross_entropies
+from sae_job.evaluation.cross_entropy import Splice, cross_entropies
 from sae_job.evaluation.metrics import HeldOutRows, reconstruction_metrics
 from sae_job.models.load import load_full_model, load_hooked_model
 from sae_job.saes.base import SAE
@@ -225,7 +225,7 @@ def evaluate(trials: list[Trial], exact: Trial, *, cross_entropy_tokens: int) ->
         load_full_model(model_source("float32"), device="cpu"),
         contexts,
         replaced,
-        {"/".join(key): value for key, value in saes.items()},
+        {"/".join(key): Splice(hook, sae) for key, (hook, sae) in saes.items()},
         ignore_token_ids=index.tokenizer.special_token_ids,
         batch_size=BATCH_SIZE,
     )

@@ -1,0 +1,27 @@
+"""What a benchmark's results tell of the machine and the versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+
+from bench.peers import DICTIONARY_LEARNING, SAE_LENS_NEWEST, SPARSIFY
+
+
+def machine() -> dict[str, object]:
+    with open("/proc/cpuinfo") as file:
+        lines = [line.split(":", 1) for line in file if ":" in line]
+    facts = {name.strip(): value.strip() for name, value in lines}
+    wide = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in facts.get("flags", "").split()]
+    return {
+        "processor": f"{facts.get('model name', platform.machine())} ({', '.join(wide)})",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "peers": {
+            "saelens": SAE_LENS_NEWEST.name,
+            "sparsify": SPARSIFY.name,
+            "dictionary_learning": DICTIONARY_LEARNING.name,
+        },
+    }
