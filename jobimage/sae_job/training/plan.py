@@ -81,6 +81,7 @@ class TrainingPlan:
             fine-tuning. Evaluations, checkpoints and progress are laid out over this number.
         held_out_rows: rows of the cache's first contexts that are kept for evaluation.
         evaluate_every_tokens: tokens between evaluations; None for every tenth of the steps.
+        evaluate_model_every_tokens: tokens between evaluations of the language model; None for none but the last.
         checkpoint_every_tokens: tokens between checkpoints, or None.
         checkpoint_every_seconds: seconds between checkpoints, or None.
         log_every_steps: steps between lines of metrics.
@@ -96,6 +97,7 @@ class TrainingPlan:
     steps: int
     held_out_rows: int
     evaluate_every_tokens: int | None
+    evaluate_model_every_tokens: int | None
     checkpoint_every_tokens: int | None
     checkpoint_every_seconds: float | None
     log_every_steps: int
@@ -134,12 +136,19 @@ class TrainingPlan:
         return steps_done % self.log_every_steps == 0 or steps_done == self.steps
 
     def evaluates_after(self, steps_done: int) -> bool:
-        """Whether held-out rows are evaluated after so many steps; always after the first tenth and after the last."""
-        if steps_done in (self.steps, self.tenth_step):
+        """Whether held-out rows are evaluated after so many steps; always after the first tenth and after the last, and
+        before a fine-tuning begins, which then shows what it was good for."""
+        if steps_done in (self.steps, self.tenth_step, self.training_steps):
             return True
         if self.evaluate_every_tokens is None:
             return steps_done in {-(-self.steps * part // EVALUATIONS) for part in range(1, EVALUATIONS)}
         return self._crosses(self.evaluate_every_tokens, steps_done)
+
+    def evaluates_model_after(self, steps_done: int) -> bool:
+        """Whether the language model is evaluated after so many steps; not after the last, when the results need it
+        anyway."""
+        every = self.evaluate_model_every_tokens
+        return every is not None and steps_done < self.steps and self._crosses(every, steps_done)
 
     def checkpoints_after(self, steps_done: int) -> bool:
         """Whether a checkpoint by tokens is due after so many steps; not after the last, when the results follow."""
@@ -277,6 +286,7 @@ def resolve_plan(
         steps=training_steps + finetuning_steps,
         held_out_rows=held_out_rows(spec, cache_rows),
         evaluate_every_tokens=spec.evaluation.every_tokens,
+        evaluate_model_every_tokens=spec.evaluation.model_every_tokens,
         checkpoint_every_tokens=spec.checkpoints.every_tokens,
         checkpoint_every_seconds=seconds,
         log_every_steps=training.log_every_steps,

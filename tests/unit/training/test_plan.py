@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_job.errors import InvalidInput
-from sae_job.training.plan import TrainingPlan, default_batch_size, default_learning_rate, resolve_plan
+from sae_job.training.plan import (
+    TrainingPlan,
+    default_batch_size,
+    default_learning_rate,
+    resolve_plan,
+    tokens_asked_for,
+)
 from sae_job.training.scaling import activation_scale
 from sae_operator.api.training_job import SAETrainingJobSpec
 
@@ -205,3 +211,97 @@ def test_activations_that_do_not_vary_are_refused(squared: float) -> None:
     with pytest.raises(InvalidInput) as caught:
         activation_scale(Statistics(mean_squared_norm=squared), "centered_rms")
     assert caught.value.field == "spec.normalization"
+
+
+TWO = {"x": 4, "y": 6}
+TOPK = {"type": "topk", "k": 2}
+
+
+def transcoder(**changes: Any) -> dict[str, Any]:
+    return {"name": "a", "hook": "x", "targetHook": "y", "architecture": TOPK, **changes}
+
+
+def planned(widths: dict[str, int] | None = None, ranks: int = 1, **spec: Any) -> TrainingPlan:
+    document = {"activations": {"uri": "file://cache"}, "saes": [transcoder()], "output": {"uri": "file://out"}, **spec}
+    parsed = SAETrainingJobSpec.model_validate(document)
+    return resolve_plan(parsed, cache_rows=10**6, widths=widths or TWO, ranks=ranks)
+
+
+def test_a_transcoder_reads_one_hook_and_reconstructs_another() -> None:
+    resolved = planned(saes=[transcoder(), {"name": "b", "hook": "x", "architecture": TOPK}])
+    first, second = resolved.saes
+    assert (first.hook, first.target_hook, first.d_in, first.d_out, first.d_sae) == ("x", "y", 4, 6, 32)
+    assert first.is_transcoder
+    assert (second.target_hook, second.d_out) == ("x", 4)
+    assert not second.is_transcoder
+    assert resolved.hooks == ("x", "y")
+
+
+def test_each_hook_has_one_scale() -> None:
+    statistics = {"x": Statistics(), "y": Statistics(d_in=6, mean_norm=12.0)}
+    resolved = planned(normalization="expected_average_only_in").scaled_by(statistics)
+    assert resolved.scales == pytest.approx({"x": 0.5, "y": math.sqrt(6) / 12})
+    assert planned().with_scales_of(resolved.record()).scales == resolved.scales
+
+
+def test_a_target_that_is_not_there_is_told() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        planned(saes=[transcoder(targetHook="z")])
+    assert (caught.value.reason, caught.value.field) == ("HookNotFound", "spec.saes[0].targetHook")
+
+
+@pytest.mark.parametrize("mode", ["constant_norm_rescale", "layer_norm"])
+def test_a_transcoder_cannot_have_a_normalisation_of_each_activation(mode: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        planned(normalization=mode)
+    assert caught.value.field == "spec.normalization"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "field_name"),
+    [
+        ({"type": "topk", "k": 9}, "k"),
+        ({"type": "batchtopk", "k": 9}, "k"),
+        ({"type": "matryoshka_batchtopk", "k": 2, "widths": [4, 4]}, "widths"),
+        ({"type": "matryoshka_batchtopk", "k": 2, "widths": [6, 4]}, "widths"),
+        ({"type": "matryoshka_batchtopk", "k": 2, "widths": [4, 9]}, "widths"),
+        ({"type": "jumprelu", "l0Coefficient": 1, "sparsityPenalty": "target_l0", "targetL0": 9}, "targetL0"),
+    ],
+)
+def test_settings_are_compared_with_latents_that_follow_from_the_width(
+    architecture: dict[str, Any], field_name: str
+) -> None:
+    saes = [
+        {"name": "fine", "architecture": TOPK},
+        {"name": "a", "architecture": architecture, "expansionFactor": 2},
+    ]
+    assert refused(saes=saes).field == f"spec.saes[1].architecture.{field_name}"
+
+
+def test_ranks_share_batches_evenly() -> None:
+    assert planned(ranks=4, training={"batchSize": 12}).batch_size == 12
+    with pytest.raises(InvalidInput) as caught:
+        planned(ranks=8, training={"batchSize": 12})
+    assert caught.value.field == "spec.training.batchSize"
+    assert "set it to 16" in caught.value.message
+
+
+def test_finetuning_comes_after_the_tokens_of_the_training() -> None:
+    training = {"tokens": 100, "batchSize": 10, "learningRate": 0.5, "finetuning": {"method": "scale", "tokens": 35}}
+    resolved = planned(training=training)
+    assert (resolved.training_steps, resolved.steps, resolved.tokens) == (10, 14, 140)
+    assert [resolved.is_finetuning(step) for step in (9, 10)] == [False, True]
+    assert resolved.evaluates_after(10)
+    (sae,) = resolved.saes
+    assert sae.learning_rate(10) == 0
+    assert sae.finetuning_rate is not None
+    assert [sae.finetuning_rate(step) for step in range(4)] == pytest.approx([0.05, 0.0375, 0.025, 0.0125])
+    spec = SAETrainingJobSpec.model_validate(
+        {
+            "activations": {"uri": "file://cache"},
+            "saes": [transcoder()],
+            "output": {"uri": "file://out"},
+            "training": training,
+        }
+    )
+    assert tokens_asked_for(spec) == 135
