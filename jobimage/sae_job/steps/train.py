@@ -21,11 +21,12 @@ from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_resu
 from sae_job.steps.train_results import Training, leave_results, leave_saes, results_of
 from sae_job.storage.base import ObjectStore
 from sae_job.training.checkpoints import Checkpoints, Snapshot
+from sae_job.training.continuation import continues
 from sae_job.training.loop import TrainingLoop
 from sae_job.training.place import Place
 from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
 from sae_job.training.ranks import DistributedRanks, OnlyProcess, SharedStream, joined
-from sae_job.training.trainer import Trainer, continues
+from sae_job.training.trainer import Trainer
 from sae_job.training.warm_start import load_starts
 from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
 

@@ -126,17 +126,21 @@ class Checkpoints:
     def newest(self, fits: Callable[[dict[str, Any]], bool]) -> Snapshot | None:
         """The newest checkpoint that is whole and whose state `fits`; those that are not are removed, with a warning.
 
+        Args:
+            fits: whether a training with this state is to go on; asked before any tensor is read. What it raises ends
+                the search, and everything stays.
+
         Raises:
             StoreError: the store failed.
         """
         for tokens in sorted(self._finished(self._keys()), reverse=True):
             uri = f"{self._store.uri}/{_folder(tokens)}"
             try:
-                snapshot = self._load(tokens)
+                snapshot = self._load(tokens, fits)
             except CorruptCheckpoint as error:
                 logger.warning("the checkpoint %s cannot be used (%s): going back to the one before it", uri, error)
             else:
-                if fits(snapshot.state):
+                if snapshot is not None:
                     return snapshot
                 logger.warning("the checkpoint %s is of a training with other settings: it is not used", uri)
             # A newer one than what is written next would otherwise be taken for the newest.
@@ -170,7 +174,12 @@ class Checkpoints:
         found = ((name, self._last_good(keys, name)) for name in saes)
         return tuple(f"{_folder(tokens)}{name}/" for name, tokens in found if tokens is not None)
 
-    def _load(self, tokens: int) -> Snapshot:
+    def _load(self, tokens: int, fits: Callable[[dict[str, Any]], bool]) -> Snapshot | None:
+        """The checkpoint, or None where it does not fit.
+
+        Raises:
+            CorruptCheckpoint: a file is missing or damaged.
+        """
         folder = _folder(tokens)
         try:
             marker = json.loads(self._store.get(folder + MARKER))
@@ -185,6 +194,8 @@ class Checkpoints:
                 return data
 
             state = json.loads(read(STATE))
+            if not fits(state):
+                return None
             return Snapshot(
                 tokens=tokens,
                 state=state,

@@ -382,23 +382,3 @@ def _provenance(plan: SaePlan, of_hooks: Mapping[str, Provenance]) -> Provenance
         return source
     target = of_hooks[plan.target_hook]
     return replace(source, hook_name_out=target.hook_name, hook_head_index_out=target.hook_head_index)
-
-
-def continues(plan: TrainingPlan, state: Mapping[str, Any]) -> bool:
-    """Whether a training stopped with this state can go on under this plan: same SAEs, batches and held-out rows.
-
-    The number of steps may differ: raised tokens lengthen a training that is not finished. Then learning rates follow
-    the new plan from where it stands; a fine-tuning that has begun cannot be put off any more. Scales may differ too:
-    they are taken over from the state.
-    """
-    before, now = state["plan"], plan.record()
-    same = ("batch_size", "held_out_rows", "normalization", "optimizer", "precision", "finetuning")
-    fixed = ("architecture", "hook", "target_hook", "d_in", "d_out", "d_sae")
-    begun = state["steps_done"] > before.get("training_steps", 0)
-    return (
-        all(key in before and before[key] == now[key] for key in same)
-        and before["saes"].keys() == now["saes"].keys()
-        and all(before["saes"][name].get(key) == sae[key] for name, sae in now["saes"].items() for key in fixed)
-        and state["steps_done"] <= plan.steps
-        and (not begun or before["training_steps"] == plan.training_steps)
-    )

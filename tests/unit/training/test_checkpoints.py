@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from sae_job.errors import InvalidInput
 from sae_job.saes.base import SAE
 from sae_job.storage.base import StoreError
 from sae_job.storage.file_store import FileStore
 from sae_job.training.checkpoint_writer import CheckpointWriter
 from sae_job.training.checkpoints import Checkpoints, Snapshot
-from sae_job.training.trainer import continues
-from tests.faults import folder_bytes
+from sae_job.training.continuation import continues
+from tests.faults import FaultPlan, folder_bytes
 from tests.small_cache import write_small_cache
-from tests.small_training import small_job, small_spec
+from tests.small_training import STANDARD, TOPK, small_job, small_spec
 
 
 def snapshots(folder: Path, tokens: list[int]) -> list[Snapshot]:
@@ -146,8 +147,42 @@ def test_a_training_goes_on_only_with_the_same_saes_and_batches(three: list[Snap
     assert goes_on(training={**training, "tokens": 1200})
     assert not goes_on(training={**training, "tokens": 32})
     assert not goes_on(training={**training, "batchSize": 16})
-    assert not goes_on(saes=[{"name": "topk", "architecture": {"type": "topk", "k": 3}, "dSae": 25}])
+    assert not goes_on(training={**training, "optimizer": "adamw"})
     assert not goes_on(evaluation={"heldOutTokens": 41})
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"architecture": {"type": "batchtopk", "k": 3}}, "spec.saes[0].architecture.type"),
+        ({"dSae": 25}, "spec.saes[0].dSae"),
+        ({"name": "renamed"}, "spec.saes"),
+    ],
+)
+def test_checkpoints_of_other_saes_are_refused_before_their_weights_are_read(
+    three: list[Snapshot], tmp_path: Path, changes: dict[str, Any], field: str
+) -> None:
+    faults = FaultPlan()
+    checkpoints = Checkpoints(faults.wrap(FileStore(tmp_path / "out")), keep=2)
+    checkpoints.write(three[0])
+    before = folder_bytes(tmp_path / "out")
+    job = small_job(FileStore(tmp_path / "cache"), small_spec([{**TOPK, **changes}, STANDARD]))
+    job.reader.close()
+    written = len(faults.names)
+    with pytest.raises(InvalidInput) as caught:
+        checkpoints.newest(lambda state: continues(job.plan, state))
+    assert (caught.value.reason, caught.value.field) == ("CheckpointDiffers", field)
+    assert not [name for name in faults.names[written:] if name.endswith(".safetensors")]
+    assert folder_bytes(tmp_path / "out") == before
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_read_either(three: list[Snapshot], tmp_path: Path) -> None:
+    faults = FaultPlan()
+    checkpoints = Checkpoints(faults.wrap(FileStore(tmp_path / "out")), keep=2)
+    checkpoints.write(three[0])
+    written = len(faults.names)
+    assert checkpoints.newest(lambda state: False) is None
+    assert not [name for name in faults.names[written:] if name.endswith(".safetensors")]
 
 
 class FullDisk(FileStore):

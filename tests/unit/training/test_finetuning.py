@@ -11,8 +11,9 @@ import torch
 
 from sae_job.saes.trainable import StepInput
 from sae_job.storage.file_store import FileStore
+from sae_job.training.continuation import continues
 from sae_job.training.finetuning import Finetuning
-from sae_job.training.trainer import Trainer, continues
+from sae_job.training.trainer import Trainer
 from tests.small_cache import write_small_cache
 from tests.small_training import EVERY_KIND, TRAINING, TWO_HOOKS, SmallJob, small_job, small_spec
 
