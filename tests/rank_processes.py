@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,14 @@ from sae_job.training.ranks import DistributedRanks, joined
 Act = Callable[[DistributedRanks, Any], Any]
 
 
+def in_processes(size: int, act: Callable[[Place, Any], Any], folder: Path, given: Any = None) -> list[Any]:
+    """As `on_ranks`, of functions that join the others by themselves, as torchrun's environment says."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    return _results(size, _run_alone, folder, (act, port, given))
+
+
 def on_ranks(size: int, act: Act, folder: Path, given: Any = None) -> list[Any]:
     """What `act` returns on each rank, or the exception that it raises there.
 
@@ -26,10 +36,14 @@ def on_ranks(size: int, act: Act, folder: Path, given: Any = None) -> list[Any]:
         folder: an empty one, which the processes meet in.
         given: for each of them.
     """
+    return _results(size, _run, folder, (act, given))
+
+
+def _results(size: int, run: Callable[..., None], folder: Path, arguments: tuple[Any, ...]) -> list[Any]:
     # A process that has imported torch once, and does nothing else but fork.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sae_job.training.ranks", "sae_job.steps.train"])
-    processes = [context.Process(target=_run, args=(index, size, act, folder, given)) for index in range(size)]
+    processes = [context.Process(target=run, args=(index, size, folder, *arguments)) for index in range(size)]
     for process in processes:
         process.start()
     for process in processes:
@@ -38,13 +52,30 @@ def on_ranks(size: int, act: Act, folder: Path, given: Any = None) -> list[Any]:
     return [pickle.loads((folder / f"{index}.pickle").read_bytes()) for index in range(size)]
 
 
-def _run(index: int, size: int, act: Act, folder: Path, given: Any) -> None:
+def _run(index: int, size: int, folder: Path, act: Act, given: Any) -> None:
     torch.set_num_threads(1)
-    place = Place(index, size, index)
-    with joined(place, torch.device("cpu"), lambda: FileStore(str(folder / "store"), size)) as ranks:
-        try:
-            value = act(ranks, given)
-        except Exception as error:  # noqa: BLE001 - for the test to look at
-            # Exceptions with arguments of their own do not survive pickle.
-            value = (type(error).__name__, str(error))
-    (folder / f"{index}.pickle").write_bytes(pickle.dumps(value))
+    with joined(
+        Place(index, size, index), torch.device("cpu"), lambda: FileStore(str(folder / "store"), size)
+    ) as ranks:
+        _leave(folder / f"{index}.pickle", lambda: act(ranks, given))
+
+
+def _run_alone(index: int, size: int, folder: Path, act: Callable[[Place, Any], Any], port: int, given: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(index),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(index),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    _leave(folder / f"{index}.pickle", lambda: act(Place.of(os.environ), given))
+
+
+def _leave(path: Path, act: Callable[[], Any]) -> None:
+    try:
+        value = act()
+    except Exception as error:  # noqa: BLE001 - for the test to look at
+        # Exceptions with arguments of their own do not survive pickle.
+        value = (type(error).__name__, str(error))
+    path.write_bytes(pickle.dumps(value))

@@ -21,6 +21,7 @@ from sae_job.steps.train import run_train
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.file_store import FileStore
 from sae_job.training.observer import TrainingObserver
+from sae_job.training.place import ALONE, Place
 from sae_job.training.plan import TrainingPlan, resolve_plan
 from sae_job.training.trainer import Trainer
 from sae_operator.api.steps import Progress, StepResult, TrainStep
@@ -137,6 +138,7 @@ class Job:
         *,
         should_stop: Callable[[], bool] = lambda: False,
         listener: Callable[[Progress], None] = lambda state: None,
+        place: Place = ALONE,
     ) -> StepResult:
         faults = faults or FaultPlan()
         folders = {"file://cache": self.cache, "file://out": self.output}
@@ -149,6 +151,7 @@ class Job:
             should_stop=should_stop,
             open_store=open_store,
             now=time.monotonic,
+            place=place,
         )
         return run_train(self.step, context)
 

@@ -150,7 +150,8 @@ def run_rank(name: str, path: Path, place: Place, message: Path | None) -> int:
         place: which of the processes that run it together this is.
         message: where its result goes.
     """
-    tail = set_up_logging()
+    # What all processes tell alike, the first one tells.
+    tail = set_up_logging(logging.INFO if place.index == 0 else logging.WARNING)
     reporter = ProgressReporter(name)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
