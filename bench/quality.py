@@ -84,8 +84,11 @@ class Bench:
             late = late or time.monotonic() > self._deadline
             while waiting and len(running) < self._jobs and not late:
                 plan, run = waiting.pop(0)
-                running[self._start(run)] = (plan, run)
-            if not running:
+                if self._facts_of(run).exists():  # trained, but never evaluated: that was interrupted
+                    self._advance(plan, self._evaluated(run), waiting)
+                else:
+                    running[self._start(run)] = (plan, run)
+            if late and not running:
                 raise OutOfTime
             for process in [process for process in running if process.poll() is not None]:
                 plan, run = running.pop(process)
@@ -135,11 +138,15 @@ class Bench:
                 stderr=log,
             )
 
+    def _facts_of(self, run: Run) -> Path:
+        """What a worker leaves last."""
+        return self._saes / f"{run.name}.json"
+
     def sae(self, run: Run) -> PlainSae:
         return PlainSae(self._saes / run.name, K)
 
     def _evaluated(self, run: Run) -> Result:
-        facts = json.loads((self._saes / f"{run.name}.json").read_text())
+        facts = json.loads(self._facts_of(run).read_text())
         sae = self.sae(run)
         self._validation = self._validation or self._held_out("validation")
         test: dict[str, float] = {}

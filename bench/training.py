@@ -40,6 +40,7 @@ from bench.sides.setting import PENALIZED, Setting
 from bench.training_numerics import check_numerics, make_sparse, start_weights
 from bench.training_table import add_results
 from bench.worker import Worker
+from tests.testbed.paths import CHECKOUT
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka_batchtopk", "standard", "gated", "jumprelu")
 BATCH, BATCHES, K = 4096, 4, 32
@@ -70,9 +71,12 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median CPU seconds per step, and MiB, of each side."""
     environment = peer_environment() | malloc
+    # The product of this checkout, whatever is installed.
+    own = environment | {"PYTHONPATH": f"{CHECKOUT}/jobimage:{CHECKOUT}/operator"}
     arguments = [json.dumps(asdict(setting)), os.fspath(start)]
     workers = [
-        Worker(side, python, "training_worker.py", [side, *arguments], environment) for side, python in sides.items()
+        Worker(side, python, "training_worker.py", [side, *arguments], own if side == "ours" else environment)
+        for side, python in sides.items()
     ]
     for worker in workers:
         worker.answer()
