@@ -22,15 +22,13 @@ from torch import Tensor
 
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
+from sae_job.saes.kernels.choice import kernel_name
 from sae_job.saes.kernels.sparse import ActiveLatents
 from sae_job.saes.norm_penalty import NormPenalty
 from sae_job.saes.penalized import PenalizedSAE, Step, cleared_gradient, warmed_up
 from sae_job.saes.reconstruction import reconstruction_loss
 from sae_job.saes.trainable import Ranks, StepInput, StepStatistics
 from sae_operator.api.sae import SaeSpec
-
-# Share of active entries below which a sparse step is faster.
-_SPARSE_BELOW = 0.2
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,7 @@ class GatedSAE(PenalizedSAE):
     b_mag: Tensor
 
     def __init__(self, spec: SaeSpec, d_in: int, d_out: int, d_sae: int, *, device: torch.device, ranks: Ranks) -> None:
-        super().__init__(
-            spec, d_in, d_out, d_sae, device=device, ranks=ranks, activation=torch.relu, sparse_below=_SPARSE_BELOW
-        )
+        super().__init__(spec, d_in, d_out, d_sae, device=device, ranks=ranks, activation=torch.relu)
         architecture = spec.architecture
         assert architecture.l1_coefficient is not None
         self._coefficient = partial(warmed_up, architecture.l1_coefficient, warm_up_steps=architecture.l1_warm_up_steps)
@@ -87,7 +83,7 @@ class GatedSAE(PenalizedSAE):
             losses=losses,
             fire_counts=outcome.counts,
             coefficient=coefficient,
-            kernel="sparse" if sparse else "dense",
+            kernel=kernel_name(batch.x.device) if sparse else "dense",
         )
 
     def _dense_step(self, step: Step, penalty: NormPenalty) -> _Outcome:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
+from sae_job.saes.kernels.choice import kernel_name
 from sae_job.saes.kernels.sparse import ActiveLatents
 from sae_job.saes.penalized import PenalizedSAE, Step, cleared_gradient, warmed_up
 from sae_job.saes.pre_activation_loss import PreActivationLoss
@@ -34,8 +35,6 @@ from sae_job.saes.reconstruction import reconstruction_loss
 from sae_job.saes.trainable import Ranks, StepInput, StepStatistics
 from sae_operator.api.sae import SaeSpec
 
-# Share of entries that are active or within a window below which a sparse step is faster.
-_SPARSE_BELOW = 0.2
 DEFAULT_BANDWIDTH = 0.05
 DEFAULT_THRESHOLD = 0.01
 DEFAULT_TANH_SCALE = 4.0
@@ -91,7 +90,6 @@ class JumpReLUSAE(PenalizedSAE):
             device=device,
             ranks=ranks,
             activation=lambda pre: pre * (pre > start),
-            sparse_below=_SPARSE_BELOW,
         )
 
     @torch.no_grad()
@@ -137,7 +135,7 @@ class JumpReLUSAE(PenalizedSAE):
             losses=losses,
             fire_counts=sums.counts,
             coefficient=coefficient,
-            kernel="sparse" if sparse else "dense",
+            kernel=kernel_name(batch.x.device) if sparse else "dense",
         )
 
     def _l0_loss(

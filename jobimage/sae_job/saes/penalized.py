@@ -59,7 +59,9 @@ class PenalizedSAE(TrainableWeights):
 
     Args:
         spec, d_in, d_out, d_sae, device, ranks, activation: as `TrainableWeights` takes them.
-        sparse_below: share of active entries below which a step touches only these.
+
+    Attributes:
+        regime: whether the next step is dense or touches only active latents.
     """
 
     def __init__(
@@ -72,12 +74,11 @@ class PenalizedSAE(TrainableWeights):
         device: torch.device,
         ranks: Ranks,
         activation: Activation,
-        sparse_below: float,
     ) -> None:
         super().__init__(spec, d_in, d_out, d_sae, device=device, ranks=ranks, activation=activation)
         self._noise_scale = spec.architecture.noise_scale or 0.0
         self._memory: dict[str, Tensor] = {}
-        self.regime = Regime(d_sae, sparse_below=sparse_below, device=device, ranks=ranks)
+        self.regime = Regime(d_sae, device=device, ranks=ranks)
 
     @property
     def buffers_by_name(self) -> dict[str, Tensor]:

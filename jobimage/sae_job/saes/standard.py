@@ -15,15 +15,13 @@ from torch import Tensor
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
 from sae_job.saes.ghost import ghost_gradients
+from sae_job.saes.kernels.choice import kernel_name
 from sae_job.saes.kernels.sparse import ActiveLatents
 from sae_job.saes.norm_penalty import NormPenalty
 from sae_job.saes.penalized import PenalizedSAE, Step, cleared_gradient, warmed_up
 from sae_job.saes.reconstruction import reconstruction_loss
 from sae_job.saes.trainable import Ranks, StepInput, StepStatistics
 from sae_operator.api.sae import SaeSpec
-
-# Share of active entries below which a sparse step is faster.
-_SPARSE_BELOW = 0.2
 
 
 class StandardSAE(PenalizedSAE):
@@ -39,7 +37,6 @@ class StandardSAE(PenalizedSAE):
             device=device,
             ranks=ranks,
             activation=(lambda pre: torch.relu(pre).tanh_()) if self._tanh else torch.relu,
-            sparse_below=_SPARSE_BELOW,
         )
         architecture = spec.architecture
         assert architecture.l1_coefficient is not None
@@ -71,7 +68,7 @@ class StandardSAE(PenalizedSAE):
             losses=losses,
             fire_counts=counts,
             coefficient=coefficient,
-            kernel="sparse" if sparse else "dense",
+            kernel=kernel_name(batch.x.device) if sparse else "dense",
         )
 
     def _dense_step(self, step: Step, penalty: NormPenalty) -> tuple[Tensor, Tensor, Tensor]:
