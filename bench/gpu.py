@@ -79,7 +79,7 @@ def figures_of(shape: Shape, on: Device, sides: dict[str, Path], *, steps: int, 
             print(f"  {side:<10} {1e3 * taken:10.3f} ms per step {shape.batch / taken:14,.0f} tokens/s")
     parts = parts_of_a_step(shape, on, repeats=steps)
     print_parts(parts, on.device)
-    ours, floor = seconds["ours"], sum(part.floor for part in parts) / 1e3
+    ours, floor = seconds["ours"], sum(part.floor for part in parts if part.floor is not None) / 1e3
     print(f"  the whole step is {ours / floor:.2f} times the sum of the floors, {1e3 * floor:.3f} ms")
     compared = {
         f"topk_vs_{side}_{shape.d_sae}": round(seconds[side] / ours, 3) if side in seconds else None for side in PEERS

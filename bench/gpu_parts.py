@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from sae_job.saes.kernels.choice import kernel_name, rounded_operands
+from sae_job.saes.kernels.choice import kernel_name, rounded_operands, top_k_by
 from sae_job.saes.kernels.selection import SelectionBuffers, pre_activations
 from sae_job.saes.kernels.sparse import ActiveLatents, top_k
 
@@ -40,11 +40,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Part:
-    """Milliseconds that a part takes, and its floor."""
+    """Milliseconds that a part takes, and its floor; None of what is not part of our step, but might be."""
 
     name: str
     milliseconds: float
-    floor: float
+    floor: float | None
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, *, repeats: int) -> float:
@@ -129,13 +129,19 @@ def parts_of_a_step(shape: Shape, on: Device, *, repeats: int) -> list[Part]:
         "Adam": adam.step,
     }
     with rounded_operands(True):
-        return [
+        parts = [
             Part(name, 1e3 * seconds_of(part, device, repeats=repeats), 1e3 * floors[name])
             for name, part in work.items()
         ]
+        if kernel_name(device) == "triton":
+            with top_k_by("triton"):
+                seconds = seconds_of(work["top-k"], device, repeats=repeats)
+            parts.append(Part("top-k in Triton, which is off", 1e3 * seconds, None))
+    return parts
 
 
 def print_parts(parts: list[Part], device: torch.device) -> None:
     print(f"  parts of our step ({kernel_name(device)} products){'ms':>12} {'floor':>9} {'ratio':>7}")
     for part in parts:
-        print(f"    {part.name:<36} {part.milliseconds:10.3f} {part.floor:9.3f} {part.milliseconds / part.floor:7.2f}")
+        beside = "" if part.floor is None else f" {part.floor:9.3f} {part.milliseconds / part.floor:7.2f}"
+        print(f"    {part.name:<36} {part.milliseconds:10.3f}{beside}")

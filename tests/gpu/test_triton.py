@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sae_job.saes.kernels.choice import forced_kernels, kernel_name, triton_trouble
-from sae_job.saes.kernels.sparse import ActiveLatents, active_above
+from sae_job.saes.kernels.choice import forced_kernels, kernel_name, top_k_by, triton_trouble
+from sae_job.saes.kernels.sparse import ActiveLatents, active_above, top_k
 from tests.gpu.device import DEVICE
 from tests.kernel_cases import FORMS, Form, active_latents, moved, random
 
@@ -90,3 +90,15 @@ def test_the_same_product_has_the_same_bits(name: str, form: str) -> None:
         first = PRODUCTS[name](large(form), table, rows)
         for _ in range(5):
             assert torch.equal(PRODUCTS[name](large(form), table, rows), first)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("d_sae", "k"), [(16_384, 64), (65_536, 64), (5000, 128), (40, 1)])
+def test_its_top_k_has_the_values_of_pytorchs(d_sae: int, k: int, dtype: torch.dtype) -> None:
+    pre = random(64, d_sae, seed=1).to(DEVICE, dtype)
+    pre[1] = pre[1].round()  # many ties
+    with top_k_by("triton"):
+        values, indices = top_k(pre, k)
+    assert torch.equal(values.sort(dim=1, descending=True).values, pre.topk(k, dim=1).values)
+    assert torch.equal(pre.gather(1, indices), values)
+    assert all(len(set(row.tolist())) == k for row in indices)

@@ -18,16 +18,15 @@ def run(*arguments: str, environment: dict[str, str] | None = None) -> subproces
 
 
 def test_the_last_line_has_the_figures_of_each_shape() -> None:
-    done = run("--quick", "--device", "cpu", "--no-peers", "--shape", "16,64", "--shape", "16,128")
+    done = run("--quick", "--device", "cpu", "--no-peers", "--shape", "16,64")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    for latents in (64, 128):
-        assert figures[f"tokens_per_second_{latents}"] > 0
-        assert figures[f"ms_per_step_{latents}"] > 0
-        assert figures[f"x_floor_{latents}"] > 0
-        assert figures[f"topk_vs_sparsify_{latents}"] is None
+    assert figures["tokens_per_second_64"] > 0
+    assert figures["ms_per_step_64"] > 0
+    assert figures["x_floor_64"] > 0
+    assert figures["topk_vs_sparsify_64"] is None
     for part in ("encoder product", "top-k", "decode and value gradients", "weight gradients", "Adam"):
-        assert done.stdout.count(part) == 2
+        assert done.stdout.count(part) == 1
 
 
 def test_without_a_gpu_it_says_so() -> None:

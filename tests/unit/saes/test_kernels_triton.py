@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from sae_job.saes.kernels.choice import forced_kernels, kernel_name, takes_triton, triton_trouble
+from sae_job.saes.kernels.choice import (
+    TOP_K_VARIABLE,
+    forced_kernels,
+    kernel_name,
+    takes_triton,
+    top_k_kernel,
+    triton_trouble,
+)
 from sae_job.saes.kernels.sparse import ActiveLatents
 from tests.kernel_cases import active_latents, random
 from tests.testbed.paths import CHECKOUT
@@ -22,10 +29,9 @@ from tests.testbed.paths import CHECKOUT
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (CHECKOUT / "tests" / "interpreted").glob("test_*.py")))
-def test_the_interpreter_gives_what_pytorch_gives(file: str) -> None:
+def test_the_interpreter_gives_what_pytorch_gives() -> None:
     """In a process of its own: whether Triton interprets is decided when it is first imported."""
-    command = [sys.executable, "-m", "pytest", "-q", f"tests/interpreted/{file}"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/interpreted"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,6 +53,10 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         | {"order": P, "row_of": P, "starts": P, "first_width": N, "second_width": N},
         {"TWO": True} | TILE,
     ),
+    "row_top_k_kernel": (
+        {"values": W, "indices": P, "pre": W, "d_sae": N, "k": N},
+        {"ROW": 16_384, "BLOCK": 2048},
+    ),
     "sum_by_latent_kernel": ({"out": F, "values": F, "order": P, "starts": P}, {"ENTRIES": 128}),
 }
 
@@ -61,9 +71,11 @@ def test_a_kernel_compiles_for_an_h100(
     compiler = pytest.importorskip("triton.compiler")
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    products = pytest.importorskip("sae_job.saes.kernels.triton_products")
+    modules = [pytest.importorskip(f"sae_job.saes.kernels.triton_{name}") for name in ("products", "top_k")]
     arguments, constants = KERNELS[name]
-    kernel = getattr(products, name)
+    (kernel,) = (getattr(module, name) for module in modules if hasattr(module, name))
+    if name == "row_top_k_kernel":
+        constants = constants | {"IS_FLOAT32": weights == "*fp32", "BITS": 32 if weights == "*fp32" else 16}
     signature = {argument: weights if kind == W else kind for argument, kind in arguments.items()}
     signature |= dict.fromkeys(constants, "constexpr")
     # PyTorch's memory begins at multiples of 256, and widths of models are multiples of 16.
@@ -71,12 +83,21 @@ def test_a_kernel_compiles_for_an_h100(
     source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=target)
     assert len(compiled.asm["cubin"]) > 0
-    if constants.get("COLUMNS"):
+    if "COLUMNS" in constants:
         assert re.search(r"ld\.global\.v4\.b32", compiled.asm["ptx"])
 
 
 def test_a_cpu_has_pytorchs_operators() -> None:
     assert kernel_name(torch.device("cpu")) == "sparse"
+
+
+def test_the_top_k_is_pytorchs_unless_tritons_is_asked_for_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    with forced_kernels("triton"):
+        assert top_k_kernel(device) == "torch"
+        monkeypatch.setenv(TOP_K_VARIABLE, "triton")
+        assert top_k_kernel(device) == "triton"
+    assert top_k_kernel(device) == "torch"
 
 
 def test_float64_is_never_tritons() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,10 +15,15 @@ import torch
 from torch import Tensor
 
 Kernels = Literal["triton", "sparse"]
+TopKKernel = Literal["triton", "torch"]
 
 _log = logging.getLogger(__name__)
 _forced: ContextVar[Kernels | None] = ContextVar("forced_kernels", default=None)
 _rounded: ContextVar[bool] = ContextVar("rounded_operands", default=False)
+# Triton's top-k has not run on a GPU yet: PyTorch's stays in use until somebody asks for the other, in a job by
+# `run.env`.
+TOP_K_VARIABLE = "SAE_JOB_TOP_K"
+_top_k: ContextVar[TopKKernel | None] = ContextVar("top_k_kernel", default=None)
 # What Triton's kernels load, and sum in float32. Others, such as the float64 of a check, are PyTorch's.
 _TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -63,6 +69,25 @@ def rounded_operands(rounded: bool) -> Iterator[None]:
 def operand(tensor: Tensor) -> Tensor:
     """A large operand of a Triton product, in the format that it is to be read in."""
     return tensor.to(torch.bfloat16) if _rounded.get() and tensor.dtype == torch.float32 else tensor
+
+
+def top_k_kernel(device: torch.device) -> TopKKernel:
+    """Whose top-k of rows a device gets: PyTorch's, unless Triton's is asked for and Triton runs."""
+    chosen = _top_k.get()
+    if chosen is None:
+        asked = os.environ.get(TOP_K_VARIABLE) == "triton"
+        return "triton" if asked and kernel_name(device) == "triton" else "torch"
+    return chosen
+
+
+@contextmanager
+def top_k_by(kernel: TopKKernel) -> Iterator[None]:
+    """Inside, this one finds the k largest entries of rows, where it can: for checks and measurements."""
+    token = _top_k.set(kernel)
+    try:
+        yield
+    finally:
+        _top_k.reset(token)
 
 
 @lru_cache

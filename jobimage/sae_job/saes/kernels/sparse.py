@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from sae_job.saes.kernels.choice import operand, takes_triton
+from sae_job.saes.kernels.choice import operand, takes_triton, top_k_kernel
 
 _SUM = 0  # PyTorch's number for mode="sum"
 # The maxima of groups of this size are searched instead of all entries. 8 is the measured optimum on a CPU: half as
@@ -35,6 +35,10 @@ def top_k(pre: Float32[Tensor, "batch d_sae"], k: int) -> tuple[Float32[Tensor, 
     """
     batch, d_sae = pre.shape
     groups = d_sae // TOP_K_GROUP
+    if top_k_kernel(pre.device) == "triton":
+        kernel = importlib.import_module("sae_job.saes.kernels.triton_top_k")
+        if kernel.takes(pre, k):
+            return kernel.row_top_k(pre, k)
     # On a GPU, one call is faster than four that write in between.
     if pre.is_cuda or d_sae % TOP_K_GROUP or groups < 4 * k:
         values, indices = pre.topk(k, dim=1, sorted=False)
