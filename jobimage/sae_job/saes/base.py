@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_job.saes import files, folding
 from sae_job.saes.config import DTYPES, Layout, SAEConfig
-from sae_job.saes.encoders import ENCODERS, encode_largest
+from sae_job.saes.encoders import ENCODERS, encode_largest, few_active
 from sae_job.saes.hook_points import (
     ACTS_POST,
     ACTS_PRE,
@@ -316,8 +316,12 @@ class SAE(torch.nn.Module):
 
     def _encode(self, x: Float[Tensor, "... d_in"], *, hooks: bool) -> tuple[Float[Tensor, "... d_sae"], Encoded]:
         centred, context = self._enter(x, hooks=hooks)
+        return self._activate(centred, hooks=hooks), context
+
+    def _activate(self, centred: Float[Tensor, "... d_in"], *, hooks: bool) -> Float[Tensor, "... d_sae"]:
+        """Activations of the latents, from the encoder's input."""
         features = ENCODERS[self.cfg.architecture].encode(self, centred, lambda pre: self._at_pre(pre, hooks=hooks))
-        return self._at(ACTS_POST, features, hooks=hooks), context
+        return self._at(ACTS_POST, features, hooks=hooks)
 
     def _at_pre(self, pre: Tensor, *, hooks: bool) -> tuple[Tensor, bool]:
         """What passes `hook_sae_acts_pre`, and whether nobody else needs it."""
@@ -351,19 +355,20 @@ class SAE(torch.nn.Module):
     def _reconstruct(
         self, x: Float[Tensor, "... d_in"], *, hooks: bool
     ) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "... d_out"]]:
-        if not self._decodes_sparsely(x, hooks=hooks):
-            features, context = self._encode(x, hooks=hooks)
-            return features, self._decode(features, context, hooks=hooks)
+        """The decoder touches active latents alone where they are few: half the work. Not where somebody may replace
+        them on the way, or gradients are traced."""
         centred, context = self._enter(x, hooks=hooks)
-        features, active = encode_largest(self, centred)
+        if centred.requires_grad or (hooks and self._hooked(ACTS_POST)):
+            features = self._activate(centred, hooks=hooks)
+            return features, self._decode(features, context, hooks=hooks)
+        if self.cfg.uses_top_k and not (hooks and self._hooked(ACTS_PRE)):
+            features, active = encode_largest(self, centred)
+        else:
+            features = self._activate(centred, hooks=hooks)
+            active = few_active(features)
+        if active is None:
+            return features, self._decode(features, context, hooks=hooks)
         if self.cfg.finetuning_scaling_factor:
             active = active.with_values(active.values * self.finetuning_scaling_factor[active.indices])
         decoded = active.decode(self.W_dec).add_(self.b_dec).view(*features.shape[:-1], self.cfg.width_out)
         return features, self._leave(decoded, context, hooks=hooks)
-
-    def _decodes_sparsely(self, x: Tensor, *, hooks: bool) -> bool:
-        """Whether the decoder may touch the k largest alone: half the work, where nobody looks at the latents on the
-        way, and gradients are not traced."""
-        if not self.cfg.uses_top_k or (hooks and (self._hooked(ACTS_PRE) or self._hooked(ACTS_POST))):
-            return False
-        return not torch.is_grad_enabled() or not (x.requires_grad or (hooks and self._hooked(INPUT)))

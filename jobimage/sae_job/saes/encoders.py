@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -17,6 +18,10 @@ from sae_job.saes.kernels.sparse import ActiveLatents, top_k
 
 if TYPE_CHECKING:
     from sae_job.saes.base import SAE
+
+# Share of active latents up to which decoding them alone is faster than the dense product: measured, it is between one
+# in five and one in four, at any width; but their places take memory.
+_FEW = 1 / 16
 
 # Called with the pre-activations; returns what goes on in their place, and whether that may be overwritten.
 AtPre = Callable[[Tensor], tuple[Tensor, bool]]
@@ -72,14 +77,33 @@ def encode_largest(sae: SAE, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor
     return features, ActiveLatents(indices.view(-1, sae.cfg.k), values.view(-1, sae.cfg.k), sae.cfg.d_sae)
 
 
+def few_active(features: Float[Tensor, "... d_sae"]) -> ActiveLatents | None:
+    """The rows' active latents, where they are so few that decoding them alone is faster; else None.
+
+    What is not 0 counts as active, NaN included. On a GPU the dense product is fast, and counting holds it up: None.
+    """
+    if features.device.type != "cpu" or features.requires_grad:
+        return None
+    d_sae = features.shape[-1]
+    flat = features.reshape(-1)
+    places = torch.from_numpy(np.flatnonzero((flat != 0).numpy()))
+    if len(places) > _FEW * len(flat):
+        return None
+    rows = places.div(d_sae, rounding_mode="floor")
+    return ActiveLatents.ragged(rows, places - rows * d_sae, flat[places], len(flat) // d_sae, d_sae)
+
+
 def _encode_gated(sae: SAE, x: Float[Tensor, "... d_in"], at_pre: AtPre) -> Float[Tensor, "... d_sae"]:
     """f = 1[x W_enc + b_gate > 0] activation(x (W_enc exp(r_mag)) + b_mag) (Rajamanoharan et al. 2024a, eq. 3 to 5).
 
     The two products are one: the second is the first, latent by latent times exp(r_mag).
     """
     product = x @ sae.W_enc
-    closed = product + sae.b_gate <= 0
-    magnitudes, free = at_pre(product * sae.r_mag.exp() + sae.b_mag)
+    closed = product <= -sae.b_gate
+    # Over the product itself, where nobody traces it.
+    magnitudes, free = at_pre(
+        torch.addcmul(sae.b_mag, product, sae.r_mag.exp(), out=None if product.requires_grad else product)
+    )
     return _without(_activate(magnitudes, free, sae.cfg.activation_fn_str), closed, free)
 
 

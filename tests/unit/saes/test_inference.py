@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -147,3 +149,38 @@ def test_moving_one_sae_leaves_the_configuration_of_another() -> None:
 def test_an_sae_has_a_name() -> None:
     sae = random_sae("standard", model_name="test_model", hook_name="test_hook_name", d_sae=128)
     assert sae.name == "sae_test_model_test_hook_name_128"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("factor", [False, True], ids=["plain", "finetuned"])
+def test_few_active_latents_are_decoded_alone_and_give_the_same(kind: str, factor: bool) -> None:
+    sae = random_sae(kind, d_sae=400, finetuning_scaling_factor=factor)
+    for name in {"b_enc", "b_gate"}.intersection(sae.state_dict()):
+        getattr(sae, name).sub_(2.5)
+    x = rows(sae).view(4, 6, -1)
+    with no_dense_product(sae):
+        features, reconstruction = sae.reconstruct(x)
+    assert bool((features != 0).any())
+    expected = sae.decode(features, sae.encode_with_context(x)[1])
+    assert torch.allclose(reconstruction, expected, atol=1e-5)
+
+
+@contextmanager
+def no_dense_product(sae: SAE) -> Iterator[None]:
+    """Fails when the decoder is a dense product."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sae, "_decode", lambda *_, **__: pytest.fail("decoded densely"))
+        yield
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d_sae", [40, 400])
+def test_what_is_not_a_number_is_not_lost(kind: str, d_sae: int) -> None:
+    sae = random_sae(kind, d_sae=d_sae)
+    for name in {"b_enc", "b_gate"}.intersection(sae.state_dict()):
+        getattr(sae, name).sub_(2.5)
+    x = rows(sae)
+    x[3, 2] = torch.nan
+    reconstruction = sae(x)
+    assert bool(reconstruction[3].isnan().all())
+    assert bool(reconstruction[[0, 1, 2, 4]].isfinite().all())
