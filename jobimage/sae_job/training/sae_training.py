@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol, cast
 
 import torch
@@ -273,25 +273,26 @@ class SaeTraining:
             line["kernel"] = statistics.kernel
         return line
 
-    def evaluate(self, inference: SAE, held_out: HeldOutRows, target: HeldOutRows) -> dict[str, float | None]:
+    def evaluate(
+        self,
+        inference: SAE,
+        held_out: HeldOutRows,
+        target: HeldOutRows,
+        *,
+        between_chunks: Callable[[], None] = lambda: None,
+    ) -> dict[str, float | None]:
         """Figures on held-out rows; `dead_fraction` is of the training so far.
 
         Args:
             inference: what `inference` gave.
             held_out: rows of its hook.
             target: the same rows of its target hook.
+            between_chunks: called before each chunk of rows; may raise to end the work.
         """
-        metrics = (
-            reconstruction_metrics(inference, held_out, target)
-            if self.plan.is_transcoder
-            else reconstruction_metrics(inference, held_out)
+        metrics = reconstruction_metrics(
+            inference, held_out, target if self.plan.is_transcoder else None, between_chunks=between_chunks
         )
-        return {
-            "explained_variance": metrics.explained_variance,
-            "l0": metrics.l0,
-            "mse": metrics.mse,
-            "dead_fraction": float(self._dead.mask().to(torch.float64).mean()),
-        }
+        return {**metrics.figures(), "dead_fraction": float(self._dead.mask().to(torch.float64).mean())}
 
     def inference(self) -> SAE:
         """A copy for use on raw activations: scaling folded in, or the normalisation its own."""

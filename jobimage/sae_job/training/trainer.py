@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
 from sae_job.errors import InvalidInput
+from sae_job.evaluation.cross_entropy import Splice
 from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
@@ -23,12 +24,25 @@ from sae_job.training.observer import Moment, SparsityWindow, TrainingObserver
 from sae_job.training.plan import SaePlan, TrainingPlan
 from sae_job.training.ranks import whole_batch
 from sae_job.training.sae_training import SaeTraining, is_finite, sample_rows
+from sae_job.training.variance import batch_variance
+from sae_operator.api.training_job import Metric
 
 logger = logging.getLogger(__name__)
 
 # Steps after which losses are looked at even where no line of metrics is due: to find the rows that broke one, the
 # places of the stream are kept until then.
 MOST_STEPS_UNCHECKED = 1000
+
+
+# Figures of evaluations that are kept only where the job asks for them; others always are.
+METRICS = frozenset(get_args(Metric))
+
+# Figures by SAE; called with SAEs and where they go in the model, and with what is called in between and may raise.
+ModelFigures = Callable[[Mapping[str, Splice], Callable[[], None]], Mapping[str, Mapping[str, float | None]]]
+
+
+class _Interrupted(Exception):
+    """An evaluation was cut off because the training is asked to stop."""
 
 
 class ActivationStream(LocatedStream, Protocol):
@@ -61,6 +75,12 @@ class Trainer:
         ranks: the processes that train together.
         starts: SAE -> saved SAE whose weights it begins with, as `load_starts` gives them.
         observers: who is told what happens.
+
+    Attributes:
+        observers: as given; may be set until `begin`.
+        of_model: what SAEs cost the language model, where it is evaluated during the training; on the first rank only.
+        should_stop: looked at within an evaluation, of a training in one process: what is left of it is done by the
+            next `step`, or, after a snapshot in between, by the next attempt.
     """
 
     def __init__(
@@ -96,6 +116,10 @@ class Trainer:
         self._seen: dict[str, Tensor] = {}
         # Step -> where the stream stood before it, of steps whose losses nobody has looked at yet.
         self._places: dict[int, dict[str, Any]] = {}
+        self.of_model: ModelFigures | None = None
+        self.should_stop: Callable[[], bool] = lambda: False
+        # Whether an evaluation that is due after the last step was interrupted.
+        self._unevaluated = False
 
     @property
     def tokens(self) -> int:
@@ -104,8 +128,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or no SAE is left to train."""
-        return self.steps_done >= self.plan.steps or not self.running()
+        """Whether all steps and evaluations are done, or no SAE is left to train."""
+        return (self.steps_done >= self.plan.steps and not self._unevaluated) or not self.running()
 
     @property
     def moment(self) -> Moment:
@@ -164,11 +188,16 @@ class Trainer:
             observer.started(self.moment, self.lines)
 
     def step(self) -> None:
-        """Train every running SAE on the next batch, and log and evaluate where it is due.
+        """Train every running SAE on the next batch, and log and evaluate where it is due; only evaluate where the last
+        step's evaluation was interrupted.
 
         Raises:
             InvalidInput: all SAEs have failed, or activations cannot be read or are not finite.
         """
+        if self._unevaluated:
+            self._evaluate()
+            self._end_when_all_failed()
+            return
         self._places[self.steps_done] = self._stream.state()
         batch = self._stream.next_batch()
         seen = {hook: self._copy(hook, batch[hook]) for hook in self.plan.hooks}
@@ -181,7 +210,7 @@ class Trainer:
         self._tell_windows()
         if self.plan.logs_after(self.steps_done):
             self._log()
-        if self.plan.evaluates_after(self.steps_done):
+        if self.plan.evaluates_after(self.steps_done) or self.plan.evaluates_model_after(self.steps_done):
             self._evaluate()
         self._end_when_all_failed()
 
@@ -223,11 +252,30 @@ class Trainer:
 
     def _log(self) -> None:
         self.settle()
+        variances: dict[str, float] = {}
         for sae in self.running():
             figures = sae.log_line(told_kernel=self._kernels.get(sae.name))
+            figures = self._with_explained_variance(sae, figures, variances)
             self._add_line(sae, figures)
             for observer in self.observers:
                 observer.logged(sae.name, self.moment, figures)
+
+    def _with_explained_variance(
+        self, sae: SaeTraining, figures: dict[str, float | str], variances: dict[str, float]
+    ) -> dict[str, float | str]:
+        """A log line with the part of the batch's variance that the SAE explained, where its loss tells.
+
+        Args:
+            variances: of the batch, by hook, as far as they are known by now.
+        """
+        if self.plan.settings.mse_loss_normalization != "none":
+            return figures
+        hook = sae.plan.target_hook
+        if hook not in variances:
+            variances[hook] = batch_variance(self._seen[hook], self._ranks)
+        if variances[hook] <= 0:
+            return figures
+        return {**figures, "explained_variance": 1 - float(figures["mse_loss"]) / variances[hook]}
 
     def _tell_windows(self) -> None:
         for sae in self.running():
@@ -243,14 +291,37 @@ class Trainer:
             observer.window(sae.name, self.moment, window)
 
     def _evaluate(self) -> None:
+        """Evaluate what is due after the last step: all of it, or, where that is interrupted, nothing."""
         self.settle()
+        try:
+            found = self._measure() if self.plan.evaluates_after(self.steps_done) else {}
+            of_model = self._measure_with_model()
+        except _Interrupted:
+            self._unevaluated = True
+            return
+        self._unevaluated = False
+        for sae in self.running():
+            if sae.name in of_model:
+                self._add_line(sae, {"model_evaluation": of_model[sae.name]})
+                for observer in self.observers:
+                    observer.evaluated(sae.name, self.moment, of_model[sae.name], sae.inference())
+            if sae.name in found:
+                self._tell_evaluation(sae, found[sae.name])
+
+    def _measure(self) -> dict[str, dict[str, float | None]]:
+        """Figures of the running SAEs on held-out rows."""
+        found: dict[str, dict[str, float | None]] = {}
         for sae in self.running():
             if not sae.check_weights(self.steps_done):
                 self._tell_phase(sae)
                 continue
-            inference = sae.inference()
             figures = self._agreed(
-                sae.evaluate(inference, self._held_out[sae.plan.hook], self._held_out[sae.plan.target_hook])
+                sae.evaluate(
+                    sae.inference(),
+                    self._held_out[sae.plan.hook],
+                    self._held_out[sae.plan.target_hook],
+                    between_chunks=self._stop_if_asked,
+                )
             )
             if not is_finite(figures):
                 for hook in (sae.plan.hook, sae.plan.target_hook):
@@ -258,19 +329,41 @@ class Trainer:
                 sae.diverged(self.steps_done)
                 self._tell_phase(sae)
                 continue
-            kept = {name: value for name, value in figures.items() if name in self._metrics}
-            self._add_line(sae, {"evaluation": kept})
-            told = ", ".join(f"{name} {value:.4g}" for name, value in kept.items() if value is not None)
-            logger.info("%s after %d of %d tokens: %s", sae.name, self.tokens, self.plan.tokens, told)
+            found[sae.name] = figures
+        return found
+
+    def _measure_with_model(self) -> Mapping[str, Mapping[str, float | None]]:
+        """What the running SAEs cost the language model, where that is due."""
+        if self.of_model is None or not self.plan.evaluates_model_after(self.steps_done):
+            return {}
+        splices = {
+            sae.name: Splice(sae.plan.hook, sae.inference(), sae.plan.spec.target_hook) for sae in self.running()
+        }
+        return self.of_model(splices, self._stop_if_asked)
+
+    def _stop_if_asked(self) -> None:
+        # Several ranks must do the same after each step; there an evaluation is waited for.
+        if self._ranks.size == 1 and self.should_stop():
+            raise _Interrupted
+
+    def _tell_evaluation(self, sae: SaeTraining, figures: dict[str, float | None]) -> None:
+        kept = {name: value for name, value in figures.items() if name in self._metrics or name not in METRICS}
+        self._add_line(sae, {"evaluation": kept})
+        told = ", ".join(
+            f"{name} {value:.4g}" for name, value in kept.items() if name in self._metrics and value is not None
+        )
+        logger.info("%s after %d of %d tokens: %s", sae.name, self.tokens, self.plan.tokens, told)
+        if self.observers:
+            inference = sae.inference()
             for observer in self.observers:
                 observer.evaluated(sae.name, self.moment, kept, inference)
-            if self.steps_done < self.plan.steps:
-                sae.stop_if_hopeless(figures, tokens=self.tokens)
-            if sae.stopped is not None:
-                window = sae.last_window()
-                if window is not None:
-                    self._tell_window(sae, window)
-                self._tell_phase(sae)
+        if self.steps_done < self.plan.steps:
+            sae.stop_if_hopeless(figures, tokens=self.tokens)
+        if sae.stopped is not None:
+            window = sae.last_window()
+            if window is not None:
+                self._tell_window(sae, window)
+            self._tell_phase(sae)
 
     def _agreed(self, figures: dict[str, float | None]) -> dict[str, float | None]:
         """The first rank's figures: what is decided by them must be the same on all, to the last bit."""
@@ -291,7 +384,9 @@ class Trainer:
         self._note_latest(self.lines[-1])
 
     def _note_latest(self, line: dict[str, Any]) -> None:
-        figures: dict[str, Any] = line.get("evaluation") or ({"loss": line["loss"]} if "loss" in line else {})
+        figures: dict[str, Any] = line.get("evaluation") or line.get("model_evaluation") or {}
+        if "loss" in line:
+            figures = {name: line[name] for name in ("loss", "learning_rate", "dead_features") if name in line}
         self._latest[line["sae"]] = self._latest.get(line["sae"], {}) | figures
         if "kernel" in line:
             self._kernels[line["sae"]] = line["kernel"]
@@ -301,7 +396,7 @@ class Trainer:
             observer.phase(sae.name, self.moment, sae.phase, sae.message or "")
 
     def latest(self, sae: str) -> dict[str, float | None]:
-        """The training loss last logged, and the figures last evaluated."""
+        """Loss, rate and dead latents last logged, and the figures last evaluated."""
         return self._latest.get(sae, {})
 
     def _end_when_all_failed(self) -> None:
@@ -351,6 +446,7 @@ class Trainer:
                 "stream": self._stream.state(),
                 "failures": {sae.name: sae.failure for sae in self.saes},
                 "stopped": {sae.name: sae.stopped for sae in self.saes},
+                "unevaluated": self._unevaluated,
                 **extra,
             },
             tensors={sae.name: sae.tensors() for sae in self.sound()},
@@ -370,6 +466,7 @@ class Trainer:
         self._stream.restore(snapshot.state["stream"])
         restore_random_states(snapshot.random)
         self.steps_done = snapshot.state["steps_done"]
+        self._unevaluated = snapshot.state["unevaluated"]
         self.lines = list(snapshot.metrics)
         for line in self.lines:
             self._note_latest(line)

@@ -14,7 +14,7 @@ from sae_job.activations.reader import CachedActivations
 from sae_job.errors import InvalidInput
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS, denormalize_rows, normalize_rows
 from sae_job.storage.file_store import FileStore
-from sae_job.training.trainer import Trainer
+from sae_job.training.trainer import METRICS, Trainer
 from tests.small_cache import write_small_cache
 from tests.small_training import STANDARD, TOPK, TRAINING, SmallJob, small_job, small_spec
 
@@ -194,7 +194,10 @@ def test_gradients_are_clipped(cache: FileStore, open_jobs: list[SmallJob]) -> N
 
 def test_only_metrics_asked_for_are_kept(cache: FileStore, open_jobs: list[SmallJob]) -> None:
     trainer = trained(cache, open_jobs, [on("layer", TOPK)], evaluation={"heldOutTokens": 40, "metrics": ["l0"]})
-    assert trainer.evaluation_after(trainer.plan.steps, "topk").keys() == {"l0"}
+    figures = trainer.evaluation_after(trainer.plan.steps, "topk").keys()
+    assert figures & METRICS == {"l0"}
+    # What is cheap and has no name of its own in the spec is always there.
+    assert {"l2_ratio", "cossim"} <= figures
 
 
 def test_data_dtype_does_not_change_the_readers_batch(tmp_path: Path, open_jobs: list[SmallJob]) -> None:
