@@ -1,5 +1,10 @@
-"""Sparse autoencoders: one file per architecture, found through the table in `architectures`.
+"""Sparse autoencoders, in training and for use.
 
-`config` is cfg.json; `base` the SAE for use, with saving and loading; `trainable` the interface to a trainer;
-`initialization` how weights begin; `auxk` the loss that revives dead latents; `kernels/` the sparse products.
+In training: one file per architecture, found through the table in `architectures`; `trainable` is the interface to a
+trainer, `weights` what architectures share, `initialization` how weights begin, `auxk` the loss that revives dead
+latents; `kernels/` has the sparse products.
+
+For use: `base` is the SAE, `encoders` has each architecture's own part in one table, `folding` the changes of weights
+that leave reconstructions as they are, `hook_points` the places to read and replace what passes. `config` is what an SAE
+computes, `saelens5` and `saelens6` translate that from and to cfg.json, and `files` reads and writes the folder.
 """

@@ -276,7 +276,10 @@ class SAE(torch.nn.Module):
         cfg, tensors = files.fitting(cfg, tensors)
         dtype = DTYPES[cfg.dtype]
         cfg = dataclasses.replace(cfg, device=str(torch.device(device)))
-        sae = cls(cfg, {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()})
+        # What is folded below must not change the tensors that were given.
+        copy = cfg.rescale_acts_by_decoder_norm
+        moved = {name: tensor.to(device=device, dtype=dtype, copy=copy) for name, tensor in tensors.items()}
+        sae = cls(cfg, moved)
         if cfg.rescale_acts_by_decoder_norm:
             folding.fold_rescaling_by_decoder_norm(sae)
         return sae
