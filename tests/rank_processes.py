@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,9 @@ def _leave(path: Path, act: Callable[[], Any]) -> None:
         # Exceptions with arguments of their own do not survive pickle.
         value = (type(error).__name__, str(error))
     path.write_bytes(pickle.dumps(value))
+
+
+def in_parallel(*acts: Callable[[], Any]) -> list[Any]:
+    """What functions return that wait for each other."""
+    with ThreadPoolExecutor(len(acts)) as pool:
+        return [future.result() for future in [pool.submit(act) for act in acts]]

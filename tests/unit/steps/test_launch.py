@@ -1,0 +1,276 @@
+"""The launcher of processes that train together: exit codes, messages, signals, lost processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae_job.errors import PeerLost, Stopped
+from sae_job.steps.launch import Group, group_of, merged
+from sae_job.steps.meeting import AlreadyFinished, Meeting
+from sae_job.storage.file_store import FileStore
+from sae_operator.api.steps import StepResult, TrainStep
+from sae_operator.api.store import StoreLocation
+from tests.faults import folder_bytes
+from tests.rank_processes import in_parallel
+from tests.small_cache import write_small_cache
+from tests.small_training import NOT_COMPARED, TRAINING, small_spec
+from tests.testbed.waiting import wait_for
+
+RUN = "import sys; from sae_job.entry import main; sys.exit(main())"
+SECONDS = 90
+
+
+@dataclass
+class Launched:
+    """`sae-job step train` on the small cache, as a pod runs it."""
+
+    folder: Path
+    output: Path
+
+    def start(self, processes: int, tokens: int = 600, batch: int = 32, **environment: Any) -> subprocess.Popen[str]:
+        location = f"file://{self.folder / 'cache'}"
+        spec = small_spec(
+            output={"uri": f"file://{self.output}"},
+            activations={"uri": location},
+            training=TRAINING | {"tokens": tokens, "batchSize": batch},
+            checkpoints={"everyTokens": 1600, "keep": 2},
+        )
+        step = TrainStep(
+            step="train", namespace="ns", name="job", uid="uid", spec=spec, activations=StoreLocation(uri=location)
+        )
+        path = self.folder / f"{self.output.name}.json"
+        path.write_text(step.model_dump_json(by_alias=True, exclude_none=True))
+        own = {
+            "SAE_JOB_PROCESSES": str(processes),
+            "SAE_JOB_TERMINATION_MESSAGE": str(self.message_path),
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, "step", "train", str(path)],
+            env={**os.environ, **own, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, processes: int, **settings: Any) -> tuple[int, dict[str, Any]]:
+        with self.running(processes, **settings) as process:
+            _, log = process.communicate(timeout=SECONDS)
+            assert self.message_path.exists(), log
+            return process.returncode, self.message
+
+    @contextmanager
+    def running(self, processes: int, **settings: Any) -> Iterator[subprocess.Popen[str]]:
+        process = self.start(processes, **settings)
+        try:
+            yield process
+        finally:
+            for child in (*children_of(process.pid), process.pid):
+                with_signal(child, signal.SIGKILL)
+            process.communicate()
+
+    @property
+    def message_path(self) -> Path:
+        return self.folder / f"{self.output.name}.message"
+
+    @property
+    def message(self) -> dict[str, Any]:
+        return json.loads(self.message_path.read_text())
+
+    def checkpoints(self) -> list[Path]:
+        return list(self.output.glob("checkpoints/*/checkpoint.json"))
+
+    def left(self) -> dict[str, bytes]:
+        left_out = (*NOT_COMPARED, "log.txt", "sae-operator.json")
+        return {name: data for name, data in folder_bytes(self.output).items() if name not in left_out}
+
+
+def children_of(process: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def with_signal(process: int, number: signal.Signals) -> None:
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        return
+
+
+def ranks_of(process: int) -> dict[int, int]:
+    """Rank -> process of those that a launcher has started."""
+    found: dict[int, int] = {}
+    for child in children_of(process):
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks = [variable.removeprefix(b"RANK=") for variable in variables if variable.startswith(b"RANK=")]
+        found |= {int(rank): child for rank in ranks}
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    write_small_cache(FileStore(folder / "cache"))
+    return folder
+
+
+def test_results_of_two_processes_are_told_once(folder: Path) -> None:
+    launched = Launched(folder, folder / "whole")
+    code, message = launched.run(2)
+    assert (code, message["reason"], message["tokens"]) == (0, "Completed", 608)
+    assert {sae["name"] for sae in message["saes"]} == {"topk", "standard"}
+    assert "2 processes" in (launched.output / "log.txt").read_text()
+
+
+def test_wrong_input_ends_with_2_and_its_message(folder: Path) -> None:
+    code, message = Launched(folder, folder / "uneven").run(2, batch=33)
+    assert (code, message["reason"]) == (2, "BatchNotDivisible")
+    assert message["message"].startswith("spec.training.batchSize: 2 processes")
+
+
+# Long enough that it is still going on when it is disturbed, and two checkpoints are kept.
+LONG = 16_000
+
+
+def test_sigterm_stops_all_after_a_checkpoint(folder: Path) -> None:
+    launched = Launched(folder, folder / "stopped")
+    with launched.running(2, tokens=LONG) as process:
+        wait_for(lambda: launched.checkpoints(), SECONDS, what="a checkpoint")
+        process.terminate()
+        process.communicate(timeout=SECONDS)
+    assert (process.returncode, launched.message["reason"]) == (143, "Stopped")
+    stored = launched.message["checkpointTokens"]
+    assert (launched.output / f"checkpoints/{stored}/checkpoint.json").exists()
+    assert 0 < stored < LONG
+
+
+def test_when_one_is_killed_all_end_soon_and_training_goes_on_from_the_checkpoint(folder: Path) -> None:
+    launched = Launched(folder, folder / "killed")
+    with launched.running(2, tokens=LONG) as process:
+        wait_for(lambda: launched.checkpoints(), SECONDS, what="a checkpoint")
+        children = children_of(process.pid)
+        with_signal(ranks_of(process.pid)[1], signal.SIGKILL)
+        process.communicate(timeout=SECONDS)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    assert (process.returncode, launched.message["reason"]) == (1, "ProcessKilled")
+    assert "process 1 by signal SIGKILL" in launched.message["message"]
+    undisturbed = Launched(folder, folder / "undisturbed")
+    assert [each.run(2, tokens=LONG)[0] for each in (launched, undisturbed)] == [0, 0]
+    assert launched.left() == undisturbed.left()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def test_two_pods_meet_train_and_end_together(folder: Path) -> None:
+    port = free_port()
+    pods = Launched(folder, folder / "pods")
+    messages = [folder / f"pod{index}.message" for index in range(2)]
+    together: dict[str, Any] = {"SAE_JOB_PODS": "2", "SAE_JOB_RENDEZVOUS": f"127.0.0.1:{port}"}
+    processes = [
+        pods.start(1, JOB_COMPLETION_INDEX=str(index), SAE_JOB_TERMINATION_MESSAGE=str(message), **together)
+        for index, message in enumerate(messages)
+    ]
+    logs = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], logs
+    first, second = (json.loads(message.read_text()) for message in messages)
+    assert first["tokens"] == 608
+    assert second["reason"] == "Completed"
+    assert "saes" not in second
+    assert (pods.output / "results.json").exists()
+
+
+# Which of several ends is told
+
+
+def said(code: int, reason: str, message: str = "") -> StepResult:
+    return StepResult(step="train", exit_code=code, reason=reason, message=message)
+
+
+DONE, LOST = said(0, "Completed"), said(1, "PeerLost", "another process has ended")
+STOPPED, FAILED, INVALID = said(143, "Stopped"), said(1, "StoreFailed"), said(2, "ShardCorrupt")
+
+
+@pytest.mark.parametrize(
+    ("results", "ended", "reason", "code"),
+    [
+        ([DONE, said(0, "Completed", "beside")], {}, "Completed", 0),
+        ([LOST, LOST, INVALID], {}, "ShardCorrupt", 2),
+        ([LOST, FAILED, LOST], {}, "StoreFailed", 1),
+        ([LOST, None, LOST], {0: 1, 1: -9, 2: 1}, "ProcessKilled", 1),
+        ([FAILED, None], {0: 1, 1: -9}, "StoreFailed", 1),
+        ([LOST, None], {0: 1, 1: -15}, "PeerLost", 1),
+        ([STOPPED, STOPPED], {}, "Stopped", 143),
+        ([STOPPED, None], {}, "Stopped", 143),
+        ([None, None], {}, "Stopped", 143),
+        ([None, None], {0: 1, 1: -15}, "ProcessKilled", 1),
+    ],
+)
+def test_the_cause_is_told(results: list[StepResult | None], ended: dict[int, int], reason: str, code: int) -> None:
+    found = merged("train", dict(enumerate(results)), ended)
+    assert (found.reason, found.exit_code) == (reason, code)
+
+
+def test_the_group_is_one_process_per_gpu_and_pod() -> None:
+    assert group_of({}, lambda: 0) == Group(1)
+    assert group_of({}, lambda: 8) == Group(8)
+    assert group_of({"SAE_JOB_PROCESSES": "2"}, lambda: 8).size == 2
+    pods = {"SAE_JOB_PODS": "4", "SAE_JOB_RENDEZVOUS": "job-0.sae-x:29400", "JOB_COMPLETION_INDEX": "3"}
+    group = group_of(pods, lambda: 8)
+    assert group == Group(8, 4, 3, ("job-0.sae-x", 29400))
+    assert group.size == 32
+
+
+# Pods that wait for each other
+
+
+def meeting(pod: int, port: int, *, stop: Callable[[], bool] = lambda: False, **settings: Any) -> Meeting:
+    return Meeting(2, pod, "127.0.0.1", port, stop, settings.pop("finished", lambda: None), **settings)
+
+
+def test_a_pod_that_waits_in_vain_says_so() -> None:
+    for pod in (0, 1):
+        with pytest.raises(PeerLost, match="in vain"):
+            meeting(pod, free_port(), wait_seconds=0.1).store()
+
+
+def test_a_pod_that_waits_can_be_stopped() -> None:
+    with pytest.raises(Stopped, match="while waiting"):
+        meeting(1, free_port(), stop=lambda: True).store()
+
+
+def test_a_pod_that_comes_when_all_is_done_takes_the_results() -> None:
+    with pytest.raises(AlreadyFinished) as found:
+        meeting(1, free_port(), finished=lambda: DONE).store()
+    assert found.value.result is DONE
+
+
+def test_a_pod_that_is_started_again_waits_for_the_last_attempt_to_end() -> None:
+    """The second pod died; the first one, which holds its store, has not noticed yet."""
+    port = free_port()
+    first, second = in_parallel(meeting(0, port).store, meeting(1, port).store)
+    asked: list[int] = []
+
+    def later() -> bool:
+        asked.append(1)
+        return len(asked) > 5
+
+    with pytest.raises(Stopped, match="end their last attempt"):
+        meeting(1, port, stop=later).store()
+    del first, second
