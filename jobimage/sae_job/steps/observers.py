@@ -2,8 +2,8 @@
 
 Opened on the first of several ranks alone, around everything from the training's first step to its results:
 
-    with observed(step, output, plan, anew=snapshot is None, now=context.now) as observers:
-        trainer = Trainer(..., observers=observers)
+    with observed(step, output, plan, anew=False, now=context.now) as observers:
+        trainer.observers = observers
         ... run the loop, leave SAEs, metrics.jsonl and results ...
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_job.errors import InvalidInput, Stopped
-from sae_job.reporting.metrics_parts import PREFIX, Line, MetricsParts, first_line_of
+from sae_job.reporting.metrics_parts import PREFIX, MetricsParts, first_line_of
 from sae_job.reporting.wandb_file import last_step
 from sae_job.reporting.wandb_runs import RunOfSae, WandbRuns, run_files, run_id
 from sae_job.saes.config import Layout
@@ -100,7 +100,11 @@ def _stored(parts: MetricsParts) -> Iterator[None]:
     except BaseException:
         parts.close()
         raise
-    parts.remove()
+    try:
+        parts.remove()
+    except StoreError as error:
+        # metrics.jsonl has all of their lines.
+        logger.warning("parts of metrics.jsonl could not be removed: %s", error)
 
 
 class _Parts:
@@ -117,7 +121,7 @@ class _Parts:
         try:
             self._output.put(key, data)
         except (StoreError, InvalidInput) as error:
-            logger.warning("%s/%s could not be stored, its lines come with the next part: %s", PREFIX, key, error)
+            logger.warning("%s could not be stored, its lines come with the next part: %s", key, error)
             return False
         return True
 

@@ -17,6 +17,7 @@ from sae_job.steps.activation_sources import ActivationSource, OpenActivations, 
 from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
 from sae_job.steps.model_evaluation import ModelEvaluation, evaluates_model
+from sae_job.steps.observers import observed
 from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_results, result_of
 from sae_job.steps.train_results import Training, leave_results, leave_saes, results_of
 from sae_job.storage.base import ObjectStore
@@ -102,20 +103,32 @@ def _train(step: TrainStep, context: StepContext, ranks: Peers, device: torch.de
     job = _begin(step, context, ranks, device)
     if isinstance(job, StepResult):
         return job
+    with observed(step, job.output, job.trainer.plan, anew=job.anew, now=context.now) as observers:
+        job.trainer.observers = observers
+        return _run(step, context, job, ranks, device)
+
+
+def _run(step: TrainStep, context: StepContext, job: _Job, ranks: Peers, device: torch.device) -> StepResult:
+    """Train, and leave what comes of it."""
     spec, trainer, output = step.spec, job.trainer, job.output
+    trainer.should_stop = context.should_stop
+    evaluation: ModelEvaluation | None = None
+    if evaluates_model(spec):
+        evaluation = ModelEvaluation(job.source, job.data.held_out, metrics=frozenset(spec.evaluation.metrics))
+        trainer.of_model = evaluation
     try:
         job.loop.run()
         seconds = job.loop.seconds
-        if evaluates_model(spec):
+        if evaluation is not None:
             # The score takes minutes that must not cost the training when they are interrupted.
             job.checkpoints.write(trainer.snapshot({"seconds": seconds}))
     finally:
         job.source.close()
     densities = leave_saes(output, trainer, spec.sae_format)
     figures: dict[str, dict[str, float | None]] = {}
-    if evaluates_model(spec):
-        evaluation = ModelEvaluation(job.source, job.data.held_out, metrics=frozenset(spec.evaluation.metrics))
+    if evaluation is not None:
         figures = _model_figures(trainer, evaluation, lambda: context.should_stop() or ranks.stop_wanted())
+        trainer.tell_of_model(figures)
     training = Training(trainer, job.source, job.data.held_out, seconds, device, ranks.size)
     failed = [sae.name for sae in trainer.saes if sae.phase == "Failed"]
     results = results_of(step, training, figures, _last_good(job.checkpoints, failed))
@@ -128,7 +141,11 @@ def _train(step: TrainStep, context: StepContext, ranks: Peers, device: torch.de
 
 @dataclass(frozen=True)
 class _Job:
-    """A training that is ready to run."""
+    """A training that is ready to run.
+
+    Attributes:
+        anew: whether it begins although there are results, of fewer tokens.
+    """
 
     output: ObjectStore
     checkpoints: Checkpoints
@@ -136,6 +153,7 @@ class _Job:
     data: OpenActivations
     trainer: Trainer
     loop: TrainingLoop
+    anew: bool
 
 
 def _begin(step: TrainStep, context: StepContext, ranks: Peers, device: torch.device) -> _Job | StepResult:
@@ -211,7 +229,8 @@ def _begin(step: TrainStep, context: StepContext, ranks: Peers, device: torch.de
         seconds_before=0.0 if snapshot is None else snapshot.state["seconds"],
         stored_tokens=None if snapshot is None else snapshot.tokens,
     )
-    return _Job(output, checkpoints, source, data, trainer, loop)
+    anew = snapshot is None and left_over is not None
+    return _Job(output, checkpoints, source, data, trainer, loop, anew)
 
 
 def _checkpoint(checkpoints: Checkpoints, plan: TrainingPlan, *, left_over: int | None) -> Snapshot | None:

@@ -308,6 +308,13 @@ class Trainer:
             if sae.name in found:
                 self._tell_evaluation(sae, found[sae.name])
 
+    def tell_of_model(self, figures: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Tell observers what the SAEs cost the language model at the end, which no line of metrics has."""
+        for sae in self.sound():
+            for observer in self.observers:
+                if sae.name in figures:
+                    observer.evaluated(sae.name, self.moment, figures[sae.name], sae.inference())
+
     def _measure(self) -> dict[str, dict[str, float | None]]:
         """Figures of the running SAEs on held-out rows."""
         found: dict[str, dict[str, float | None]] = {}
