@@ -14,7 +14,7 @@ import torch
 
 from sae_job.saes.kernels import triton_products
 from sae_job.saes.kernels.choice import forced_kernels, rounded_operands
-from sae_job.saes.kernels.sparse import ActiveLatents
+from sae_job.saes.kernels.sparse import ActiveLatents, active_above
 from tests.kernel_cases import BATCH, D_SAE, FORMS, active_latents, random
 
 # Below one block of columns; above one, with a part of a block left. Each in one type: the interpreter is slow.
@@ -132,3 +132,18 @@ def test_rounded_operands_are_those_alone_that_are_read_row_by_row() -> None:
             assert torch.equal(gradient, active.weight_gradient(rows.bfloat16(), active.values))
             assert not torch.equal(active.decode(weight), active.decode(rounded))
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1000])
+def test_latents_with_many_entries_are_summed_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent 3 is active on all rows, latent 5 on half of them, the others on few or none."""
+    monkeypatch.setattr(triton_products, "PIECE", piece)
+    pre = random(20, 16, seed=20) - 2
+    pre[:, 3] = 1.0
+    pre[::2, 5] = 2.0
+    active = active_above(pre, 0.0)
+    first, second = random(20, 300, seed=21), random(20, 9, seed=22)
+    of_first, of_second = active.weight_gradients((first, active.values), (second, active.values))
+    assert_close(of_first, exact(active).weight_gradient(first.double(), active.values.double()))
+    assert_close(of_second, exact(active).weight_gradient(second.double(), active.values.double()))
+    assert torch.equal(active.weight_gradient(first, active.values), of_first)

@@ -50,9 +50,10 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     ),
     "weight_gradients_kernel": (
         {"first_out": F, "second_out": F, "first_rows": W, "second_rows": W, "first_values": F, "second_values": F}
-        | {"order": P, "row_of": P, "starts": P, "first_width": N, "second_width": N},
+        | {"order": P, "row_of": P, "begins": P, "ends": P, "first_width": N, "second_width": N},
         {"TWO": True} | TILE,
     ),
+    "join_pieces_kernel": ({"out": W, "partial": F, "latents": P, "numbers": P, "width": N}, {"COLUMNS": 256}),
     "row_top_k_kernel": (
         {"values": W, "indices": P, "pre": W, "d_sae": N, "k": N},
         {"ROW": 16_384, "BLOCK": 2048},
@@ -83,7 +84,7 @@ def test_a_kernel_compiles_for_an_h100(
     source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=target)
     assert len(compiled.asm["cubin"]) > 0
-    if "COLUMNS" in constants:
+    if {"ENTRIES", "COLUMNS"} <= constants.keys():
         assert re.search(r"ld\.global\.v4\.b32", compiled.asm["ptx"])
 
 

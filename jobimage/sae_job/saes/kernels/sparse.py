@@ -12,7 +12,7 @@ import copy
 import importlib
 from functools import cached_property
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,6 +75,11 @@ class _Places:
         latents, order = self.latents.to(torch.int32).sort(stable=True)  # half the digits to sort by
         starts = torch.searchsorted(latents, torch.arange(self._d_sae + 1, device=latents.device, dtype=torch.int32))
         return order, self.rows[order], starts
+
+    @cached_property
+    def segments(self) -> Any:
+        """The same for Triton, `triton_products.Segments`: the entries of latents that have many are in pieces."""
+        return _triton().segments(*self.by_latent)
 
 
 class Reconstruction(NamedTuple):
@@ -244,9 +249,9 @@ class ActiveLatents:
         With the output's gradient and the activations this is the decoder's gradient; with the input and the
         activations' gradient it is that of the encoder's transpose.
         """
-        order, row_of, starts = self._places.by_latent
         if takes_triton(rows, values):
-            return _triton().weight_gradient(operand(rows), values.reshape(-1), order, row_of, starts)
+            return _triton().weight_gradient(operand(rows), values.reshape(-1), self._places.segments)
+        order, row_of, starts = self._places.by_latent
         rows, values = _same_type(rows, values)
         return _bags(rows, row_of, starts, values.reshape(-1)[order])
 
@@ -261,7 +266,7 @@ class ActiveLatents:
         """
         if takes_triton(*first, *second):
             pairs = [(operand(rows), values.reshape(-1)) for rows, values in (first, second)]
-            return _triton().weight_gradients(*pairs, *self._places.by_latent)
+            return _triton().weight_gradients(*pairs, self._places.segments)
         return self.weight_gradient(*first), self.weight_gradient(*second)
 
     def sum_by_latent(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, " d_sae"]:

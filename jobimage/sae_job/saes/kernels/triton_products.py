@@ -11,7 +11,9 @@ Importing this module needs Triton, which PyTorch for CUDA brings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +26,9 @@ from torch import Tensor
 # keep 8 KiB on their way from memory per program.
 ENTRIES = 16
 COLUMNS = 256
+# A latent with more entries than this is summed by several programs. Each takes 32 tiles then: some ten microseconds,
+# little beside a whole batch's.
+PIECE = 512
 
 
 @triton.jit
@@ -139,19 +144,20 @@ def weight_gradients_kernel(
     second_values,
     order,
     row_of,
-    starts,
+    begins,
+    ends,
     first_width,
     second_width,
     TWO: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One latent's gradient in one block of columns: the sum of values times rows over its entries; of two pairs of
-    rows and values where TWO."""
+    """One latent's (or piece's) gradient in one block of columns: the sum of values times rows over its entries; of
+    two pairs of rows and values where TWO."""
     latent = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin = tl.load(starts + latent)
-    end = tl.load(starts + latent + 1)
+    begin = tl.load(begins + latent)
+    end = tl.load(ends + latent)
     in_first = columns < first_width
     in_second = columns < second_width
     first_total = tl.zeros([COLUMNS], dtype=tl.float32)
@@ -179,6 +185,19 @@ def weight_gradients_kernel(
     tl.store(first_out + latent * first_width + columns, first_total, mask=in_first)
     if TWO:
         tl.store(second_out + latent * second_width + columns, second_total, mask=in_second)
+
+
+@triton.jit
+def join_pieces_kernel(out, partial, latents, numbers, width, COLUMNS: tl.constexpr):
+    """A latent's gradient in one block of columns from those of its pieces, which follow on the first."""
+    piece = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    number = tl.load(numbers + piece)
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
+    for other in range(piece, piece + number):
+        total += tl.load(partial + other * width + columns, mask=inside, other=0.0)
+    tl.store(out + tl.load(latents + piece) * width + columns, total, mask=inside & (number > 0))
 
 
 @triton.jit
@@ -268,61 +287,130 @@ def reconstruct(
     return error, squares, value_gradient
 
 
+class Segments(NamedTuple):
+    """The entries of latents, sorted by latent, with those of latents that have many cut into pieces.
+
+    A latent that is active on most rows, as a few are in a trained SAE, would keep one program busy when all others
+    have long ended.
+
+    Attributes:
+        order: the entries' places by latent, then by row.
+        row_of: their rows in this order.
+        begins: where each latent's entries begin in this order.
+        ends: where they end; where they begin for a latent in pieces.
+        piece_begins: where each piece begins; there are as many as there can be.
+        piece_ends: where it ends; of those that are not there, where it begins.
+        piece_latents: its latent.
+        piece_numbers: the number of pieces of its latent if it is the first, else 0.
+    """
+
+    order: Int64[Tensor, " n"]
+    row_of: Int64[Tensor, " n"]
+    begins: Int64[Tensor, " d_sae"]
+    ends: Int64[Tensor, " d_sae"]
+    piece_begins: Int64[Tensor, " pieces"]
+    piece_ends: Int64[Tensor, " pieces"]
+    piece_latents: Int64[Tensor, " pieces"]
+    piece_numbers: Int64[Tensor, " pieces"]
+
+
+def segments(order: Int64[Tensor, " n"], row_of: Int64[Tensor, " n"], starts: Int64[Tensor, " d_sae+1"]) -> Segments:
+    """Cut what is longer than a piece, without asking the device how much that is.
+
+    Args:
+        order: the entries' places by latent, then by row.
+        row_of: their rows in this order.
+        starts: where each latent's entries begin in this order, and where the last one's end.
+    """
+    begins, ends = starts[:-1].contiguous(), starts[1:]
+    counts = ends - begins
+    is_long = counts > PIECE
+    numbers = torch.where(is_long, (counts + PIECE - 1) // PIECE, 0)
+    after = numbers.cumsum(0)
+    # A latent in pieces has more than one piece's entries, so that no piece but its last is not full.
+    most = 2 * len(order) // PIECE
+    pieces = torch.arange(most, device=starts.device)
+    latents = torch.searchsorted(after, pieces, right=True)
+    is_there = latents < len(counts)
+    latents = latents.clamp_(max=len(counts) - 1)
+    within = pieces - (after - numbers)[latents]
+    piece_begins = begins[latents] + within * PIECE
+    piece_ends = torch.where(is_there, torch.minimum(piece_begins + PIECE, ends[latents]), piece_begins)
+    return Segments(
+        order,
+        row_of,
+        begins,
+        torch.where(is_long, begins, ends),
+        piece_begins,
+        piece_ends,
+        latents,
+        torch.where(is_there & (within == 0), numbers[latents], 0),
+    )
+
+
+Pair = tuple[Float[Tensor, "batch width"], Float[Tensor, " n"]]
+
+
 def weight_gradient(
-    rows: Float[Tensor, "batch width"],
-    values: Float[Tensor, " n"],
-    order: Int64[Tensor, " n"],
-    row_of: Int64[Tensor, " n"],
-    starts: Int64[Tensor, " d_sae+1"],
+    rows: Float[Tensor, "batch width"], values: Float[Tensor, " n"], by_latent: Segments
 ) -> Float[Tensor, "d_sae width"]:
     """Each latent's sum of values times rows over its entries; see `ActiveLatents.weight_gradient`.
 
     Args:
         rows: what is summed.
         values: each entry's factor, row after row.
-        order: the entries' places by latent, then by row.
-        row_of: their rows in this order.
-        starts: where each latent's entries begin in this order, and where the last one's end.
+        by_latent: the entries by latent.
     """
-    width = rows.shape[1]
-    rows, values = rows.contiguous(), values.contiguous()
-    out = _empty((len(starts) - 1, width), rows, values)
-    with _device_of(out):
-        weight_gradients_kernel[out.shape[0], triton.cdiv(width, COLUMNS)](
-            out, out, rows, rows, values, values, order, row_of, starts, width, width, False, ENTRIES, COLUMNS
-        )
+    (out,) = _weight_gradients([(rows, values)], by_latent)
     return out
 
 
 def weight_gradients(
-    first: tuple[Float[Tensor, "batch first_width"], Float[Tensor, " n"]],
-    second: tuple[Float[Tensor, "batch second_width"], Float[Tensor, " n"]],
-    order: Int64[Tensor, " n"],
-    row_of: Int64[Tensor, " n"],
-    starts: Int64[Tensor, " d_sae+1"],
+    first: Pair, second: Pair, by_latent: Segments
 ) -> tuple[Float[Tensor, "d_sae first_width"], Float[Tensor, "d_sae second_width"]]:
     """`weight_gradient` of two pairs of rows and values in one pass over each latent's entries."""
-    first_rows, first_values, second_rows, second_values = (tensor.contiguous() for tensor in (*first, *second))
-    d_sae, widths = len(starts) - 1, (first_rows.shape[1], second_rows.shape[1])
-    first_out = _empty((d_sae, widths[0]), first_rows, first_values)
-    second_out = _empty((d_sae, widths[1]), second_rows, second_values)
-    with _device_of(first_out):
-        weight_gradients_kernel[d_sae, triton.cdiv(max(widths), COLUMNS)](
-            first_out,
-            second_out,
+    first_out, second_out = _weight_gradients([first, second], by_latent)
+    return first_out, second_out
+
+
+def _weight_gradients(pairs: Sequence[Pair], by_latent: Segments) -> list[Tensor]:
+    pairs = [(rows.contiguous(), values.contiguous()) for rows, values in pairs]
+    d_sae, n_pieces = len(by_latent.begins), len(by_latent.piece_begins)
+    widths = [rows.shape[1] for rows, _ in pairs]
+    outs = [_empty((d_sae, rows.shape[1]), rows, values) for rows, values in pairs]
+    _sum_segments(outs, pairs, by_latent, by_latent.begins, by_latent.ends)
+    if n_pieces > 0:
+        partial = [torch.empty(n_pieces, width, dtype=torch.float32, device=outs[0].device) for width in widths]
+        _sum_segments(partial, pairs, by_latent, by_latent.piece_begins, by_latent.piece_ends)
+        for out, parts, width in zip(outs, partial, widths, strict=True):
+            with _device_of(out):
+                join_pieces_kernel[n_pieces, triton.cdiv(width, COLUMNS)](
+                    out, parts, by_latent.piece_latents, by_latent.piece_numbers, width, COLUMNS
+                )
+    return outs
+
+
+def _sum_segments(outs: list[Tensor], pairs: Sequence[Pair], by_latent: Segments, begins: Tensor, ends: Tensor) -> None:
+    """Fill each row of `outs` with the sum over the entries from its begin to its end."""
+    (first_rows, first_values), (second_rows, second_values) = pairs[0], pairs[-1]
+    widths = first_rows.shape[1], second_rows.shape[1]
+    with _device_of(outs[0]):
+        weight_gradients_kernel[len(begins), triton.cdiv(max(widths), COLUMNS)](
+            outs[0],
+            outs[-1],
             first_rows,
             second_rows,
             first_values,
             second_values,
-            order,
-            row_of,
-            starts,
+            by_latent.order,
+            by_latent.row_of,
+            begins,
+            ends,
             *widths,
-            True,
+            len(pairs) == 2,
             ENTRIES,
             COLUMNS,
         )
-    return first_out, second_out
 
 
 def sum_by_latent(
