@@ -10,6 +10,9 @@ from contextlib import contextmanager
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Enough for what led to an end, small enough to hold in memory.
 TAIL_LINES = 10_000
+# What `log.txt` holds of all attempts together: some tails, and still quick to open.
+STORED_BYTES = 4 * 2**20
+NEXT_ATTEMPT = "--- the next attempt ---\n"
 
 
 class LogTail(logging.Handler):
@@ -25,6 +28,22 @@ class LogTail(logging.Handler):
 
     def text(self) -> str:
         return "".join(f"{line}\n" for line in self._lines)
+
+
+def with_earlier_attempts(earlier: bytes, text: str, *, limit: int = STORED_BYTES) -> bytes:
+    """The log of an attempt behind those of the attempts before it; of what is too long whole lines go from the front.
+
+    Args:
+        earlier: what `log.txt` held, empty for the first attempt.
+        text: the log of this attempt.
+        limit: most bytes to keep.
+    """
+    content = earlier + (NEXT_ATTEMPT if earlier else "").encode() + text.encode()
+    if len(content) <= limit:
+        return content
+    cut = content[len(content) - limit :]
+    # The first line is whole only where the cut fell between two.
+    return cut if content[-limit - 1 : -limit] == b"\n" else cut.partition(b"\n")[2]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ For a job with a live source it also stores the contexts that the model will run
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from sae_job.activations.reader import read_bytes_of_shard, reader_memory_bytes
 from sae_job.errors import InvalidInput
 from sae_job.models.facts import ModelFacts, check_batch_size, check_context_size, forward_bytes
 from sae_job.models.mirror import LocalModel, localized
+from sae_job.reporting.wandb_runs import check_wandb
 from sae_job.steps.activation_sources import model_of
 from sae_job.steps.advice import advice_for_job
 from sae_job.steps.context import StepContext
@@ -57,6 +59,7 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
     if finished is not None and finished["tokens"] >= tokens_asked_for(spec):
         logger.info("finished results are there already below %s", output.uri)
         return result_of("preflight", finished, adopted=True)
+    check_wandb(spec.wandb, os.environ)
     store = context.open_store(step.activations)
     surveyed = survey(step, store, context)
     plan, memory = surveyed.plan, surveyed.memory

@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from sae_job.errors import InvalidInput, PeerLost, Stopped
 from sae_job.reporting.endpoint import serve_progress
-from sae_job.reporting.log import LogTail, set_up_logging
+from sae_job.reporting.log import LogTail, set_up_logging, with_earlier_attempts
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.reporting.termination import write_result
 from sae_job.steps.context import StepContext
 from sae_job.steps.output_marker import check_output
 from sae_job.steps.stopping import stop_on_signals
-from sae_job.storage.base import ObjectStore, StoreError
+from sae_job.storage.base import ObjectNotFound, ObjectStore, StoreError
 from sae_job.storage.open import open_store
 from sae_job.training.place import ALONE, Place
 from sae_operator.api.steps import (
@@ -117,14 +117,21 @@ def outcome(name: str, run: Callable[[], StepResult]) -> StepResult:
 
 
 def store_log(step: TrainStep, open_output: Callable[[StoreLocation], ObjectStore], tail: LogTail) -> None:
-    """Keep the log beside the results, in an output that is this job's; a store that cannot take it must not change
-    the step's outcome."""
+    """Keep the log beside the results, behind those of earlier attempts, in an output that is this job's; a store that
+    cannot take it must not change the step's outcome."""
     try:
         output = open_output(step.spec.output)
         if check_output(output, step):
-            output.put(LOG_KEY, tail.text().encode())
+            output.put(LOG_KEY, with_earlier_attempts(_stored_log(output), tail.text()))
     except (StoreError, InvalidInput) as error:
         logger.warning("%s could not be stored: %s", LOG_KEY, error)
+
+
+def _stored_log(output: ObjectStore) -> bytes:
+    try:
+        return output.get(LOG_KEY)
+    except ObjectNotFound:
+        return b""
 
 
 def run_step_process(name: str, path: Path) -> int:

@@ -157,6 +157,14 @@ def test_a_training_that_fails_leaves_its_log_with_how_it_ended(
     assert "StepFailed: RuntimeError: the device is lost" in log.splitlines()[-1]
 
 
+def test_the_logs_of_earlier_attempts_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        run_failing_training(tmp_path, monkeypatch)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert log.count("StepFailed: RuntimeError: the device is lost") == 3
+    assert log.count("--- the next attempt ---") == 2
+
+
 def test_no_log_is_written_into_the_output_of_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sae-operator.json").write_text('{"kind": "SAETrainingJob", "specHash": "other"}')
