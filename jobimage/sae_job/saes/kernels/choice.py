@@ -94,11 +94,12 @@ def top_k_by(kernel: TopKKernel) -> Iterator[None]:
 def triton_trouble(device: torch.device) -> str | None:
     """What keeps Triton from running on a CUDA device, found by running a small product; None where it works.
 
-    Triton links a launcher with the machine's driver when it first runs, for which it needs a C compiler: an image
-    without one trains with PyTorch's operators, and the log says so.
+    It compiles a C module for the driver when it first runs. Without a compiler, and without the module that the image
+    brings (`triton_driver`), PyTorch's operators serve, and the log says so.
     """
     # Whatever fails in here (import, compiler, driver, a device that is too old), there is another implementation.
     try:
+        importlib.import_module("sae_job.saes.kernels.triton_driver").use_built_module()
         products = importlib.import_module("sae_job.saes.kernels.triton_products")
         weight = torch.arange(6.0, device=device).view(3, 2)
         latents, starts = torch.tensor([2, 0], device=device), torch.tensor([0, 2], device=device)
