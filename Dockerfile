@@ -25,6 +25,9 @@ ARG TORCH_INDEX_URL=
 RUN if [ -n "${TORCH_INDEX_URL}" ]; then /opt/sae-operator/bin/pip install --index-url "${TORCH_INDEX_URL}" torch; fi \
     && /opt/sae-operator/bin/pip install --constraint constraints.txt ".[job,transformerlens,wandb]" \
     && /opt/sae-operator/bin/pip uninstall --yes pip
+# Triton calls the driver through a small C module, which it would compile in the pod: it is compiled here instead.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
+    && /opt/sae-operator/bin/python -m sae_job.saes.kernels.triton_driver
 
 FROM ${PYTHON} AS base
 RUN groupadd --gid 65532 job && useradd --uid 65532 --gid 65532 --no-create-home --home-dir /home/job --shell /usr/sbin/nologin job
