@@ -49,7 +49,7 @@ generate: $(INSTALLED) ## Write the CRDs and the reference documentation from th
 	$(BIN)/python -m sae_operator.api.reference --out docs/reference
 
 bench: $(INSTALLED) ## Run the benchmarks, quickly; each prints one line of JSON last
-	for name in operator text caching reading training storage_quality; do $(BIN)/python bench/$$name.py --quick || exit 1; done
+	for name in operator text caching reading training many_saes quality storage_quality; do $(BIN)/python bench/$$name.py --quick || exit 1; done
 
 gpu-check: $(INSTALLED) ## Compare GPU and CPU results; needs a CUDA device
 	$(BIN)/python -m pytest tests/gpu
