@@ -24,9 +24,8 @@ def bfloat16_product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tens
     """`a @ b` of operands rounded to bfloat16, summed and given in float32 where the device can, else rounded once."""
     left, right = a.to(torch.bfloat16), b.to(torch.bfloat16)
     if a.is_cuda and a.ndim == b.ndim == 2 and not torch.is_grad_enabled():
-        product = torch.mm(left, right, out_dtype=torch.float32)
-    else:
-        product = torch.matmul(left, right)
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    product = torch.matmul(left, right)
     return product.to(a.dtype) if out is None else out.copy_(product)
 
 

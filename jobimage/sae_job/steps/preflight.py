@@ -29,6 +29,7 @@ from sae_job.steps.training_memory import TrainingMemory
 from sae_job.storage.base import ObjectStore
 from sae_job.text.plan import CacheIndex, row_bytes
 from sae_job.training.plan import TrainingPlan, resolve_plan, tokens_asked_for
+from sae_job.training.warm_start import load_starts
 from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource
 from sae_operator.api.identity import LIVE_SHARDS_IN_BUFFER
 from sae_operator.api.run_settings import RunSettings
@@ -109,6 +110,7 @@ def survey(step: TrainStep, store: ObjectStore, context: StepContext) -> Survey:
     spec = step.spec
     needs = _needs(step, store, context)
     plan = resolve_plan(spec, cache_rows=needs.rows, widths=needs.widths)
+    load_starts(plan, context.open_store)
     _check_held_out(spec, plan)
     if needs.statistics is not None:
         plan = plan.scaled_by(needs.statistics)
@@ -224,9 +226,9 @@ def _has_hooks(manifest: CacheManifest, cache: ActivationCacheSpec) -> bool:
 
 
 def _trained(spec: SAETrainingJobSpec, widths: Mapping[str, int]) -> dict[str, int]:
-    """Those of these hooks that SAEs are trained on. One that is not among them is told later, with all that is
-    known."""
-    named = {sae.hook for sae in spec.saes}
+    """Those of these hooks that SAEs are trained on, or reconstruct. One that is not among them is told later, with all
+    that is known."""
+    named = {sae.hook for sae in spec.saes} | {sae.target_hook for sae in spec.saes if sae.target_hook is not None}
     return {hook: width for hook, width in widths.items() if hook in named or None in named}
 
 

@@ -17,6 +17,7 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 
 from sae_job.errors import InvalidInput
 
+_FAILURES = (TorchDynamoException, InductorError, CppCompileError, InvalidCxxCompiler)
 # More than a job's SAEs, in either phase.
 _SHAPES = 64
 
@@ -51,7 +52,10 @@ class CompiledUpkeep:
 def _compiling(function: Callable[[], None]) -> None:
     try:
         function()
-    except (TorchDynamoException, InductorError, CppCompileError, InvalidCxxCompiler) as error:
+    except RuntimeError as error:
+        # What torch raises while it compiles; Triton looks for a C compiler when its first kernel runs.
+        if not isinstance(error, _FAILURES) and "compiler" not in str(error):
+            raise
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise InvalidInput(
             "CompilationFailed",
