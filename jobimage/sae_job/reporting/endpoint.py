@@ -20,12 +20,20 @@ _SAE_GAUGES = {
     "l0": "Mean number of active latents per token.",
     "mse": "Mean squared error per token, summed over dimensions.",
     "ce_loss_score": "Share of the ablation's cross-entropy loss that is recovered.",
+    "kl_divergence_score": "Share of the ablation's divergence from the model's predictions that the SAE avoids.",
     "dead_fraction": "Share of latents that are dead.",
+    "dead_features": "Latents that were dead in the last logged step.",
+    "learning_rate": "Learning rate of the last logged step.",
 }
+_RUNNING_HELP = "1 while the SAE is trained, 0 once it has failed or was stopped."
+_CHECKPOINT_AGE_HELP = "Seconds since the last checkpoint was stored: what a loss of the pod would cost."
 
 
 class ProgressCollector(Collector):
-    """A reporter's state as Prometheus gauges, read at each scrape."""
+    """A reporter's state as Prometheus gauges, read at each scrape.
+
+    The labels are the step and the job's SAEs, of which there are at most 16.
+    """
 
     def __init__(self, reporter: ProgressReporter) -> None:
         self._reporter = reporter
@@ -38,6 +46,7 @@ class ProgressCollector(Collector):
             ("tokens_per_second", state.tokens_per_second, "Current rate."),
             ("shards_complete", state.shards_complete, "Shards that this pod has stored."),
             ("checkpoint_tokens", state.checkpoint_tokens, "Tokens of the last stored checkpoint."),
+            ("checkpoint_age_seconds", self._reporter.checkpoint_age, _CHECKPOINT_AGE_HELP),
         ):
             if value is not None:
                 gauge = GaugeMetricFamily(f"sae_job_{name}", help_text, labels=["step"])
@@ -51,6 +60,11 @@ class ProgressCollector(Collector):
                     gauge.add_metric([sae.name], value)
             if gauge.samples:
                 yield gauge
+        if state.saes:
+            gauge = GaugeMetricFamily("sae_job_sae_running", _RUNNING_HELP, labels=["sae"])
+            for sae in state.saes:
+                gauge.add_metric([sae.name], float(sae.phase == "Running"))
+            yield gauge
 
 
 @contextmanager

@@ -59,24 +59,39 @@ def line_plot(title: str, series: Series, *, y_label: str, log_y: bool = False, 
 
 def density_histogram(log_densities: Mapping[str, Sequence[float]]) -> str:
     """Histogram of log10 firing frequency over latents, one per SAE; latents that never fired stand at the left end."""
+    values = {name: [max(value, NEVER_FIRED) for value in densities] for name, densities in log_densities.items()}
+    x_label = "log10 of the share of tokens on which a latent fires (-10: never)"
+    return _histogram("Feature density", values, x_label=x_label, span=(NEVER_FIRED, 0.0))
+
+
+def threshold_histogram(thresholds: Mapping[str, Sequence[float]]) -> str:
+    """Histogram of latents' thresholds, one per SAE that has one for each latent."""
+    everything = [value for values in thresholds.values() for value in values]
+    span = (min(everything), max(everything)) if everything else (0.0, 1.0)
+    if span[0] == span[1]:
+        # All alike, as before the first step.
+        span = (span[0] - 0.5, span[1] + 0.5)
+    return _histogram("Thresholds", thresholds, x_label="pre-activation from which a latent fires", span=span)
+
+
+def _histogram(title: str, values: Mapping[str, Sequence[float]], *, x_label: str, span: tuple[float, float]) -> str:
     figure = Figure(figsize=(6.4, 3.2))
     axes = figure.subplots()
-    for index, (name, densities) in enumerate(log_densities.items()):
-        values = [max(value, NEVER_FIRED) for value in densities]
+    for index, (name, of_sae) in enumerate(values.items()):
         axes.hist(
-            values,
+            of_sae,
             bins=60,
-            range=(NEVER_FIRED, 0.0),
-            histtype="stepfilled" if len(log_densities) == 1 else "step",
+            range=span,
+            histtype="stepfilled" if len(values) == 1 else "step",
             alpha=0.75,
             color=COLOURS[index % len(COLOURS)],
             label=name,
         )
-    axes.set_title("Feature density", fontsize=11, loc="left")
-    axes.set_xlabel("log10 of the share of tokens on which a latent fires (-10: never)")
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel(x_label)
     axes.set_ylabel("latents")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(log_densities) > 1:
+    if len(values) > 1:
         axes.legend(frameon=False, fontsize=8)
     return _svg(figure)

@@ -36,6 +36,7 @@ class ProgressReporter:
         self._lock = threading.Lock()
         self._samples: deque[tuple[float, int]] = deque()
         self._state = Progress(step=step, updated_at=rfc3339(clock()))
+        self._checkpoint_time: float | None = None
 
     def update(
         self,
@@ -64,6 +65,7 @@ class ProgressReporter:
             if checkpoint_tokens is not None:
                 changes["checkpoint_tokens"] = checkpoint_tokens
                 changes["checkpoint_time"] = rfc3339(now)
+                self._checkpoint_time = now
             state = self._state.model_copy(update=changes)
             rate = self._rate()
             left = state.total_tokens - state.tokens
@@ -79,6 +81,12 @@ class ProgressReporter:
             return 0.0
         (start, before), (end, after) = self._samples[0], self._samples[-1]
         return (after - before) / (end - start) if end > start else 0.0
+
+    @property
+    def checkpoint_age(self) -> float | None:
+        """Seconds since a checkpoint was last told of; None before the first."""
+        with self._lock:
+            return None if self._checkpoint_time is None else self._clock() - self._checkpoint_time
 
     @property
     def state(self) -> Progress:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_job.reporting.plots import Series, density_histogram, line_plot
+from sae_job.reporting.plots import Series, density_histogram, line_plot, threshold_histogram
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -20,7 +20,7 @@ th:first-child, td:first-child { text-align: left; } th { font-weight: 600; colo
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.2rem; }
 .plots svg { width: 100%; height: auto; }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; }
-.failed { color: #b00020; }
+.failed { color: #b00020; } .stopped { color: #8a5a00; }
 """
 
 # Columns of the table of results: key in results.json, heading, format.
@@ -30,6 +30,9 @@ _COLUMNS = (
     ("l0", "L0", ".2f"),
     ("mse", "MSE", ".4g"),
     ("ce_loss_score", "CE-loss score", ".4f"),
+    ("kl_divergence_score", "KL score", ".4f"),
+    ("cossim", "cosine", ".4f"),
+    ("l2_ratio", "L2 ratio", ".4f"),
     ("dead_fraction", "dead", ".2%"),
 )
 # Evaluation metrics that are drawn over tokens, with their plots' titles.
@@ -37,6 +40,7 @@ _EVALUATION_PLOTS = (
     ("explained_variance", "Explained variance on held-out activations"),
     ("l0", "L0 on held-out activations"),
     ("ce_loss_score", "CE-loss score"),
+    ("kl_divergence_score", "KL-divergence score"),
     ("dead_fraction", "Dead latents"),
 )
 
@@ -50,10 +54,12 @@ def _results_table(saes: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{html.escape(title)}</th>" for _, title, _ in columns)
     rows = []
     for sae in saes:
-        failed = sae.get("phase") == "Failed"
-        name = html.escape(str(sae["name"]))
-        if failed:
-            name = f'<span class="failed">{name}: failed. {html.escape(str(sae.get("message") or ""))}</span>'
+        phase, name = sae.get("phase"), html.escape(str(sae["name"]))
+        if phase in ("Failed", "Stopped"):
+            tokens = sae.get("tokens")
+            after = "" if tokens is None else f" after {tokens:,} tokens"
+            message = html.escape(str(sae.get("message") or ""))
+            name = f'<span class="{phase.lower()}">{name}: {phase.lower()}{after}. {message}</span>'
         cells = "".join(f"<td>{_text(sae.get(key), form)}</td>" for key, _, form in columns)
         rows.append(f"<tr><td>{name}</td>{cells}</tr>")
     return f"<table><thead><tr><th>SAE</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -62,8 +68,9 @@ def _results_table(saes: Sequence[Mapping[str, Any]]) -> str:
 def _series(lines: Sequence[Mapping[str, Any]], key: str, *, evaluation: bool) -> Series:
     series: dict[str, tuple[list[float], list[float]]] = {}
     for line in lines:
-        source = line.get("evaluation") if evaluation else line
-        if source is None or source.get(key) is None:
+        sources = (line.get("evaluation"), line.get("model_evaluation")) if evaluation else (line,)
+        source = next((source for source in sources if source and source.get(key) is not None), None)
+        if source is None:
             continue
         tokens, values = series.setdefault(str(line["sae"]), ([], []))
         tokens.append(line["tokens"])
@@ -71,17 +78,25 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str, *, evaluation: bool) -
     return series
 
 
-def _plots(metrics: Sequence[Mapping[str, Any]], log_densities: Mapping[str, Sequence[float]]) -> list[str]:
+def _plots(
+    metrics: Sequence[Mapping[str, Any]],
+    log_densities: Mapping[str, Sequence[float]],
+    thresholds: Mapping[str, Sequence[float]],
+) -> list[str]:
     plots = []
     if loss := _series(metrics, "loss", evaluation=False):
         plots.append(line_plot("Training loss", loss, y_label="loss", log_y=True))
     for key, title in _EVALUATION_PLOTS:
         if series := _series(metrics, key, evaluation=True):
             plots.append(line_plot(title, series, y_label=key, markers=True))
+    if coefficients := _series(metrics, "coefficient", evaluation=False):
+        plots.append(line_plot("Weight of the sparsity penalty", coefficients, y_label="coefficient"))
     if rates := _series(metrics, "learning_rate", evaluation=False):
         plots.append(line_plot("Learning rate", rates, y_label="learning rate"))
     if log_densities:
         plots.append(density_histogram(log_densities))
+    if thresholds:
+        plots.append(threshold_histogram(thresholds))
     return plots
 
 
@@ -90,6 +105,7 @@ def render_report(
     metrics: list[dict[str, Any]],
     log_densities: dict[str, list[float]],
     spec: dict[str, Any],
+    thresholds: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
     """The page as HTML.
 
@@ -98,13 +114,14 @@ def render_report(
         metrics: lines of metrics.jsonl.
         log_densities: SAE name -> log10 firing frequency of each latent.
         spec: the job's spec as in the manifest.
+        thresholds: SAE name -> threshold of each latent, of those that have one each.
     """
     name = html.escape(str(results.get("name") or "training job"))
     rate = results.get("tokens_per_second")
     summary = f"{results['tokens']:,} tokens" + (f", {rate:,.0f} tokens/s" if rate else "")
     number = len(results["saes"])
     count = f"{number} sparse autoencoder{'' if number == 1 else 's'}"
-    plots = "".join(f"<figure>{plot}</figure>" for plot in _plots(metrics, log_densities))
+    plots = "".join(f"<figure>{plot}</figure>" for plot in _plots(metrics, log_densities, thresholds or {}))
     configuration = html.escape(json.dumps(spec, indent=2, ensure_ascii=False))
     provenance = html.escape(json.dumps(results.get("provenance", {}), indent=2, ensure_ascii=False))
     return (

@@ -66,7 +66,13 @@ def leave_results(
     densities: dict[str, list[float]],
 ) -> None:
     """Write report and results; results.json last, since its presence means that all is there."""
-    report = render_report(dict(results), trainer.lines, densities, step.spec.to_manifest())
+    thresholds = {
+        sae.name: sae.inference().state_dict()["threshold"].float().flatten().tolist()
+        for sae in trainer.sound()
+        # Other architectures are saved with one threshold that all latents share.
+        if sae.plan.spec.architecture.type == "jumprelu"
+    }
+    report = render_report(dict(results), trainer.lines, densities, step.spec.to_manifest(), thresholds)
     output.put(REPORT_KEY, report.encode())
     output.put(RESULTS_KEY, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
 

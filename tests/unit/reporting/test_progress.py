@@ -74,3 +74,33 @@ def test_progress_and_metrics_are_served(clock: Clock) -> None:
     assert body["checkpointTime"] == "1970-01-12T13:46:40Z"
     assert 'sae_job_tokens{step="train"} 5.0' in metrics
     assert 'sae_job_sae_l0{sae="k32"} 31.5' in metrics
+
+
+def test_a_trainings_metrics_tell_each_sae_and_the_age_of_its_checkpoint(clock: Clock) -> None:
+    reporter = ProgressReporter("train", clock=clock)
+    saes = [
+        SaeProgress(name="a", loss=2.0, explained_variance=0.5, dead_features=3, learning_rate=1e-3),
+        SaeProgress(name="b", phase="Stopped", kl_divergence_score=0.9),
+    ]
+    reporter.update(tokens=5, total_tokens=10, saes=saes, checkpoint_tokens=4)
+    clock.now += 90
+    with (
+        serve_progress(reporter, "127.0.0.1", 0) as address,
+        urllib.request.urlopen(f"{address}/metrics", timeout=5) as response,
+    ):
+        metrics = response.read().decode().splitlines()
+    for line in (
+        'sae_job_sae_loss{sae="a"} 2.0',
+        'sae_job_sae_explained_variance{sae="a"} 0.5',
+        'sae_job_sae_dead_features{sae="a"} 3.0',
+        'sae_job_sae_learning_rate{sae="a"} 0.001',
+        'sae_job_sae_kl_divergence_score{sae="b"} 0.9',
+        'sae_job_sae_running{sae="a"} 1.0',
+        'sae_job_sae_running{sae="b"} 0.0',
+        'sae_job_checkpoint_age_seconds{step="train"} 90.0',
+    ):
+        assert line in metrics
+
+
+def test_without_a_checkpoint_there_is_no_age(clock: Clock) -> None:
+    assert ProgressReporter("train", clock=clock).checkpoint_age is None

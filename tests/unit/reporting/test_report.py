@@ -64,3 +64,29 @@ def test_the_same_results_give_the_same_page(page: str) -> None:
 def test_configuration_and_provenance_are_shown(page: str) -> None:
     assert "&quot;cacheIdentity&quot;: &quot;0123&quot;" in page
     assert "&quot;tokens&quot;: 1000" in page
+
+
+def test_what_only_some_jobs_have_is_drawn_where_it_is() -> None:
+    results = {
+        "name": "job",
+        "tokens": 1_000,
+        "saes": [
+            {"name": "jump", "phase": "Succeeded", "kl_divergence_score": 0.9321, "l2_ratio": 0.9512},
+            {"name": "lost", "phase": "Stopped", "tokens": 500, "message": "l0 900 is above 400"},
+        ],
+    }
+    metrics = [
+        {"step": 1, "tokens": 100, "sae": "jump", "loss": 1.0, "coefficient": 0.1, "learning_rate": 1e-3},
+        {"step": 1, "tokens": 100, "sae": "jump", "model_evaluation": {"kl_divergence_score": 0.9}},
+        {"step": 1, "tokens": 100, "sae": "jump", "window": {"mean_log10_feature_sparsity": -3.0}},
+    ]
+    page = render_report(results, metrics, {}, {}, thresholds={"jump": [0.1, 0.2, 0.2]})
+    assert page.count("<svg") == 5  # loss, KL score, coefficient, learning rate, thresholds
+    assert "0.9321" in page
+    assert "0.9512" in page
+    assert '<span class="stopped">lost: stopped after 500 tokens. l0 900 is above 400</span>' in page
+
+
+def test_thresholds_that_are_all_alike_can_be_drawn() -> None:
+    results = {"name": "job", "tokens": 1, "saes": [{"name": "jump"}]}
+    assert "<svg" in render_report(results, [], {}, {}, thresholds={"jump": [0.1, 0.1]})
