@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.testbed.node_agent.api import ApiClient, ApiError
 from tests.testbed.node_agent.container import now
+from tests.testbed.node_agent.hosts import Hosts
 from tests.testbed.node_agent.logs import serve_logs
 from tests.testbed.node_agent.pod import Pod
 from tests.testbed.node_agent.registration import Registration
@@ -27,6 +28,7 @@ class Agent:
         self.settings = settings
         self.api = ApiClient(Path(settings.kubeconfig))
         self._pods: dict[str, Pod] = {}
+        self.hosts = Hosts(Path(settings.directory) / "hosts")
         self._free_gpus = list(range(settings.gpus))
         self._lock = threading.Lock()
         # Agents of one machine share its loopback network: each starts somewhere else.

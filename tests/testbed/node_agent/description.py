@@ -23,6 +23,7 @@ def describe(
     *,
     volumes: Mapping[str, Path],
     gpus: list[int],
+    hosts: Path,
 ) -> dict[str, Any]:
     """What the shim is told; raises `ConfigurationError` when something the container refers to is not there."""
     spec = container.spec
@@ -48,10 +49,13 @@ def describe(
         **_identity(context, pod["spec"].get("securityContext") or {}, image),
         "noNewPrivileges": context.get("allowPrivilegeEscalation") is False,
         "readOnlyRoot": bool(context.get("readOnlyRootFilesystem")),
-        "hostName": name[:63],
+        "hostName": pod["spec"].get("hostname", name)[:63],
         "memoryLimit": None if memory is None else quantity(memory),
         "devices": [f"nvidia{number}" for number in gpus],
-        "mounts": _mounts(container, image, volumes, variables),
+        "mounts": [
+            *_mounts(container, image, volumes, variables),
+            {"source": str(hosts), "target": "/etc/hosts", "readOnly": True},
+        ],
     }
 
 

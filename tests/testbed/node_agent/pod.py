@@ -12,6 +12,7 @@ from tests.testbed.node_agent.api import ApiClient
 from tests.testbed.node_agent.container import Container, now
 from tests.testbed.node_agent.description import describe
 from tests.testbed.node_agent.environment import ConfigurationError
+from tests.testbed.node_agent.hosts import Hosts
 from tests.testbed.node_agent.pod_api import HOST_IP, PodApi
 from tests.testbed.node_agent.settings import NodeSettings
 from tests.testbed.node_agent.volumes import Volumes
@@ -28,6 +29,7 @@ class Node(Protocol):
 
     settings: NodeSettings
     api: ApiClient
+    hosts: Hosts
 
     def next_pod_ip(self) -> str: ...
     def take_gpus(self, count: int) -> list[int]: ...
@@ -146,11 +148,13 @@ class Pod(threading.Thread):
                 container.signal(signal.SIGKILL)
             self._push_status()
         finally:
+            self._node.hosts.remove(self.uid)
             for gpus in self._gpus.values():
                 self._node.give_gpus(gpus)
             self._volumes.remove()
 
     def _live(self) -> None:
+        self._node.hosts.add(self._manifest, self._api.pod_ip)
         if (deadline := self._spec.get("activeDeadlineSeconds")) is not None:
             timer = threading.Timer(deadline, self._exceed_deadline)
             timer.daemon = True
@@ -232,6 +236,7 @@ class Pod(threading.Thread):
                     self._api,
                     volumes=self._volumes.paths,
                     gpus=self._take_gpus(container),
+                    hosts=self._node.hosts.path,
                 )
             except ConfigurationError as error:
                 if container.state.get("waiting", {}).get("message") != str(error):
