@@ -212,6 +212,9 @@ def _begin(step: TrainStep, context: StepContext, ranks: Peers, device: torch.de
             if left_over is not None:
                 logger.info("the results there are of %d tokens: training again from the start", left_over)
             trainer.initialize()
+            if isinstance(ranks, DistributedRanks):
+                for sae in trainer.saes:
+                    sae.take(ranks.broadcast_)
         else:
             logger.info("continuing from the checkpoint of %d tokens", snapshot.tokens)
             trainer.restore(snapshot)

@@ -158,6 +158,12 @@ class SaeTraining:
         """Begin with the weights of a saved SAE that `check_start` found to fit."""
         self._trainable.start_from(sae.to(self._device), scale=self.plan.scale, target_scale=self.plan.target_scale)
 
+    def take(self, broadcast: Callable[[Tensor], Tensor]) -> None:
+        """Take the first rank's weights: those that all have computed alike may differ in their last bits where their
+        GPUs do."""
+        for tensor in (*self._trainable.parameters_by_name.values(), *self._trainable.buffers_by_name.values()):
+            broadcast(tensor.detach())
+
     def step(self, x: Float32[Tensor, "batch d_in"], target: Float32[Tensor, "batch d_out"], step: int) -> None:
         """Train on this rank's rows of one (scaled, normalised) batch.
 
