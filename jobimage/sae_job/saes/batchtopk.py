@@ -67,16 +67,19 @@ class BatchTopKSAE(SelectingSAE):
     @torch.no_grad()
     def active_latents(self, x: Float32[Tensor, "batch d_in"]) -> ActiveLatents:
         """Those above the running threshold, as in the saved SAE."""
-        active = active_above(self._pre_activations(self.centred(x)), self.threshold)
-        return active.with_values(active.values.to(torch.float32))
+        return active_above(self._pre_activations(self.centred(x)), self.threshold)
 
     @torch.no_grad()
     def start_from(self, sae: SAE, *, scale: float, target_scale: float) -> None:
         """As `TrainableSAE`; the threshold is the mean of the saved SAE's."""
-        super().start_from(sae, scale=scale, target_scale=target_scale)
         if getattr(sae, "threshold", None) is None:
             raise ValueError("it has no threshold: it is of another architecture")
         self.threshold.copy_(sae.threshold.to(torch.float32).mean())
+        super().start_from(sae, scale=scale, target_scale=target_scale)
+
+    def _move_norms_to_encoder(self, norms: Float32[Tensor, " d_sae"]) -> None:
+        super()._move_norms_to_encoder(norms)
+        self.threshold.mul_(norms.mean())
 
     def to_inference(
         self,

@@ -23,6 +23,8 @@ from sae_job.saes.trainable import Ranks, StepInput, StepStatistics
 from sae_job.saes.weights import TrainableWeights
 from sae_operator.api.sae import SaeSpec
 
+# Norms are equal up to this factor, as far as 16-bit weights can tell.
+_EQUAL_NORMS = 1.01
 # `training.selection`.
 Selection = Literal["exact", "bfloat16"]
 
@@ -69,6 +71,15 @@ class SelectingSAE(TrainableWeights):
         self._noise: Tensor | None = None
         self._exact, self._rounded = SelectionBuffers(False), SelectionBuffers()
 
+    def _move_norms_to_encoder(self, norms: Float32[Tensor, " d_sae"]) -> None:
+        """As in `TrainableWeights`; what is selected stays the same only where all norms are."""
+        if float(norms.max() / norms.min()) > _EQUAL_NORMS:
+            raise ValueError(
+                "norms of its decoder rows differ, and which latents are the largest would change with rows of unit "
+                "norm: set normalizeDecoder: false"
+            )
+        super()._move_norms_to_encoder(norms)
+
     @abstractmethod
     def _dense_activation(self, pre: Float32[Tensor, "rows d_sae"]) -> Float32[Tensor, "rows d_sae"]:
         """The activation function as it reads, for initialisation."""
@@ -83,15 +94,14 @@ class SelectingSAE(TrainableWeights):
         """
 
     def _pre_activations(
-        self, centred: Float32[Tensor, "batch d_in"], noise: torch.Generator | None = None
+        self, centred: Float32[Tensor, "batch d_in"], *, rounded: bool = False, noise: torch.Generator | None = None
     ) -> Float[Tensor, "batch d_sae"]:
         """In a buffer that the next step overwrites: a large part of a step would go into fresh pages.
 
         Args:
-            noise: its source in training; None for the SAE as it is used.
+            rounded: in bfloat16 where the device is faster at it.
+            noise: its source; None where there is none to add.
         """
-        # Noise is part of what is selected, and is not there to be computed again.
-        rounded = self.selection == "bfloat16" and noise is None
         pre = pre_activations(centred, self.W_enc_T, self.b_enc, self._rounded if rounded else self._exact)
         if noise is not None:
             if self._noise is None or self._noise.shape != pre.shape:
@@ -102,7 +112,10 @@ class SelectingSAE(TrainableWeights):
     @torch.no_grad()
     def step_gradients(self, batch: StepInput) -> StepStatistics:
         centred = self.centred(batch.x)
-        pre = self._pre_activations(centred, noise=self._source_of_noise(batch))
+        noise = self._source_of_noise(batch)
+        # Noise is part of what is selected, and is not there to be computed again.
+        rounded = self.selection == "bfloat16" and noise is None
+        pre = self._pre_activations(centred, rounded=rounded, noise=noise)
         active = self._select(pre, centred)
         dead = self._to_revive(batch)
         result = self._reconstruct(active, batch, keep_error=dead is not None)

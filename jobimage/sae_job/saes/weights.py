@@ -21,6 +21,8 @@ from sae_operator.api.sae import SaeSpec
 
 # Decoder rows are divided by their norm; a row that shrank to nothing must not become NaN.
 _SMALLEST_NORM = 1e-8
+# Norms of saved decoder rows that differ from 1 by less are those of unit rows, rounded.
+_UNIT_NORM_TOLERANCE = 1e-5
 # The encoder's biases among the parameters of one number per latent: what an input's centre is taken off by.
 _ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
 _SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -140,9 +142,12 @@ class TrainableWeights(ABC):
     def start_from(self, sae: SAE, *, scale: float, target_scale: float) -> None:
         """Take the weights of a saved SAE of the same architecture and sizes, for activations times these factors.
 
+        Where decoder rows are kept at unit norm, the norms of the saved ones go into the encoder: latents are larger,
+        and the reconstruction is the same.
+
         Raises:
-            ValueError: the SAE has not the tensors that this one needs, or of another shape, or it was fine-tuned, and
-                the factors of its latents cannot stay in a decoder of unit rows.
+            ValueError: the SAE has not the tensors that this one needs, or of another shape, or factors or norms of
+                its latents cannot stay in a decoder of unit rows.
         """
         if sae.cfg.normalize_activations in RUN_TIME_NORMALIZATIONS:
             scale = target_scale = 1.0  # it never saw a factor
@@ -158,6 +163,19 @@ class TrainableWeights(ABC):
         self._take(self.b_dec, sae, "b_dec").mul_(target_scale)
         if self.W_skip is not None:
             self._take(self.W_skip, sae, "W_skip").mul_(target_scale / scale)
+        if self.spec.normalize_decoder:
+            norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+            norms.masked_fill_(norms <= _SMALLEST_NORM, 1.0)
+            if float((norms - 1).abs().max()) > _UNIT_NORM_TOLERANCE:
+                self._move_norms_to_encoder(norms)
+
+    def _move_norms_to_encoder(self, norms: Float32[Tensor, " d_sae"]) -> None:
+        """Make decoder rows of these norms unit rows, and latents as much larger."""
+        self.W_dec.div_(norms.unsqueeze(1))
+        self.W_enc_T.mul_(norms.unsqueeze(1))
+        # The gated encoder's r_mag is an exponent of the encoder's rows, which have the norms already.
+        for name in set(self.latent_parameters) - {"r_mag"}:
+            getattr(self, name).mul_(norms)
 
     @staticmethod
     def _take(parameter: Tensor, sae: SAE, name: str, *, transposed: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sae_job.saes.initialization import initial_weights, unit_rows
+from sae_job.saes.topk import TopKSAE
 from sae_job.saes.trainable import StepInput
 from sae_operator.api.sae import Initialization
 from tests.unit.saes.conftest import BATCHTOPK, D_IN, D_OUT, D_SAE, MATRYOSHKA, TOPK, batch, trainable, transcoded
@@ -74,6 +75,35 @@ def test_an_sae_that_normalises_by_itself_is_started_from_without_a_scale(normal
         assert torch.equal(second.parameters_by_name[name], parameter), name
 
 
+@pytest.mark.parametrize("architecture", TYPES)
+def test_norms_of_decoder_rows_go_into_the_encoder_where_rows_have_unit_norm(architecture: str) -> None:
+    selects = TYPES[architecture].get("k") is not None
+    saved = trainable(TYPES[architecture]).to_inference(scale=1.0)
+    norms = torch.full((D_SAE,), 2.5) if selects else torch.linspace(0.5, 2.0, D_SAE)
+    saved.W_dec *= norms.unsqueeze(1)
+    if hasattr(saved, "threshold"):
+        saved.threshold.fill_(0.7)
+    sae = trainable(TYPES[architecture], seed=5)
+    sae.start_from(saved, scale=0.5, target_scale=0.5)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(D_SAE), atol=1e-5)
+    x = batch()
+    again = sae.to_inference(scale=0.5)
+    assert float(saved(x).std()) > 0
+    assert torch.allclose(again(x), saved(x), atol=1e-4)
+    assert torch.allclose(again.encode(x), saved.encode(x) * norms * 0.5, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka"])
+def test_unequal_norms_that_would_change_what_is_selected_are_refused(architecture: str) -> None:
+    saved = trainable(TYPES[architecture]).to_inference(scale=1.0)
+    saved.W_dec *= torch.linspace(0.5, 2.0, D_SAE).unsqueeze(1)
+    with pytest.raises(ValueError, match="normalizeDecoder: false"):
+        trainable(TYPES[architecture]).start_from(saved, scale=1.0, target_scale=1.0)
+    free = trainable(TYPES[architecture], normalizeDecoder=False)
+    free.start_from(saved, scale=1.0, target_scale=1.0)
+    assert torch.allclose(free.W_dec, saved.W_dec)
+
+
 def test_starting_from_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"W_enc is of shape \(64, 12\), not \(32, 12\)"):
         trainable(TOPK, dSae=32).start_from(trainable(TOPK).to_inference(scale=1.0), scale=1.0, target_scale=1.0)
@@ -113,6 +143,23 @@ def test_the_copy_for_use_shares_no_memory_with_the_training() -> None:
         parameter.data.fill_(7.0)
     for name, tensor in saved.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_candidates_in_bfloat16_are_settled_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_job.saes.kernels.selection.is_faster_in_bfloat16", lambda device: True)
+    exact, rounded = trainable(TOPK), trainable(TOPK)
+    assert isinstance(rounded, TopKSAE)
+    rounded.selection = "bfloat16"
+    x = batch(0, 200)
+    dead = torch.arange(D_SAE) % 4 == 0
+    for sae in (exact, rounded):
+        sae.step_gradients(StepInput(x, x, 0, dead))
+    for name, parameter in exact.parameters_by_name.items():
+        other = rounded.parameters_by_name[name].grad
+        assert parameter.grad is not None
+        assert other is not None
+        assert torch.allclose(parameter.grad, other, atol=1e-5), name
+    assert torch.equal(exact.active_latents(x).dense(), rounded.active_latents(x).dense())
 
 
 SAMPLE = torch.randn(500, D_IN, generator=torch.Generator().manual_seed(3)) + 2.0
