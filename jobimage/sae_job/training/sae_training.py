@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from sae_job.errors import InvalidInput
 from sae_job.evaluation.metrics import HeldOutRows, reconstruction_metrics
 from sae_job.saes.architectures import build_trainable
 from sae_job.saes.base import SAE
@@ -155,8 +156,17 @@ class SaeTraining:
         self._trainable.initialize(sample[:rows], target[:rows], generator)
 
     def start_from(self, sae: SAE) -> None:
-        """Begin with the weights of a saved SAE that `check_start` found to fit."""
-        self._trainable.start_from(sae.to(self._device), scale=self.plan.scale, target_scale=self.plan.target_scale)
+        """Begin with the weights of a saved SAE that `check_start` found to fit.
+
+        Raises:
+            InvalidInput: its weights are not such that this SAE's constraints can hold them.
+        """
+        scales = {"scale": self.plan.scale, "target_scale": self.plan.target_scale}
+        try:
+            self._trainable.start_from(sae.to(self._device), **scales)
+        except ValueError as error:
+            message = f"the saved SAE cannot be begun with: {error}"
+            raise InvalidInput("StartDiffers", message, field=f"spec.saes[{self._index}].startFrom") from error
 
     def take(self, broadcast: Callable[[Tensor], Tensor]) -> None:
         """Take the first rank's weights: those that all have computed alike may differ in their last bits where their

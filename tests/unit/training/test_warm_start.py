@@ -108,6 +108,16 @@ def test_a_finetuned_one_needs_a_decoder_that_may_have_any_length(new_trainer: C
     torch.testing.assert_close(trainer.saes[0].inference()(rows), saved(rows), rtol=1e-4, atol=1e-4)
 
 
+def test_one_whose_norms_decide_what_is_selected_needs_a_decoder_that_keeps_them(
+    new_trainer: Callable[..., Trainer],
+) -> None:
+    saved = trained(new_trainer, EVERY_KIND["topk"])
+    saved.W_dec *= torch.linspace(0.5, 2.0, saved.cfg.d_sae).unsqueeze(1)
+    with pytest.raises(InvalidInput, match="set normalizeDecoder: false") as caught:
+        new_trainer([{**EVERY_KIND["topk"], **START}], starts={"topk": saved})
+    assert caught.value.field == "spec.saes[0].startFrom"
+
+
 def test_one_that_is_not_there_is_told_with_its_field(new_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     plan = new_trainer([{**EVERY_KIND["topk"], **START}]).plan
     with pytest.raises(InvalidInput) as caught:
