@@ -28,7 +28,7 @@ def in_processes(size: int, act: Callable[[Place, Any], Any], folder: Path, give
     return _results(size, _run_alone, folder, (act, port, given))
 
 
-def on_ranks(size: int, act: Act, folder: Path, given: Any = None) -> list[Any]:
+def on_ranks(size: int, act: Act, folder: Path, given: Any = None, *, device: str = "cpu") -> list[Any]:
     """What `act` returns on each rank, or the exception that it raises there.
 
     Args:
@@ -36,8 +36,9 @@ def on_ranks(size: int, act: Act, folder: Path, given: Any = None) -> list[Any]:
         act: a function of a module, given the ranks and `given`.
         folder: an empty one, which the processes meet in.
         given: for each of them.
+        device: `cuda` for a GPU each.
     """
-    return _results(size, _run, folder, (act, given))
+    return _results(size, _run, folder, (act, given, device))
 
 
 def _results(size: int, run: Callable[..., None], folder: Path, arguments: tuple[Any, ...]) -> list[Any]:
@@ -53,11 +54,12 @@ def _results(size: int, run: Callable[..., None], folder: Path, arguments: tuple
     return [pickle.loads((folder / f"{index}.pickle").read_bytes()) for index in range(size)]
 
 
-def _run(index: int, size: int, folder: Path, act: Act, given: Any) -> None:
+def _run(index: int, size: int, folder: Path, act: Act, given: Any, device: str) -> None:
     torch.set_num_threads(1)
-    with joined(
-        Place(index, size, index), torch.device("cpu"), lambda: FileStore(str(folder / "store"), size)
-    ) as ranks:
+    own = torch.device(device, index) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(own)
+    with joined(Place(index, size, index), own, lambda: FileStore(str(folder / "store"), size)) as ranks:
         _leave(folder / f"{index}.pickle", lambda: act(ranks, given))
 
 

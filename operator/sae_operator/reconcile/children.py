@@ -45,6 +45,8 @@ HOME = "/home/job"
 CPU_REQUEST, MEMORY_REQUEST = "500m", "1Gi"
 CPU_STEP_CPU_REQUEST = "250m"
 MIB = 2**20
+# Processes on several GPUs of a pod exchange data through it; the 64 MiB that a container has by itself are too few.
+SHARED_MEMORY = {"medium": "Memory", "sizeLimit": "2Gi"}
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,7 @@ def _pod_spec(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
             {"name": "spec", "configMap": {"name": wanted.name}},
             {"name": "home", "emptyDir": {}},
             {"name": "tmp", "emptyDir": {}},
+            *([{"name": "shm", "emptyDir": SHARED_MEMORY}] if _shares_memory(wanted) else []),
             *(
                 {"name": f"secret-{i}", "secret": {"secretName": name, "optional": False}}
                 for i, name in enumerate(secrets)
@@ -251,6 +254,13 @@ def _pod_spec(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
         "subdomain": service_name(wanted.metadata) if wanted.pods > 1 else None,
     }
     return spec | {key: value for key, value in optional.items() if value}
+
+
+def _shares_memory(wanted: StepWanted) -> bool:
+    """Whether several processes train in one pod: one per GPU."""
+    limits = wanted.run.resources.limits
+    gpus = [str(count) for name, count in limits.items() if name.endswith("/gpu")]
+    return wanted.step == "train" and any(count not in ("0", "1") for count in gpus)
 
 
 def _placement(wanted: StepWanted) -> tuple[dict[str, str], list[Any]]:
@@ -286,6 +296,7 @@ def _container(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
             {"name": "spec", "mountPath": str(PurePosixPath(STEP_SPEC_PATH).parent), "readOnly": True},
             {"name": "home", "mountPath": HOME},
             {"name": "tmp", "mountPath": "/tmp"},
+            *([{"name": "shm", "mountPath": "/dev/shm"}] if _shares_memory(wanted) else []),
             *(
                 {"name": f"secret-{i}", "mountPath": f"{SECRETS_DIRECTORY}/{name}", "readOnly": True}
                 for i, name in enumerate(secrets)

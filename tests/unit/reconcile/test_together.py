@@ -62,6 +62,16 @@ def test_preflight_and_a_training_in_one_pod_are_what_they_were() -> None:
         assert "SAE_JOB_PODS" not in {variable["name"] for variable in container_of(found, step)["env"]}
 
 
+def test_processes_of_several_gpus_have_shared_memory() -> None:
+    def volumes(gpus: int) -> dict[str, Any]:
+        found = trained(run={"resources": {"limits": {"nvidia.com/gpu": gpus}}})
+        mounts = {mount["name"]: mount["mountPath"] for mount in container_of(found, "train")["volumeMounts"]}
+        return {mounts[volume["name"]]: volume.get("emptyDir") for volume in pod_of(found, "train")["volumes"]}
+
+    assert volumes(8)["/dev/shm"] == {"medium": "Memory", "sizeLimit": "2Gi"}
+    assert "/dev/shm" not in volumes(1)
+
+
 def test_as_many_failures_are_allowed_as_of_one_pod_and_stopping_together_is_none() -> None:
     """With a limit of 4, four times may all of three pods fail: 12 failures; the fifth time ends the Job."""
     spec = job_of(trained(run={"backoffLimit": 4}), "train")["spec"]
