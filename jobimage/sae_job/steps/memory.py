@@ -10,6 +10,7 @@ from sae_job.errors import InvalidInput
 from sae_job.models.facts import ModelFacts, forward_bytes
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.run_settings import RunSettings
+from sae_operator.api.training_job import SAETrainingJobSpec
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,13 @@ def has_gpu(run: RunSettings) -> bool:
     """Whether a pod gets a GPU, which then holds what a model needs."""
     # A part of one (MIG) has a name such as nvidia.com/mig-1g.10gb.
     return any("gpu" in name or "/mig-" in name for name in run.resources.limits)
+
+
+def training_processes(spec: SAETrainingJobSpec) -> int:
+    """Processes that share every batch of a job: one for each whole GPU of each pod, and at least one in each."""
+    limits = spec.run.resources.limits
+    gpus = sum(quantity_bytes(count) for name, count in limits.items() if name.endswith("/gpu"))
+    return spec.parallelism * max(1, gpus)
 
 
 @dataclass(frozen=True)

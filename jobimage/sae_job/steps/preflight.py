@@ -21,7 +21,7 @@ from sae_job.steps.advice import advice_for_job
 from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
 from sae_job.steps.hook_groups import shape_of
-from sae_job.steps.memory import has_gpu
+from sae_job.steps.memory import has_gpu, training_processes
 from sae_job.steps.model_evaluation import evaluates_model
 from sae_job.steps.output_marker import check_output, claim_output, finished_results, result_of
 from sae_job.steps.prepare import check_size, finished_manifest, prepare_contexts_for
@@ -109,7 +109,7 @@ def survey(step: TrainStep, store: ObjectStore, context: StepContext) -> Survey:
     """
     spec = step.spec
     needs = _needs(step, store, context)
-    plan = resolve_plan(spec, cache_rows=needs.rows, widths=needs.widths)
+    plan = resolve_plan(spec, cache_rows=needs.rows, widths=needs.widths, ranks=training_processes(spec))
     load_starts(plan, context.open_store)
     _check_held_out(spec, plan)
     if needs.statistics is not None:

@@ -476,3 +476,17 @@ def test_a_cache_that_is_to_be_extended_by_the_jobs_hook_is_planned_from_the_mod
     wrong = bench.cache(hooks=[{"name": "model.layer.1"}])
     told = bench.refusal(bench.job(activations={"cache": wrong}, output={"uri": f"file://{bench.root}/other"}))
     assert told[:2] == ("HookNotFound", "spec.activations.cache.hooks[0].name")
+
+
+def test_batches_are_shared_by_all_processes_of_all_pods(bench: Bench) -> None:
+    run = {"resources": {"limits": {"nvidia.com/gpu": "4"}}}
+    told = bench.refusal(bench.job(parallelism=3, run=run, training={"batchSize": 256}))
+    assert told[:2] == ("BatchNotDivisible", "spec.training.batchSize")
+    assert "12 processes cannot share batches of 256 rows evenly; set it to 264" in told[2]
+    assert bench.run(bench.job(parallelism=3, run=run, training={"batchSize": 264})).exit_code == 0
+
+
+def test_saved_weights_to_begin_with_are_looked_at_first(bench: Bench) -> None:
+    location = {"uri": f"file://{bench.root}/nothing"}
+    saes = [{"name": "a", "architecture": {"type": "topk", "k": 2}, "startFrom": location}]
+    assert bench.refusal(bench.job(saes=saes))[:2] == ("SaeNotFound", "spec.saes[0].startFrom")
