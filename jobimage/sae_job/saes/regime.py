@@ -33,15 +33,16 @@ class Regime:
         d_sae: number of latents.
         device: where the SAE lies.
         ranks: the processes that train together.
+        every: steps from one look at the number of active entries to the next; the device's own when None.
 
     Attributes:
         entries_per_row: active entries per row that decide; infinite before the first step.
     """
 
-    def __init__(self, d_sae: int, *, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, d_sae: int, *, device: torch.device, ranks: Ranks, every: int | None = None) -> None:
         self.entries_per_row: Float32[Tensor, ""] = torch.full((), math.inf, dtype=torch.float32, device=device)
         self._most = SPARSE_BELOW * d_sae
-        self._every = 1 if device.type == "cpu" else _GPU_STEPS
+        self._every = every or (1 if device.type == "cpu" else _GPU_STEPS)
         self._ranks = ranks
         self._version = -1
         self._sparse = False

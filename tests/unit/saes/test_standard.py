@@ -135,6 +135,28 @@ def test_what_the_regime_goes_by_is_kept_in_a_buffer() -> None:
     assert resumed.regime.is_sparse
 
 
+@pytest.mark.parametrize("bias", [0.0, -2.0])
+def test_a_resumed_sae_takes_the_step_of_the_undisturbed_one_bit_for_bit(bias: float) -> None:
+    """By dense and, with the lower bias, by sparse steps."""
+    undisturbed, resumed = trainable(PLAIN), trainable(PLAIN, seed=1)
+    assert isinstance(undisturbed, StandardSAE)
+    assert isinstance(resumed, StandardSAE)
+    undisturbed.b_enc.data.fill_(bias)
+    undisturbed.step_gradients(step_input({}))
+    for named, others in (
+        (undisturbed.parameters_by_name, resumed.parameters_by_name),
+        (undisturbed.buffers_by_name, resumed.buffers_by_name),
+    ):
+        for name, tensor in named.items():
+            others[name].data.copy_(tensor)
+    ours = undisturbed.step_gradients(step_input({}, seed=5, step=1))
+    theirs = resumed.step_gradients(step_input({}, seed=5, step=1))
+    assert ours.kernel == theirs.kernel == ("sparse" if bias else "dense")
+    assert torch.equal(ours.loss, theirs.loss)
+    for name, gradient in gradients_of(undisturbed).items():
+        assert torch.equal(gradient, gradients_of(resumed)[name]), name
+
+
 def test_a_step_without_active_latents_has_the_gradient_of_the_bias_alone() -> None:
     sae = trainable(PLAIN, applyBDecToInput=False)
     sae.b_enc.data.fill_(-100.0)
