@@ -1,10 +1,14 @@
-"""What a benchmark's results tell of the machine and the versions."""
+"""What benchmarks' results files share: the machine and the versions, and that several processes write them."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 from bench.peers import DICTIONARY_LEARNING, SAE_LENS_NEWEST, SPARSIFY
 
@@ -25,3 +29,15 @@ def machine() -> dict[str, object]:
             "dictionary_learning": DICTIONARY_LEARNING.name,
         },
     }
+
+
+@contextmanager
+def only_one_at(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for the same folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.machine import only_one_at
+
 NAMES = {"saelens": "sae-lens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
 DENSITIES = {"k": "k", "initial": "half of the latents", "trained": "60"}
 KEYS = ("shape", "architecture", "density")
@@ -17,13 +19,12 @@ KEYS = ("shape", "architecture", "density")
 
 def add_results(path: Path, machine: dict[str, object], entry: dict[str, Any]) -> None:
     """Add figures to the file, in place of earlier ones of the same case, and write the table."""
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": []}
-    kept = [case for case in content["cases"] if any(case[key] != entry[key] for key in KEYS)]
-    content["cases"] = [*kept, entry]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n  ".join(json.dumps(case) for case in content["cases"])
-    path.write_text(f'{{\n "machine": {json.dumps(machine)},\n "cases": [\n  {lines}\n ]\n}}\n')
-    write_table(path)
+    with only_one_at(path.parent):
+        content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": []}
+        kept = [case for case in content["cases"] if any(case[key] != entry[key] for key in KEYS)]
+        cases = ",\n  ".join(json.dumps(case) for case in [*kept, entry])
+        path.write_text(f'{{\n "machine": {json.dumps(machine)},\n "cases": [\n  {cases}\n ]\n}}\n')
+        write_table(path)
 
 
 def write_table(path: Path) -> None:

@@ -1,0 +1,67 @@
+"""How the quality benchmark chooses its runs from what earlier ones came to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+
+from bench.quality_plan import L0_TOLERANCE, MOST_EXTENSIONS, MOST_MATCHING_RUNS, K, best_rate, match, sweep
+from bench.quality_results import Result, Run
+
+TOPK = Run("sparsify", "topk", 1000, 10, 0.0, None, 0)
+STANDARD = Run("ours", "standard", 1000, 10, 1e-3, None, 0)
+
+
+def carried_out(plan: Generator[Run, Result, Any], outcome: Callable[[Run], tuple[float, float]]) -> list[Result]:
+    """What a plan asks for when a run comes to (explained variance, L0)."""
+    done: list[Result] = []
+    answer: Result | None = None
+    while True:
+        try:
+            run = plan.send(answer) if answer is not None else next(plan)
+        except StopIteration:
+            return done
+        explained, active = outcome(run)
+        answer = Result(run, {"explained_variance": explained, "l0": active, "dead_fraction": 0.0}, {}, 1.0, None)
+        done.append(answer)
+
+
+def peak_at(rate: float) -> Callable[[Run], tuple[float, float]]:
+    return lambda run: (1 - abs(math.log(run.learning_rate / rate)), float(K))
+
+
+def test_a_default_that_is_best_is_compared_with_both_neighbours() -> None:
+    rates = [result.run.learning_rate for result in carried_out(sweep(TOPK, 1e-3), peak_at(1e-3))]
+    assert rates == pytest.approx([1e-3, 3e-3, 1e-3 / 3], rel=1e-2)
+
+
+@pytest.mark.parametrize("best", [9e-3, 1e-3 / 9])
+def test_the_search_goes_on_while_the_outermost_rate_is_the_best(best: float) -> None:
+    results = carried_out(sweep(TOPK, 1e-3), peak_at(best))
+    assert best_rate(results) == pytest.approx(best, rel=1e-2)
+    assert len(results) == 5
+
+
+def test_the_search_ends_where_rates_only_get_better() -> None:
+    results = carried_out(sweep(TOPK, 1e-3), lambda run: (run.learning_rate, float(K)))
+    assert len(results) == 3 + MOST_EXTENSIONS
+
+
+@pytest.mark.parametrize("slope", [-0.5, -1.0, -2.0])
+@pytest.mark.parametrize("first", [0.5, 5.0, 50.0])
+def test_the_coefficient_is_found_where_l0_follows_a_power_of_it(slope: float, first: float) -> None:
+    def outcome(run: Run) -> tuple[float, float]:
+        assert run.coefficient is not None
+        return 0.5, K * (run.coefficient / 4.0) ** slope
+
+    results = carried_out(match(STANDARD, first), outcome)
+    assert abs(results[-1].validation["l0"] / K - 1) <= L0_TOLERANCE
+    assert len(results) <= MOST_MATCHING_RUNS
+
+
+def test_runs_whose_l0_is_not_matched_choose_no_rate() -> None:
+    unmatched = Result(STANDARD, {"explained_variance": 0.9, "l0": 3.0 * K, "dead_fraction": 0.0}, {}, 1.0, None)
+    assert best_rate([unmatched]) is None
