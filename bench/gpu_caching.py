@@ -186,6 +186,9 @@ class MemoryStream:
         self._next += 1
         return {self._hook: self._batches[self._next % len(self._batches)]}
 
+    def next_places(self) -> list[tuple[int, int]]:
+        return []
+
     def state(self) -> dict[str, Any]:
         return {"next": self._next}
 
