@@ -123,6 +123,7 @@ class DictionaryLearning:
         return None
 
     def gradients(self, x: Tensor) -> dict[str, Tensor]:
+        self._trainer.optimizer.zero_grad()  # some of its trainers leave the last step's
         loss = self._trainer.loss(x, step=1)
         loss.backward()
         found = {"loss": loss.detach()}
