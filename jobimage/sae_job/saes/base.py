@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,18 +15,8 @@ from torch import Tensor
 from sae_job.saes import files, folding
 from sae_job.saes.config import DTYPES, Layout, SAEConfig
 from sae_job.saes.encoders import ENCODERS, encode_largest, few_active
-from sae_job.saes.hook_points import (
-    ACTS_POST,
-    ACTS_PRE,
-    ERROR,
-    HOOK_POINTS,
-    INPUT,
-    OUTPUT,
-    RECONS,
-    HookFunction,
-    HookPoint,
-    hooks_on,
-)
+from sae_job.saes.heads import Heads, flatten_heads, with_heads
+from sae_job.saes.hook_points import ACTS_POST, ACTS_PRE, ERROR, INPUT, OUTPUT, RECONS, HookedModule
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS, RowStatistics, denormalize_rows, normalize_rows
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.open import open_store
@@ -46,11 +34,11 @@ class Encoded:
     """
 
     statistics: RowStatistics | None = None
-    heads: tuple[int, int] | None = None
+    heads: Heads | None = None
     skip: Float[Tensor, "... d_out"] | None = None
 
 
-class SAE(torch.nn.Module):
+class SAE(HookedModule):
     """A sparse autoencoder or a transcoder: `f = encode(x - b_dec)`, `y = (f s) W_dec + b_dec + x W_skip^T`.
 
     `encode` is the architecture's: see `encoders`. `b_dec` is subtracted where `cfg.apply_b_dec_to_input` says so, s is
@@ -91,8 +79,6 @@ class SAE(torch.nn.Module):
         self.hook_z_reshaping_mode = cfg.reshapes_heads
         for name, tensor in tensors.items():
             setattr(self, name, torch.nn.Parameter(tensor, requires_grad=False))
-        for name in HOOK_POINTS:
-            setattr(self, name, HookPoint(name))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,36 +151,9 @@ class SAE(torch.nn.Module):
                 raise ValueError("the error term of a transcoder needs the target: call it with (x, target)")
             with torch.no_grad():
                 error = (x if target is None else target) - self._reconstruct(x, hooks=False)[1]
-                error = self._at(ERROR, error)
+                error = self.at(ERROR, error)
             reconstruction = reconstruction + error
-        return self._at(OUTPUT, reconstruction)
-
-    def run_with_hooks(
-        self,
-        x: Float[Tensor, "... d_in"],
-        fwd_hooks: Sequence[tuple[str, HookFunction]] = (),
-        *,
-        target: Float[Tensor, "... d_out"] | None = None,
-    ) -> Float[Tensor, "... d_out"]:
-        """`forward` with functions on hook points, which are gone afterwards.
-
-        Args:
-            fwd_hooks: names of hook points, and what is called there with the tensor and `hook=` its hook point; what
-                it returns takes the tensor's place.
-        """
-        with hooks_on(self, fwd_hooks):
-            return self(x, target)
-
-    def run_with_cache(
-        self, x: Float[Tensor, "... d_in"], *, target: Float[Tensor, "... d_out"] | None = None
-    ) -> tuple[Float[Tensor, "... d_out"], dict[str, Tensor]]:
-        """`forward`, and what passed each hook point, in the order in which it did."""
-        cache: dict[str, Tensor] = {}
-
-        def keep(tensor: Tensor, *, hook: HookPoint) -> None:
-            cache[hook.name] = tensor
-
-        return self.run_with_hooks(x, [(name, keep) for name in HOOK_POINTS], target=target), cache
+        return self.at(OUTPUT, reconstruction)
 
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:
         """Take [..., n_heads, d_head] as well as flat inputs.
@@ -291,23 +250,11 @@ class SAE(torch.nn.Module):
         self.cfg = dataclasses.replace(self.cfg, device=str(self.device), dtype=dtype)
         return self
 
-    def _at(self, name: str, tensor: Tensor, *, hooks: bool = True) -> Tensor:
-        """What passes a hook point; without hooks, the tensor itself."""
-        return getattr(self, name)(tensor) if hooks else tensor
-
-    def _hooked(self, name: str) -> bool:
-        return getattr(self, name).hooked
-
     def _enter(self, x: Float[Tensor, "... d_in"], *, hooks: bool) -> tuple[Float[Tensor, "... d_in"], Encoded]:
         """The encoder's input, and what decoding needs besides the latents."""
         x = x.to(self.dtype)
-        heads = None
-        if self.hook_z_reshaping_mode and x.shape[-1] != self.cfg.d_in:
-            heads = (x.shape[-2], x.shape[-1])
-            if math.prod(heads) != self.cfg.d_in:
-                raise ValueError(f"inputs are {list(x.shape)}, but the last two sizes must multiply to {self.cfg.d_in}")
-            x = x.flatten(-2)
-        x = self._at(INPUT, x, hooks=hooks)
+        x, heads = flatten_heads(x, self.cfg.d_in) if self.hook_z_reshaping_mode else (x, None)
+        x = self.at(INPUT, x, hooks=hooks)
         # Of the input as it is, before normalisation, as SAELens has it.
         skip = torch.nn.functional.linear(x, self.W_skip) if self.cfg.skip_connection else None
         normalized, statistics = normalize_rows(x, self.cfg.normalize_activations)
@@ -324,12 +271,12 @@ class SAE(torch.nn.Module):
     def _activate(self, centred: Float[Tensor, "... d_in"], *, hooks: bool) -> Float[Tensor, "... d_sae"]:
         """Activations of the latents, from the encoder's input."""
         features = ENCODERS[self.cfg.architecture].encode(self, centred, lambda pre: self._at_pre(pre, hooks=hooks))
-        return self._at(ACTS_POST, features, hooks=hooks)
+        return self.at(ACTS_POST, features, hooks=hooks)
 
     def _at_pre(self, pre: Tensor, *, hooks: bool) -> tuple[Tensor, bool]:
         """What passes `hook_sae_acts_pre`, and whether nobody else needs it."""
-        free = not pre.requires_grad and not (hooks and self._hooked(ACTS_PRE))
-        return self._at(ACTS_PRE, pre, hooks=hooks), free
+        free = not pre.requires_grad and not (hooks and self.hooked(ACTS_PRE))
+        return self.at(ACTS_PRE, pre, hooks=hooks), free
 
     def _context(self, context: Encoded | None) -> Encoded:
         if context is not None:
@@ -349,11 +296,11 @@ class SAE(torch.nn.Module):
 
     def _leave(self, decoded: Float[Tensor, "... d_out"], context: Encoded, *, hooks: bool) -> Tensor:
         """From what the decoder gives to the reconstruction."""
-        decoded = self._at(RECONS, decoded, hooks=hooks)
+        decoded = self.at(RECONS, decoded, hooks=hooks)
         decoded = denormalize_rows(decoded, context.statistics)
         if context.skip is not None:
             decoded = decoded + context.skip
-        return decoded if context.heads is None else decoded.unflatten(-1, context.heads)
+        return with_heads(decoded, context.heads)
 
     def _reconstruct(
         self, x: Float[Tensor, "... d_in"], *, hooks: bool
@@ -361,10 +308,10 @@ class SAE(torch.nn.Module):
         """The decoder touches active latents alone where they are few: half the work. Not where somebody may replace
         them on the way, or gradients are traced."""
         centred, context = self._enter(x, hooks=hooks)
-        if centred.requires_grad or (hooks and self._hooked(ACTS_POST)):
+        if centred.requires_grad or (hooks and self.hooked(ACTS_POST)):
             features = self._activate(centred, hooks=hooks)
             return features, self._decode(features, context, hooks=hooks)
-        if self.cfg.uses_top_k and not (hooks and self._hooked(ACTS_PRE)):
+        if self.cfg.uses_top_k and not (hooks and self.hooked(ACTS_PRE)):
             features, active = encode_largest(self, centred)
         else:
             features = self._activate(centred, hooks=hooks)

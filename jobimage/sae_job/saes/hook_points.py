@@ -13,8 +13,8 @@ else is needed. In the order in which they fire:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -48,20 +48,50 @@ class HookPoint(torch.nn.Module):
         return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
 
 
-@contextmanager
-def hooks_on(points: torch.nn.Module, hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[None]:
-    """Functions on hook points of an SAE, for the time of the context.
+class HookedModule(torch.nn.Module):
+    """A module with the hook points of an SAE."""
 
-    Raises:
-        ValueError: a name is not one of a hook point.
-    """
-    with ExitStack() as registered:
-        for name, function in hooks:
-            if name not in HOOK_POINTS:
-                raise ValueError(f"no hook point {name!r}; there are {', '.join(HOOK_POINTS)}")
-            handle = getattr(points, name).register_forward_hook(_as_forward_hook(function))
-            registered.callback(handle.remove)
-        yield
+    def __init__(self) -> None:
+        super().__init__()
+        for name in HOOK_POINTS:
+            setattr(self, name, HookPoint(name))
+
+    def at(self, name: str, tensor: Tensor, *, hooks: bool = True) -> Tensor:
+        """What passes a hook point; without hooks, the tensor itself."""
+        return getattr(self, name)(tensor) if hooks else tensor
+
+    def hooked(self, name: str) -> bool:
+        """Whether anybody reads or replaces what passes a hook point."""
+        return getattr(self, name).hooked
+
+    def run_with_hooks(
+        self, x: Tensor, fwd_hooks: Sequence[tuple[str, HookFunction]] = (), *, target: Tensor | None = None
+    ) -> Tensor:
+        """`forward` of (x, target) with functions on hook points, which are gone afterwards.
+
+        Args:
+            fwd_hooks: names of hook points, and what is called there with the tensor and `hook=` its hook point; what
+                it returns takes the tensor's place.
+
+        Raises:
+            ValueError: a name is not one of a hook point.
+        """
+        with ExitStack() as registered:
+            for name, function in fwd_hooks:
+                if name not in HOOK_POINTS:
+                    raise ValueError(f"no hook point {name!r}; there are {', '.join(HOOK_POINTS)}")
+                handle = getattr(self, name).register_forward_hook(_as_forward_hook(function))
+                registered.callback(handle.remove)
+            return self(x, target)
+
+    def run_with_cache(self, x: Tensor, *, target: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """`forward` of (x, target), and what passed each hook point, in the order in which it did."""
+        cache: dict[str, Tensor] = {}
+
+        def keep(tensor: Tensor, *, hook: HookPoint) -> None:
+            cache[hook.name] = tensor
+
+        return self.run_with_hooks(x, [(name, keep) for name in HOOK_POINTS], target=target), cache
 
 
 def _as_forward_hook(function: HookFunction) -> Callable[[torch.nn.Module, Any, Tensor], Tensor | None]:
