@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
-from sae_job.saes.kernels.selection import candidates_of, settled
+from sae_job.saes.kernels.selection import select_top_k
 from sae_job.saes.kernels.sparse import ActiveLatents, top_k
 from sae_job.saes.sparse_step import SelectingSAE
 
@@ -21,13 +21,8 @@ class TopKSAE(SelectingSAE):
         return torch.zeros_like(pre).scatter_(1, indices, values.relu_())
 
     def _select(self, pre: Float[Tensor, "batch d_sae"], centred: Float32[Tensor, "batch d_in"]) -> ActiveLatents:
-        if pre.dtype == torch.float32:
-            values, indices = top_k(pre, self.k)
-            return ActiveLatents(indices, values.relu_(), self.d_sae)
-        rounded, candidates = top_k(pre, candidates_of(self.k, self.d_sae))
-        exact = settled(ActiveLatents(candidates, rounded, self.d_sae), centred, self.W_enc_T, self.b_enc)
-        values, places = exact.topk(self.k, dim=1, sorted=False)
-        return ActiveLatents(candidates.gather(1, places), values.relu_(), self.d_sae)
+        values, indices = select_top_k(pre, centred, self.W_enc_T, self.b_enc, self.k)
+        return ActiveLatents(indices, values.relu_(), self.d_sae)
 
     @torch.no_grad()
     def active_latents(self, x: Float32[Tensor, "batch d_in"]) -> ActiveLatents:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sae_job.saes.kernels.selection import SelectionBuffers, candidates_of, select_top_k
+from sae_job.saes.kernels.selection import SelectionBuffers, candidates_of, pre_activations, select_top_k
 from sae_job.saes.kernels.sparse import top_k
 
 BATCH, D_IN, D_SAE, K = 2048, 128, 1024, 32
@@ -41,6 +41,10 @@ def structured_encoder() -> Encoder:
     return Encoder(x, weight, torch.full((D_SAE,), -2.0) + 0.3 * torch.randn(D_SAE, generator=generator))
 
 
+def selected(encoder: Encoder, buffers: SelectionBuffers) -> tuple[torch.Tensor, torch.Tensor]:
+    return select_top_k(pre_activations(*encoder, buffers), *encoder, K)
+
+
 ENCODERS = {"random": random_encoder(), "structured": structured_encoder()}
 
 
@@ -50,7 +54,7 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 
 
 def test_the_support_is_that_of_float32_on_999_rows_in_1000(encoder: Encoder) -> None:
-    _, found = select_top_k(*encoder, K, SelectionBuffers(bfloat16=True))
+    _, found = selected(encoder, SelectionBuffers(bfloat16=True))
     expected = encoder.exact.topk(K, dim=1).indices
     same = (found.sort(dim=1).values == expected.sort(dim=1).values).all(dim=1)
     assert float(same.float().mean()) >= 0.999
@@ -66,7 +70,7 @@ def test_without_the_margin_the_support_would_differ(encoder: Encoder) -> None:
 
 
 def test_the_values_are_float32_sums(encoder: Encoder) -> None:
-    values, indices = select_top_k(*encoder, K, SelectionBuffers(bfloat16=True))
+    values, indices = selected(encoder, SelectionBuffers(bfloat16=True))
     assert values.dtype == torch.float32
     expected = encoder.exact.gather(1, indices)
     # 128 products of one magnitude, rounded to 24 bits each.
@@ -74,7 +78,7 @@ def test_the_values_are_float32_sums(encoder: Encoder) -> None:
 
 
 def test_where_bfloat16_is_slower_the_selection_is_exact(encoder: Encoder) -> None:
-    values, indices = select_top_k(*encoder, K, SelectionBuffers(bfloat16=False))
+    values, indices = selected(encoder, SelectionBuffers(bfloat16=False))
     pre = torch.addmm(encoder.b_enc, encoder.x, encoder.W_enc_T.T)
     expected, places = top_k(pre, K)
     assert torch.equal(values, expected)
@@ -83,8 +87,8 @@ def test_where_bfloat16_is_slower_the_selection_is_exact(encoder: Encoder) -> No
 
 def test_buffers_serve_batches_of_another_size() -> None:
     encoder, buffers = ENCODERS["random"], SelectionBuffers(bfloat16=True)
-    whole = select_top_k(*encoder, K, buffers)
-    part = select_top_k(encoder.x[:100], encoder.W_enc_T, encoder.b_enc, K, buffers)
+    whole = selected(encoder, buffers)
+    part = selected(encoder._replace(x=encoder.x[:100]), buffers)
     assert torch.equal(part[0].sort().values, whole[0][:100].sort().values)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from sae_job.saes.kernels.choice import rounded_operands
@@ -65,8 +65,8 @@ def pre_activations(
     W_enc_T: Float32[Tensor, "d_sae d_in"],
     b_enc: Float32[Tensor, " d_sae"],
     buffers: SelectionBuffers,
-) -> Tensor:
-    """The pre-activations [batch, d_sae], in bfloat16 where the buffers say so; overwritten by the next call."""
+) -> Float[Tensor, "batch d_sae"]:
+    """The pre-activations, in bfloat16 where the buffers say so; overwritten by the next call."""
     shape, device = (centred.shape[0], W_enc_T.shape[0]), centred.device
     if not buffers.in_bfloat16(device):
         out = buffers.empty("pre-activations", shape, torch.float32, device)
@@ -92,18 +92,24 @@ def settled(
 
 @torch.no_grad()
 def select_top_k(
+    pre: Float[Tensor, "batch d_sae"],
     centred: Float32[Tensor, "batch d_in"],
     W_enc_T: Float32[Tensor, "d_sae d_in"],
     b_enc: Float32[Tensor, " d_sae"],
     k: int,
-    buffers: SelectionBuffers,
 ) -> tuple[Float32[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
     """The k largest pre-activations of each row and their latents, in no particular order.
 
-    The values are float32 sums. A latent is missed only where bfloat16 ranks it below all candidates, which a row in
-    ten thousand or fewer shows; without bfloat16 the selection is exact.
+    The values are float32 sums. Exact for float32 pre-activations; of those in bfloat16 a latent is missed only where
+    they rank it below all candidates, which a row in ten thousand or fewer shows.
+
+    Args:
+        pre: as `pre_activations` gives them.
+        centred: the encoder's input.
+        W_enc_T: the encoder's transpose.
+        b_enc: its bias.
+        k: how many.
     """
-    pre = pre_activations(centred, W_enc_T, b_enc, buffers)
     if pre.dtype == torch.float32:
         return top_k(pre, k)
     d_sae = W_enc_T.shape[0]
