@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,22 +178,66 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def test_two_pods_meet_train_and_end_together(folder: Path) -> None:
-    port = free_port()
-    pods = Launched(folder, folder / "pods")
-    messages = [folder / f"pod{index}.message" for index in range(2)]
-    together: dict[str, Any] = {"SAE_JOB_PODS": "2", "SAE_JOB_RENDEZVOUS": f"127.0.0.1:{port}"}
-    processes = [
-        pods.start(1, JOB_COMPLETION_INDEX=str(index), SAE_JOB_TERMINATION_MESSAGE=str(message), **together)
-        for index, message in enumerate(messages)
-    ]
-    logs = [process.communicate(timeout=SECONDS)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], logs
-    first, second = (json.loads(message.read_text()) for message in messages)
-    assert first["tokens"] == 608
-    assert second["reason"] == "Completed"
-    assert "saes" not in second
-    assert (pods.output / "results.json").exists()
+@dataclass
+class Pods:
+    """Two pods of one process each, which find each other on this machine."""
+
+    launched: Launched
+
+    @contextmanager
+    def running(self, **settings: Any) -> Iterator[list[subprocess.Popen[str]]]:
+        together: dict[str, Any] = {"SAE_JOB_PODS": "2", "SAE_JOB_RENDEZVOUS": f"127.0.0.1:{free_port()}"}
+        with ExitStack() as stack:
+            yield [
+                stack.enter_context(
+                    self.launched.running(
+                        1,
+                        JOB_COMPLETION_INDEX=str(index),
+                        SAE_JOB_TERMINATION_MESSAGE=str(self.message_path(index)),
+                        **settings,
+                        **together,
+                    )
+                )
+                for index in range(2)
+            ]
+
+    def message_path(self, index: int) -> Path:
+        return self.launched.folder / f"{self.launched.output.name}-{index}.message"
+
+    def ends(self, processes: list[subprocess.Popen[str]]) -> list[tuple[int, dict[str, Any]]]:
+        """Exit codes and messages, once both have ended."""
+        logs = [process.communicate(timeout=SECONDS)[1] for process in processes]
+        assert self.message_path(0).exists(), logs
+        paths = [self.message_path(index) for index in range(2)]
+        messages = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+        return [(process.returncode, message) for process, message in zip(processes, messages, strict=True)]
+
+
+def test_a_pod_that_is_evicted_takes_the_other_one_along_after_a_checkpoint(folder: Path) -> None:
+    pods = Pods(Launched(folder, folder / "evicted"))
+    with pods.running(tokens=LONG) as processes:
+        wait_for(lambda: pods.launched.checkpoints(), SECONDS, what="a checkpoint")
+        processes[1].terminate()
+        (first, told), (second, beside) = pods.ends(processes)
+    assert (first, second) == (143, 143)
+    assert (told["reason"], beside["reason"]) == ("Stopped", "Stopped")
+    assert 0 < told["checkpointTokens"] < LONG
+
+
+def test_a_pod_that_is_lost_ends_the_other_one_and_both_go_on_when_they_are_there_again(folder: Path) -> None:
+    pods = Pods(Launched(folder, folder / "lost"))
+    with pods.running(tokens=LONG) as processes:
+        wait_for(lambda: pods.launched.checkpoints(), SECONDS, what="a checkpoint")
+        for process in (processes[1].pid, *children_of(processes[1].pid)):
+            with_signal(process, signal.SIGKILL)
+        (first, told), _ = pods.ends(processes)
+    assert (first, told["reason"]) == (1, "PeerLost")
+    with pods.running(tokens=LONG) as processes:
+        (first, told), (second, beside) = pods.ends(processes)
+    assert (first, second) == (0, 0)
+    assert told["tokens"] == LONG
+    assert beside["reason"] == "Completed"
+    assert "saes" not in beside
 
 
 # Which of several ends is told
