@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from sae_job.errors import InvalidInput, Stopped
-from sae_job.reporting.metrics_parts import PREFIX, MetricsParts, first_line_of
+from sae_job.reporting.metrics_parts import PREFIX, MetricsParts, first_line_of, part_key
 from sae_job.reporting.wandb_file import last_step
-from sae_job.reporting.wandb_runs import RunOfSae, WandbRuns, run_files, run_id
+from sae_job.reporting.wandb_runs import RunOfSae, WandbRuns, name_after, run_files, run_id
 from sae_job.saes.config import Layout
 from sae_job.saes.files import SPARSITY_FILE
 from sae_job.storage.base import ObjectNotFound, ObjectStore, StoreError
@@ -93,6 +93,17 @@ def observed(
         runs.close()
 
 
+def remove_metrics_parts(output: ObjectStore) -> None:
+    """Remove parts of metrics.jsonl that an attempt left which ended right after its results were stored.
+
+    Raises:
+        StoreError: the store failed.
+    """
+    parts = _Parts(output)
+    for start in parts.starts():
+        parts.delete(part_key(start))
+
+
 @contextmanager
 def _stored(parts: MetricsParts) -> Iterator[None]:
     try:
@@ -134,6 +145,8 @@ class _WandbFiles:
 
     def __init__(self, output: ObjectStore) -> None:
         self._output = output
+        # Folders that earlier attempts left.
+        self._taken = {info.key.removeprefix(WANDB_PREFIX).partition("/")[0] for info in output.list(WANDB_PREFIX)}
 
     def last_step(self, id: str) -> int:
         keys = [info.key for info in self._output.list(WANDB_PREFIX) if info.key.endswith(f"/run-{id}.wandb")]
@@ -141,8 +154,9 @@ class _WandbFiles:
 
     def store(self, folder: Path) -> bool:
         try:
-            for name, path in run_files(folder):
-                self._output.put_file(f"{WANDB_PREFIX}{name}", path)
+            name = name_after(folder.name, self._taken)
+            for file, path in run_files(folder):
+                self._output.put_file(f"{WANDB_PREFIX}{name}/{file}", path)
         except (StoreError, InvalidInput) as error:
             logger.warning("files of %s could not be stored below %s: %s", folder.name, WANDB_PREFIX, error)
             return False

@@ -17,7 +17,7 @@ from sae_job.steps.activation_sources import ActivationSource, OpenActivations, 
 from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
 from sae_job.steps.model_evaluation import ModelEvaluation, evaluates_model
-from sae_job.steps.observers import observed
+from sae_job.steps.observers import observed, remove_metrics_parts
 from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_results, result_of
 from sae_job.steps.train_results import Training, leave_results, leave_saes, results_of
 from sae_job.storage.base import ObjectStore
@@ -172,6 +172,7 @@ def _begin(step: TrainStep, context: StepContext, ranks: Peers, device: torch.de
         logger.info("finished results are there already: %s/%s", output.uri, RESULTS_KEY)
         if first:
             checkpoints.remove_all(keep=[sae["name"] for sae in finished["saes"] if sae["phase"] == "Failed"])
+            remove_metrics_parts(output)
         return result_of("train", finished, adopted=True)
     left_over = None if finished is None else finished["tokens"]
 
