@@ -7,13 +7,17 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
 
 from sae_job.errors import InvalidInput
 from sae_job.reporting.wandb_rows import (
@@ -41,6 +45,9 @@ INIT_SECONDS, FINISH_SECONDS = 20.0, 15.0
 # times the last size is written.
 _GROWTH = 1.1
 _BINS = 64
+# Of a histogram, as a share of the values' size: below it float32 tells nothing apart.
+_LEAST_SPAN = 1e-5
+_TIME_IN_NAME = "%Y%m%d_%H%M%S"
 # What a line of metrics.jsonl has besides figures.
 _PLACE_OF_A_LINE = ("step", "tokens", "sae", "phase")
 
@@ -441,15 +448,32 @@ def _hand_over(opened: _Open) -> None:
         opened.row = {}
 
 
-def _histogram(values: Any) -> Any:
+def _histogram(values: Tensor) -> Any:
+    """Histogram of finite values, also of ones that are alike but for rounding, as norms of decoder rows are."""
+    import numpy
     import wandb
 
-    return wandb.Histogram(values.numpy(), num_bins=_BINS)
+    array = values.to(torch.float64).numpy()
+    low, high = float(array.min()), float(array.max())
+    least = _LEAST_SPAN * max(1.0, abs(low), abs(high))
+    if high - low < least:
+        low, high = low - least / 2, high + least / 2
+    return wandb.Histogram(np_histogram=numpy.histogram(array, bins=_BINS, range=(low, high)))
 
 
 def run_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Files of a run's folder that `wandb sync` needs, by their keys below `wandb/`; the log first."""
+    """Files of a run's folder that `wandb sync` needs, by their names in it; the log first."""
     logs = sorted(folder.glob("run-*.wandb"))
     others = sorted(path for path in (folder / "files").rglob("*") if path.is_file())
     for path in (*logs, *others):
-        yield f"{folder.name}/{path.relative_to(folder).as_posix()}", path
+        yield path.relative_to(folder).as_posix(), path
+
+
+def name_after(name: str, taken: Collection[str]) -> str:
+    """The name of a run's folder, `offline-run-<date>_<time>-<id>`, or one some seconds later that is not taken: the
+    client counts whole seconds, and attempts may be quicker. Their names sort in their order."""
+    while name in taken:
+        kind, moment, id = name.rsplit("-", 2)
+        later = datetime.strptime(moment, _TIME_IN_NAME) + timedelta(seconds=1)
+        name = f"{kind}-{later.strftime(_TIME_IN_NAME)}-{id}"
+    return name

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_job.errors import InvalidInput
 from sae_job.reporting import wandb_runs
 from sae_job.reporting.wandb_file import history, last_step, messages
-from sae_job.reporting.wandb_runs import RunOfSae, WandbRuns, check_wandb, run_files, run_id
+from sae_job.reporting.wandb_runs import RunOfSae, WandbRuns, check_wandb, name_after, run_files, run_id
 from sae_operator.api.training_job import WandbSettings
 from tests.wandb_server import Behaviour, WandbServer
 
@@ -60,7 +60,7 @@ class Files:
         return max((last_step(data) for data in logs), default=-1)
 
     def store(self, folder: Path) -> bool:
-        self.objects |= {f"{self.attempt}/{key}": path.read_bytes() for key, path in run_files(folder)}
+        self.objects |= {f"{self.attempt}/{folder.name}/{file}": path.read_bytes() for file, path in run_files(folder)}
         return True
 
     def rows(self, id: str) -> list[tuple[int, dict[str, Any]]]:
@@ -319,6 +319,22 @@ def test_an_error_of_the_client_ends_logging_and_not_the_training(
     assert train_on == [None] * 3
     assert caplog.text.count("logging to Weights & Biases ends, the training goes on") == 1
     runs.close()
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, 1.0 + 2**-23, 1.0 - 2**-24], [0.0], [-5.0, 7.0], [1e-30, 2e-30], [3e8, 3e8 + 32]]
+)
+def test_values_that_are_alike_but_for_rounding_can_be_drawn(values: list[float]) -> None:
+    histogram = wandb_runs._histogram(torch.tensor(values))
+    assert sum(histogram.histogram) == len(values)
+    assert len(histogram.bins) == len(histogram.histogram) + 1
+
+
+def test_a_folder_of_a_later_attempt_has_a_later_name() -> None:
+    first = "offline-run-20261231_235959-ida"
+    assert name_after(first, {"runs.json"}) == first
+    assert name_after(first, {first}) == "offline-run-20270101_000000-ida"
+    assert name_after(first, {first, "offline-run-20270101_000000-ida"}) == "offline-run-20270101_000001-ida"
 
 
 def test_an_id_is_stable_and_of_one_sae_of_one_training() -> None:
