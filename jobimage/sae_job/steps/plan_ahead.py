@@ -12,7 +12,7 @@ from sae_job.errors import InvalidInput
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.steps.context import StepContext
 from sae_job.steps.local import local_train_step
-from sae_job.steps.memory import has_gpu, mebibytes, memory_limit
+from sae_job.steps.memory import has_gpu, mebibytes, memory_limit, training_processes
 from sae_job.steps.preflight import Survey, survey
 from sae_job.steps.training_memory import TrainingMemory
 from sae_job.storage.open import open_store
@@ -58,13 +58,13 @@ def assume(job: Resource, caches: Mapping[tuple[str, str], ActivationCacheSpec],
     if cache is None:
         raise InvalidInput("RowsUnknown", "the cache is described elsewhere, and its rows are not known here")
     widths = {hook.key: d_in for hook in cache.hooks}
-    plan = resolve_plan(spec, cache_rows=cache.tokens, widths=widths)
+    plan = resolve_plan(spec, cache_rows=cache.tokens, widths=widths, ranks=training_processes(spec))
     size = cache.tokens * row_bytes(widths, cache.storage.dtype)
     if spec.activations.live is None:
         rows = reader_memory_bytes(size, cache.storage.shard_bytes)
     else:
         rows = min(size, LIVE_SHARDS_IN_BUFFER * cache.storage.shard_bytes)
-    memory = TrainingMemory.of(plan, rows=rows)
+    memory = TrainingMemory.of(plan, rows=rows, processes=training_processes(spec) // spec.parallelism)
     memory.check(spec)
     return Survey(plan, memory, 0 if spec.activations.live is not None else size)
 

@@ -148,6 +148,7 @@ class _Needs:
             model=self.model_bytes,
             scored_model=self.scored_model_bytes,
             scored_beside=spec.evaluation.model_every_tokens is not None,
+            processes=training_processes(spec) // spec.parallelism,
         )
 
 

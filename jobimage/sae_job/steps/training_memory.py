@@ -40,6 +40,8 @@ class TrainingMemory:
         model: a language model that runs beside the training, with its forward pass.
         scored_model: a language model for ce_loss_score and kl_divergence_score.
         scored_beside: whether that one is there during the training, too.
+        processes: how many train in the pod, one on each GPU: each holds SAEs, rows and a live source's model of its
+            own, which are counted in the figures above; one of them writes checkpoints and scores.
     """
 
     weights: int
@@ -51,6 +53,7 @@ class TrainingMemory:
     model: int
     scored_model: int
     scored_beside: bool = False
+    processes: int = 1
 
     @classmethod
     def of(
@@ -61,6 +64,7 @@ class TrainingMemory:
         model: int = 0,
         scored_model: int = 0,
         scored_beside: bool = False,
+        processes: int = 1,
     ) -> TrainingMemory:
         """Of a resolved plan, with what its activations and its evaluation take."""
         finetuning = plan.settings.finetuning is not None
@@ -71,15 +75,16 @@ class TrainingMemory:
         widths = {sae.hook: sae.d_in for sae in plan.saes} | {sae.target_hook: sae.d_out for sae in plan.saes}
         saved = sum(parameters[sae.name] * _DTYPE_BYTES[sae.spec.dtype] for sae in plan.saes)
         return cls(
-            weights=_FLOAT32 * total,
-            gradients=_FLOAT32 * total,
-            optimizer=moments,
+            weights=_FLOAT32 * total * processes,
+            gradients=_FLOAT32 * total * processes,
+            optimizer=moments * processes,
             step=_FLOAT32 * plan.batch_size * (latents + sum(widths.values())),
             checkpoint=_FLOAT32 * total + moments + saved,
-            rows=rows,
-            model=model,
+            rows=rows * processes,
+            model=model * processes,
             scored_model=scored_model,
             scored_beside=scored_beside,
+            processes=processes,
         )
 
     @property
@@ -96,7 +101,7 @@ class TrainingMemory:
     @property
     def total(self) -> int:
         """Device and host together."""
-        return PROCESS_BYTES + self.training + self.checkpoint + self.activations
+        return PROCESS_BYTES * self.processes + self.training + self.checkpoint + self.activations
 
     def lines(self, *, gpu: bool) -> list[str]:
         """One line for each part, for people."""
@@ -110,7 +115,7 @@ class TrainingMemory:
             ("model for evaluation", self.scored_model, place),
             ("activations", self.rows, ""),
             ("checkpoint", self.checkpoint, ""),
-            ("process", PROCESS_BYTES, ""),
+            ("process", PROCESS_BYTES * self.processes, ""),
             ("total", self.total, " (GPU and host)" if gpu else ""),
         ]
         return [f"{name:<21}{mebibytes(size)}{where}" for name, size, where in parts if size > 0]

@@ -77,9 +77,7 @@ def test_a_limit_that_is_too_low_is_told_with_what_to_lower() -> None:
     memory = TrainingMemory.of(plan_of(TOPK), rows=200 * MIB)
     memory.check(limited({"memory": "300Mi"}))
     memory.check(limited({"memory": "100Mi", "nvidia.com/gpu": 1}))
-    with pytest.raises(
-        InvalidInput, match=r"200\.0 MiB, the limit is 100\.0 MiB; raise it"
-    ) as refused:
+    with pytest.raises(InvalidInput, match=r"200\.0 MiB, the limit is 100\.0 MiB; raise it") as refused:
         memory.check(limited({"memory": "100Mi"}))
     assert refused.value.field == "spec.run.resources.limits.memory"
 
@@ -98,3 +96,11 @@ def test_parts_that_are_there_have_a_line_each() -> None:
     ]
     assert lines[0].endswith("(on the GPU)")
     assert "GPU" not in lines[4]
+
+
+def test_each_process_of_a_pod_holds_saes_and_rows_of_its_own() -> None:
+    one, eight = (TrainingMemory.of(plan_of(TOPK), rows=MIB, processes=processes) for processes in (1, 8))
+    # One of them writes checkpoints, and all share the rows of a batch.
+    shared = one.checkpoint + one.step
+    assert eight.checkpoint + eight.step == shared
+    assert eight.total - shared == 8 * (one.total - shared)
