@@ -35,8 +35,9 @@ def held_out_contexts(folder: Path, uri: str) -> torch.Tensor:
     return contexts[: int((rows < 600).sum()) + 1].long()
 
 
-def loss_with_sae(folder: Path, contexts: torch.Tensor, name: str) -> float:
-    """Cross-entropy with the SAE spliced in at the first 600 rows, by the model's own library alone."""
+def costs_of_sae(folder: Path, contexts: torch.Tensor, name: str) -> tuple[float, float]:
+    """Cross-entropy with the SAE spliced in at the first 600 rows, and divergence from the clean predictions, by the
+    model's own library alone."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
@@ -49,11 +50,16 @@ def loss_with_sae(folder: Path, contexts: torch.Tensor, name: str) -> float:
         changed = torch.where(replaced.unsqueeze(-1), sae(hidden), hidden)
         return changed if isinstance(output, torch.Tensor) else (changed, *output[1:])
 
-    model.get_submodule("model.layers.1").register_forward_hook(splice)
     with torch.no_grad():
-        logits = model(contexts).logits[:, :-1].double()
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), contexts[:, 1:], reduction="none")
-    return float(losses[usable[:, 1:]].mean())
+        clean = model(contexts).logits.double().log_softmax(dim=-1)
+        model.get_submodule("model.layers.1").register_forward_hook(splice)
+        spliced = model(contexts).logits.double().log_softmax(dim=-1)
+    losses = torch.nn.functional.nll_loss(spliced[:, :-1].transpose(1, 2), contexts[:, 1:], reduction="none")
+    divergences = torch.nn.functional.kl_div(spliced, clean, reduction="none", log_target=True).sum(dim=-1)
+    return float(losses[usable[:, 1:]].mean()), float(divergences[usable].mean())
+
+
+METRICS = ["explained_variance", "ce_loss_score", "kl_divergence_score"]
 
 
 def test_the_score_is_of_the_loss_with_the_sae_spliced_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +82,7 @@ def test_the_score_is_of_the_loss_with_the_sae_spliced_in(tmp_path: Path, monkey
                 {"name": "narrow", "architecture": {"type": "topk", "k": 1}, "dSae": 128},
             ],
             "training": {"tokens": 6400, "batchSize": 64, "learningRate": 0.003},
-            "evaluation": {"heldOutTokens": 600, "metrics": ["explained_variance", "ce_loss_score"]},
+            "evaluation": {"heldOutTokens": 600, "metrics": METRICS},
             "output": {"uri": f"file://{tmp_path}/out"},
         }
     )
@@ -120,10 +126,35 @@ def test_the_score_is_of_the_loss_with_the_sae_spliced_in(tmp_path: Path, monkey
     assert (clean, ablated) == (narrow["ce_loss_clean"], narrow["ce_loss_with_ablation"])
     contexts = held_out_contexts(tmp_path, location.uri)
     for sae in results["saes"]:
-        assert sae["ce_loss_with_sae"] == pytest.approx(loss_with_sae(tmp_path, contexts, sae["name"]), rel=1e-5)
+        loss, divergence = costs_of_sae(tmp_path, contexts, sae["name"])
+        assert sae["ce_loss_with_sae"] == pytest.approx(loss, rel=1e-5)
+        assert sae["kl_divergence_with_sae"] == pytest.approx(divergence, rel=1e-4)
     for sae in results["saes"]:
         assert sae["ce_loss_score"] == pytest.approx((ablated - sae["ce_loss_with_sae"]) / (ablated - clean))
     assert [sae.ce_loss_score for sae in result.saes or []] == [wide["ce_loss_score"], narrow["ce_loss_score"]]
     assert (wide["l0"], wide["mse"]) == (None, None)
     configuration = json.loads((tmp_path / "out/wide/cfg.json").read_text())
     assert (configuration["hook_name"], configuration["context_size"]) == ("model.layers.1", 32)
+    for sae in results["saes"]:
+        ablated_by = sae["kl_divergence_with_ablation"]
+        assert sae["kl_divergence_score"] == pytest.approx(1 - sae["kl_divergence_with_sae"] / ablated_by)
+
+    # The same job, which looks at the model meanwhile and is interrupted while it does.
+    evaluation = {"heldOutTokens": 600, "metrics": METRICS, "modelEveryTokens": 2000}
+    looking = SAETrainingJobSpec.model_validate(
+        {**spec.to_manifest(), "evaluation": evaluation, "output": {"uri": f"file://{tmp_path}/looking"}}
+    )
+    step = step.model_copy(update={"spec": looking})
+    # 33 steps until 2,000 tokens; then 4 chunks of rows and forward passes of the model, of which some are left.
+    asked = iter(range(10**6))
+    with pytest.raises(Stopped):
+        run_train(step, replace(context, should_stop=lambda: next(asked) > 36))
+    run_train(step, context)
+    lines = [json.loads(line) for line in (tmp_path / "looking/metrics.jsonl").read_text().splitlines()]
+    meanwhile = [line for line in lines if "model_evaluation" in line and line["sae"] == "wide"]
+    # After the steps that crossed 2,000, 4,000 and 6,000 tokens; the clean model is always the same.
+    assert [line["tokens"] for line in meanwhile] == [2048, 4032, 6016]
+    assert {line["model_evaluation"]["ce_loss_clean"] for line in meanwhile} == {clean}
+    # Looking changed nothing.
+    for name in ("wide/sae_weights.safetensors", "narrow/sae_weights.safetensors"):
+        assert (tmp_path / "looking" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
