@@ -17,6 +17,7 @@ from sae_job.steps.prepare import run_prepare
 from sae_job.steps.train import run_train
 from sae_job.storage.base import ObjectStore
 from sae_job.storage.file_store import FileStore, path_of_file_uri
+from sae_job.training.place import ALONE, Place
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.identity import cache_location, cache_of, live_location
 from sae_operator.api.steps import CacheStep, CacheStepName, Progress, StepResult, TrainStep
@@ -133,6 +134,7 @@ def context(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     listener: Callable[[Progress], None] = lambda state: None,
+    place: Place = ALONE,
 ) -> StepContext:
     plan = faults or FaultPlan()
 
@@ -144,4 +146,5 @@ def context(
         should_stop=should_stop,
         open_store=open_store,
         now=time.monotonic,
+        place=place,
     )
