@@ -12,6 +12,8 @@ from bench.worker import Worker
 
 # Relative difference of gradients in float32, whatever the order of summation.
 TOLERANCE = 1e-3
+# How far from the wanted level a gap is searched for: it moves the number of active latents by little.
+_NEAR = 2e-3
 # What a side defines otherwise, and is not compared: (architecture, side) -> why, and names.
 DIFFERENT = {
     ("gated", "saelens"): (
@@ -46,9 +48,17 @@ def start_weights(architecture: str, d_in: int, d_sae: int, batch: int, batches:
 
 
 def make_sparse(start: dict[str, Tensor], active: int) -> None:
-    """Lower the encoder's biases until about so many latents are active on a row."""
-    pre = (start["batches"][0][:256] - start["b_dec"]) @ start["W_enc"]
-    level = float(pre.flatten().sort().values[-active * len(pre)])
+    """Lower the encoder's biases until about so many latents are active on a row.
+
+    The bias lies where the pre-activations of the first batch leave the widest gap: one that came to zero but for
+    rounding would be active for one side and not for another.
+    """
+    pre = ((start["batches"][0] - start["b_dec"]) @ start["W_enc"]).flatten()
+    few = pre[: 256 * start["W_dec"].shape[0]].sort().values
+    level = float(few[-active * 256])
+    near = pre[(pre - level).abs() < _NEAR].sort().values
+    widest = int(near.diff().argmax())
+    level = float(near[widest] + near[widest + 1]) / 2
     for name in ("b_enc", "b_gate", "b_mag"):
         if name in start:
             start[name] -= level
