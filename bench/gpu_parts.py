@@ -10,8 +10,9 @@ from statistics import median
 import torch
 
 from sae_job.saes.kernels.choice import kernel_name, rounded_operands, top_k_by
-from sae_job.saes.kernels.selection import SelectionBuffers, pre_activations
+from sae_job.saes.kernels.selection import pre_activations
 from sae_job.saes.kernels.sparse import ActiveLatents, top_k
+from sae_job.saes.step_memory import StepMemory
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def parts_of_a_step(shape: Shape, on: Device, *, repeats: int) -> list[Part]:
         random(shape.d_sae, shape.d_in),
     )
     b_enc, b_dec = torch.zeros(shape.d_sae, device=device), torch.zeros(shape.d_in, device=device)
-    buffers = SelectionBuffers(bfloat16=True)
-    pre = pre_activations(x, W_enc_T, b_enc, buffers)
+    memory = StepMemory()
+    pre = pre_activations(x, W_enc_T, b_enc, memory, rounded=True)
     values, indices = top_k(pre, shape.k)
     values = values.float()
     factors = torch.full((shape.batch,), 2 / shape.batch, device=device)
@@ -120,7 +121,7 @@ def parts_of_a_step(shape: Shape, on: Device, *, repeats: int) -> list[Part]:
     floors = {name: size / on.bytes_per_second for name, size in moved.items()}
     floors["encoder product"] = 2 * pre_size * shape.d_in / on.operations_per_second
     work: dict[str, Callable[[], object]] = {
-        "encoder product": lambda: pre_activations(x, W_enc_T, b_enc, buffers),
+        "encoder product": lambda: pre_activations(x, W_enc_T, b_enc, memory, rounded=True),
         "top-k": lambda: top_k(pre, shape.k),
         "decode and value gradients": lambda: ActiveLatents(indices, values, shape.d_sae).reconstruct(
             W_dec, b_dec, x, factors

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from sae_job.saes.kernels.selection import SelectionBuffers, pre_activations, select_top_k
+from sae_job.saes.kernels.selection import pre_activations, select_top_k
 from sae_job.saes.products import products_in
+from sae_job.saes.step_memory import StepMemory
 from sae_job.saes.trainable import StepInput
 from tests.gpu.device import DEVICE
 from tests.gpu.test_steps import ARCHITECTURES, BATCH, D_IN, D_SAE, data, relative_errors, started
@@ -30,7 +31,7 @@ def test_selection_in_bfloat16_has_the_support_of_float32() -> None:
     x, bias = random(8 * BATCH, D_IN, seed=0), 0.1 * random(D_SAE, seed=1)
     weight = random(D_SAE, D_IN, seed=2) / D_IN**0.5
     encoder = (x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE))
-    pre = pre_activations(*encoder, SelectionBuffers(bfloat16=True))
+    pre = pre_activations(*encoder, StepMemory(), rounded=True)
     values, indices = select_top_k(pre, *encoder, 32)
     exact = x.double() @ weight.double().T + bias
     expected = exact.topk(32, dim=1).indices.sort(dim=1).values

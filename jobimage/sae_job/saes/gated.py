@@ -95,16 +95,16 @@ class GatedSAE(PenalizedSAE):
         )
         mse, auxiliary = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
         centred = self.encoder_input(x)
-        output_gradient = self.memory("output_gradient", x.shape[0], self.d_out)
+        output_gradient = self.scratch("output_gradient", x.shape[0], self.d_out)
         for part in self.blocks(x.shape[0]):
             pre = self.encode_block(centred[part], None, step)
             rows = pre.shape[0]
-            gates = torch.add(pre, self.b_gate, out=self.memory("gates", rows)).relu_()
-            mask = torch.gt(gates, 0, out=self.memory("mask", rows))
+            gates = torch.add(pre, self.b_gate, out=self.scratch("gates", rows)).relu_()
+            mask = torch.gt(gates, 0, out=self.scratch("mask", rows))
             open_gates += mask.sum(dim=0)
-            features = torch.addcmul(self.b_mag, pre, stretch, out=self.memory("features", rows)).relu_().mul_(mask)
+            features = torch.addcmul(self.b_mag, pre, stretch, out=self.scratch("features", rows)).relu_().mul_(mask)
             error = self._error(features, x[part], target[part], out=output_gradient[part])
-            by_gates = self._error(gates, x[part], target[part], out=self.memory("by_gates", rows, self.d_out))
+            by_gates = self._error(gates, x[part], target[part], out=self.scratch("by_gates", rows, self.d_out))
             loss, slope = reconstruction_loss(error, step.weights_of(part), ranks=self.ranks, rows=step.rows, out=error)
             mse += loss
             loss, gate_slope = reconstruction_loss(by_gates, None, ranks=self.ranks, rows=step.rows, out=by_gates)

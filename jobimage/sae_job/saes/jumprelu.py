@@ -158,20 +158,20 @@ class JumpReLUSAE(PenalizedSAE):
         counts, windowed, jump, bias, by_norm = (torch.zeros_like(self.b_enc) for _ in range(5))
         mse, tanh = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
         centred = self.encoder_input(x)
-        output_gradient = self.memory("output_gradient", x.shape[0], self.d_out)
+        output_gradient = self.scratch("output_gradient", x.shape[0], self.d_out)
         for part in self.blocks(x.shape[0]):
             pre = self.encode_block(centred[part], self.b_enc, step)
             if revival is not None and step.dead is not None:
                 revival.add(pre.index_select(1, step.dead), centred[part])
-            active = torch.gt(pre, self.threshold, out=self.memory("active", pre.shape[0]))
+            active = torch.gt(pre, self.threshold, out=self.scratch("active", pre.shape[0]))
             counts += active.sum(dim=0)
-            features = torch.mul(pre, active, out=self.memory("features", pre.shape[0]))
+            features = torch.mul(pre, active, out=self.scratch("features", pre.shape[0]))
             error = torch.mm(features, self.W_dec, out=output_gradient[part])
             self.add_bias_and_skip_(error, x[part]).sub_(target[part])
             loss, slope = reconstruction_loss(error, step.weights_of(part), ranks=self.ranks, rows=step.rows, out=error)
             mse += loss
             decoder_gradient.addmm_(features.T, slope)
-            gradient = torch.mm(slope, self.W_dec.T, out=self.memory("gradient", pre.shape[0]))
+            gradient = torch.mm(slope, self.W_dec.T, out=self.scratch("gradient", pre.shape[0]))
             if self._penalty == "tanh":
                 steps, slopes = self._tanh(features, norms)
                 tanh += steps.sum() * (coefficient / step.rows)

@@ -77,7 +77,6 @@ class PenalizedSAE(TrainableWeights):
     ) -> None:
         super().__init__(spec, d_in, d_out, d_sae, device=device, ranks=ranks, activation=activation)
         self._noise_scale = spec.architecture.noise_scale or 0.0
-        self._memory: dict[str, Tensor] = {}
         self.regime = Regime(d_sae, device=device, ranks=ranks)
 
     @property
@@ -105,35 +104,28 @@ class PenalizedSAE(TrainableWeights):
         for start in range(0, rows, size):
             yield slice(start, min(start + size, rows))
 
-    def memory(self, name: str, rows: int, columns: int | None = None) -> Float32[Tensor, "rows columns"]:
-        """Memory that keeps its pages from one step to the next; its content is whatever was there.
-
-        Fresh pages would cost a step as much as a product.
-        """
+    def scratch(self, name: str, rows: int, columns: int | None = None) -> Float32[Tensor, "rows columns"]:
+        """Memory of a width, d_sae when None; see `StepMemory.take`."""
         columns = self.d_sae if columns is None else columns
-        held = self._memory.get(name)
-        if held is None or held.shape[0] < rows:
-            held = torch.empty(rows, columns, dtype=torch.float32, device=self.W_dec.device)
-            self._memory[name] = held
-        return held[:rows]
+        return self.memory.take(name, rows, columns, device=self.W_dec.device)
 
     def encoder_input(self, x: Float32[Tensor, "batch d_in"]) -> Float32[Tensor, "batch d_in"]:
         """`centred`, in memory that the next batch overwrites."""
         if not self.spec.subtracts_b_dec:
             return x
-        return torch.sub(x, self.b_dec, out=self.memory("centred", x.shape[0], self.d_in))
+        return torch.sub(x, self.b_dec, out=self.scratch("centred", x.shape[0], self.d_in))
 
     def encode_block(
         self, centred: Float32[Tensor, "block d_in"], bias: Float32[Tensor, " d_sae"] | None, step: Step | None
     ) -> Float32[Tensor, "block d_sae"]:
         """Pre-activations, in memory that the next block overwrites; with noise in a step of training."""
-        pre = self.memory("pre", centred.shape[0])
+        pre = self.scratch("pre", centred.shape[0])
         if bias is None:
             torch.mm(centred, self.W_enc_T.T, out=pre)
         else:
             torch.addmm(bias, centred, self.W_enc_T.T, out=pre)
         if step is not None and self._noise_scale > 0:
-            noise = self.memory("noise", centred.shape[0])
+            noise = self.scratch("noise", centred.shape[0])
             pre.add_(noise.normal_(generator=step.batch.generator), alpha=self._noise_scale)
         return pre
 

@@ -1,7 +1,7 @@
 """One training step of SAEs whose latents are selected: TopK, BatchTopK, Matryoshka.
 
-Gradients are written out instead of traced: nothing of size batch x d_sae is kept but the pre-activations, in one
-buffer that is used again, and everything after the encoder's product touches only active latents.
+Gradients are written out instead of traced: nothing of size batch x d_sae is kept but the pre-activations, in memory
+that is used again, and everything after the encoder's product touches only active latents.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_job.saes.auxk import AuxK, auxiliary_gradients
 from sae_job.saes.kernels.choice import kernel_name
-from sae_job.saes.kernels.selection import SelectionBuffers, pre_activations
+from sae_job.saes.kernels.selection import is_faster_in_bfloat16, pre_activations
 from sae_job.saes.kernels.sparse import ActiveLatents
 from sae_job.saes.reconstruction import reconstruction_loss, row_weights
 from sae_job.saes.trainable import Ranks, StepInput, StepStatistics
@@ -68,8 +68,6 @@ class SelectingSAE(TrainableWeights):
         super().__init__(spec, d_in, d_out, d_sae, device=device, ranks=ranks, activation=self._dense_activation)
         self._aux = AuxK.of(spec.architecture, d_in=d_in, d_sae=d_sae)
         self._noise_scale = spec.architecture.noise_scale or 0.0
-        self._noise: Tensor | None = None
-        self._exact, self._rounded = SelectionBuffers(False), SelectionBuffers()
 
     def _move_norms_to_encoder(self, norms: Float32[Tensor, " d_sae"]) -> None:
         """As in `TrainableWeights`; what is selected stays the same only where all norms are."""
@@ -96,17 +94,16 @@ class SelectingSAE(TrainableWeights):
     def _pre_activations(
         self, centred: Float32[Tensor, "batch d_in"], *, rounded: bool = False, noise: torch.Generator | None = None
     ) -> Float[Tensor, "batch d_sae"]:
-        """In a buffer that the next step overwrites: a large part of a step would go into fresh pages.
+        """In memory that the next step overwrites.
 
         Args:
-            rounded: in bfloat16 where the device is faster at it.
+            rounded: whether they are in bfloat16.
             noise: its source; None where there is none to add.
         """
-        pre = pre_activations(centred, self.W_enc_T, self.b_enc, self._rounded if rounded else self._exact)
+        pre = pre_activations(centred, self.W_enc_T, self.b_enc, self.memory, rounded=rounded)
         if noise is not None:
-            if self._noise is None or self._noise.shape != pre.shape:
-                self._noise = torch.empty_like(pre)
-            pre.add_(self._noise.normal_(generator=noise), alpha=self._noise_scale)
+            drawn = self.memory.take("noise", *pre.shape, device=pre.device).normal_(generator=noise)
+            pre.add_(drawn, alpha=self._noise_scale)
         return pre
 
     @torch.no_grad()
@@ -114,7 +111,7 @@ class SelectingSAE(TrainableWeights):
         centred = self.centred(batch.x)
         noise = self._source_of_noise(batch)
         # Noise is part of what is selected, and is not there to be computed again.
-        rounded = self.selection == "bfloat16" and noise is None
+        rounded = self.selection == "bfloat16" and noise is None and is_faster_in_bfloat16(centred.device.type)
         pre = self._pre_activations(centred, rounded=rounded, noise=noise)
         active = self._select(pre, centred)
         dead = self._to_revive(batch)

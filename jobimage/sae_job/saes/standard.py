@@ -80,7 +80,7 @@ class StandardSAE(PenalizedSAE):
         mse = torch.zeros((), device=x.device)
         ghost = ghost_gradients(step, self.W_dec, self.d_in)
         centred = self.encoder_input(x)
-        output_gradient = self.memory("output_gradient", x.shape[0], self.d_out)
+        output_gradient = self.scratch("output_gradient", x.shape[0], self.d_out)
         for part in self.blocks(x.shape[0]):
             features = self.encode_block(centred[part], self.b_enc, step)
             pre_of_dead = None if step.dead is None else features.index_select(1, step.dead)
@@ -92,10 +92,10 @@ class StandardSAE(PenalizedSAE):
             loss, slope = reconstruction_loss(error, step.weights_of(part), ranks=self.ranks, rows=step.rows, out=error)
             mse += loss
             decoder_gradient.addmm_(features.T, slope)
-            gradient = self.memory("gradient", features.shape[0])
+            gradient = self.scratch("gradient", features.shape[0])
             torch.addmm(penalty.constant_slopes, slope, self.W_dec.T, out=gradient)
             penalty.add_block(features, gradient)
-            active = torch.gt(features, 0, out=self.memory("active", features.shape[0]))
+            active = torch.gt(features, 0, out=self.scratch("active", features.shape[0]))
             counts += active.sum(dim=0)
             gradient.mul_(active)
             if self._tanh:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
 from sae_job.saes.kernels.sparse import ActiveLatents
+from sae_job.saes.step_memory import StepMemory
 
 # `training.mseLossNormalization`.
 MseNormalization = Literal["none", "dense_batch"]
@@ -117,6 +118,7 @@ class TrainableSAE(Protocol):
     d_out: int
     d_sae: int
     mse_loss_normalization: MseNormalization
+    memory: StepMemory
 
     @property
     def parameters_by_name(self) -> dict[str, Tensor]: ...

@@ -16,6 +16,7 @@ from sae_job.saes.config import Provenance, SAEConfig
 from sae_job.saes.initialization import Activation, initial_weights
 from sae_job.saes.kernels.sparse import ActiveLatents
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS
+from sae_job.saes.step_memory import StepMemory
 from sae_job.saes.trainable import MseNormalization, Ranks, StepInput, StepStatistics
 from sae_operator.api.sae import SaeSpec
 
@@ -46,6 +47,7 @@ class TrainableWeights(ABC):
         latent_parameters: names of the parameters of one number per latent, [d_sae] each, zero at first; under the
             same names they are saved as they are.
         mse_loss_normalization: the job's, which `build_trainable` sets; see `reconstruction`.
+        memory: what its steps write; its own, until `build_trainable` sets one that SAEs share.
         W_enc_T: encoder, transposed: latents' gradients arrive as rows, and rows lie contiguously; [d_sae, d_in].
         W_dec: decoder, [d_sae, d_out].
         b_dec: decoder's bias, [d_out].
@@ -72,6 +74,7 @@ class TrainableWeights(ABC):
         self.d_in = d_in
         self.d_out = d_out
         self.d_sae = d_sae
+        self.memory = StepMemory()
         self._activation = activation
 
         def parameter(*shape: int) -> Tensor:

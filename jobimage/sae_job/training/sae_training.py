@@ -19,6 +19,7 @@ from sae_job.saes.architectures import build_trainable
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
 from sae_job.saes.products import products_in
+from sae_job.saes.step_memory import StepMemory
 from sae_job.saes.trainable import ONE_PROCESS, Ranks, StepInput, StepStatistics
 from sae_job.training.compiled import CompiledUpkeep, DecoderUpkeep
 from sae_job.training.dead_latents import DeadLatents, FiringFrequency
@@ -81,6 +82,7 @@ class SaeTraining:
         device: where weights lie.
         ranks: the processes that train together, each on its rows of every batch. All of them hold the same weights,
             counters and failures.
+        memory: what steps write, which SAEs that step one after another share; its own when None.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class SaeTraining:
         provenance: Provenance,
         device: torch.device,
         ranks: Ranks = ONE_PROCESS,
+        memory: StepMemory | None = None,
     ) -> None:
         self.plan = plan
         self.failure: str | None = None
@@ -112,6 +115,7 @@ class SaeTraining:
                 ranks=ranks,
                 mse_loss_normalization=job.settings.mse_loss_normalization,
                 selection=job.settings.selection,
+                memory=memory,
             ),
         )
         self._finetuning: Finetuning | None = None

@@ -17,6 +17,7 @@ from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.saes.base import SAE
 from sae_job.saes.config import Provenance
 from sae_job.saes.normalization import RUN_TIME_NORMALIZATIONS, normalize_rows
+from sae_job.saes.step_memory import StepMemory
 from sae_job.saes.trainable import ONE_PROCESS, Ranks
 from sae_job.training.bad_rows import LocatedStream, check_held_out, check_rows
 from sae_job.training.checkpoints import Snapshot, random_states, restore_random_states
@@ -59,8 +60,9 @@ class ActivationStream(LocatedStream, Protocol):
 class Trainer:
     """The training of a job, step by step.
 
-    Of a batch the SAEs share nothing but its scaling or normalisation: on a CPU, each SAE's weights are bit for bit
-    what training it alone gives (with the same number of threads).
+    Of a batch the SAEs share its scaling or normalisation, and, since they step one after another, the memory that a
+    step writes: on a CPU, each SAE's weights are bit for bit what training it alone gives (with the same number of
+    threads).
 
     Of several ranks each has its own rows of every batch. What is computed of them is summed, so that weights,
     counters, failures and figures are the same on all; only the first one observes and takes snapshots.
@@ -102,8 +104,11 @@ class Trainer:
         self.observers = observers
         self._latest: dict[str, dict[str, float | None]] = {}
         self._kernels: dict[str, str] = {}
+        memory = StepMemory()
         self.saes = [
-            SaeTraining(sae, plan, index, provenance=_provenance(sae, provenance), device=device, ranks=ranks)
+            SaeTraining(
+                sae, plan, index, provenance=_provenance(sae, provenance), device=device, ranks=ranks, memory=memory
+            )
             for index, sae in enumerate(plan.saes)
         ]
         self._stream = stream

@@ -106,7 +106,7 @@ def test_it_is_saved_as_a_jumprelu_sae_that_fires_as_it_does(architecture: dict[
 
 
 def test_candidates_in_bfloat16_are_settled_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae_job.saes.kernels.selection.is_faster_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("sae_job.saes.sparse_step.is_faster_in_bfloat16", lambda device: True)
     exact, rounded = trainable(BATCHTOPK), trainable(BATCHTOPK)
     assert isinstance(rounded, BatchTopKSAE)
     rounded.selection = "bfloat16"
@@ -117,6 +117,8 @@ def test_candidates_in_bfloat16_are_settled_in_float32(monkeypatch: pytest.Monke
     assert rounded.W_dec.grad is not None
     assert exact.W_dec.grad is not None
     assert torch.allclose(rounded.W_dec.grad, exact.W_dec.grad, atol=1e-5)
+    rounded.threshold.copy_(exact.buffers_by_name["threshold"])
+    assert torch.equal(exact.active_latents(x).dense(), rounded.active_latents(x).dense())
 
 
 def test_start_from_takes_the_threshold() -> None:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sae_job.saes.kernels.selection import SelectionBuffers, candidates_of, pre_activations, select_top_k
+from sae_job.saes.kernels.selection import candidates_of, pre_activations, select_top_k
 from sae_job.saes.kernels.sparse import top_k
+from sae_job.saes.step_memory import StepMemory
 
 BATCH, D_IN, D_SAE, K = 2048, 128, 1024, 32
 
@@ -41,8 +42,10 @@ def structured_encoder() -> Encoder:
     return Encoder(x, weight, torch.full((D_SAE,), -2.0) + 0.3 * torch.randn(D_SAE, generator=generator))
 
 
-def selected(encoder: Encoder, buffers: SelectionBuffers) -> tuple[torch.Tensor, torch.Tensor]:
-    return select_top_k(pre_activations(*encoder, buffers), *encoder, K)
+def selected(
+    encoder: Encoder, *, rounded: bool = True, memory: StepMemory | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return select_top_k(pre_activations(*encoder, memory or StepMemory(), rounded=rounded), *encoder, K)
 
 
 ENCODERS = {"random": random_encoder(), "structured": structured_encoder()}
@@ -54,7 +57,7 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 
 
 def test_the_support_is_that_of_float32_on_999_rows_in_1000(encoder: Encoder) -> None:
-    _, found = selected(encoder, SelectionBuffers(bfloat16=True))
+    _, found = selected(encoder)
     expected = encoder.exact.topk(K, dim=1).indices
     same = (found.sort(dim=1).values == expected.sort(dim=1).values).all(dim=1)
     assert float(same.float().mean()) >= 0.999
@@ -70,25 +73,25 @@ def test_without_the_margin_the_support_would_differ(encoder: Encoder) -> None:
 
 
 def test_the_values_are_float32_sums(encoder: Encoder) -> None:
-    values, indices = selected(encoder, SelectionBuffers(bfloat16=True))
+    values, indices = selected(encoder)
     assert values.dtype == torch.float32
     expected = encoder.exact.gather(1, indices)
     # 128 products of one magnitude, rounded to 24 bits each.
     assert float((values - expected).abs().max() / encoder.exact.abs().max()) < 128 * 2**-24
 
 
-def test_where_bfloat16_is_slower_the_selection_is_exact(encoder: Encoder) -> None:
-    values, indices = selected(encoder, SelectionBuffers(bfloat16=False))
+def test_the_selection_among_float32_is_exact(encoder: Encoder) -> None:
+    values, indices = selected(encoder, rounded=False)
     pre = torch.addmm(encoder.b_enc, encoder.x, encoder.W_enc_T.T)
     expected, places = top_k(pre, K)
     assert torch.equal(values, expected)
     assert torch.equal(indices, places)
 
 
-def test_buffers_serve_batches_of_another_size() -> None:
-    encoder, buffers = ENCODERS["random"], SelectionBuffers(bfloat16=True)
-    whole = selected(encoder, buffers)
-    part = selected(encoder._replace(x=encoder.x[:100]), buffers)
+def test_memory_serves_batches_of_another_size() -> None:
+    encoder, memory = ENCODERS["random"], StepMemory()
+    whole = selected(encoder, memory=memory)
+    part = selected(encoder._replace(x=encoder.x[:100]), memory=memory)
     assert torch.equal(part[0].sort().values, whole[0][:100].sort().values)
 
 

@@ -146,7 +146,7 @@ def test_the_copy_for_use_shares_no_memory_with_the_training() -> None:
 
 
 def test_candidates_in_bfloat16_are_settled_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae_job.saes.kernels.selection.is_faster_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("sae_job.saes.sparse_step.is_faster_in_bfloat16", lambda device: True)
     exact, rounded = trainable(TOPK), trainable(TOPK)
     assert isinstance(rounded, TopKSAE)
     rounded.selection = "bfloat16"

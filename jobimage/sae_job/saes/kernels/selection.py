@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae_job.saes.kernels.choice import rounded_operands
 from sae_job.saes.kernels.sparse import ActiveLatents, top_k
+from sae_job.saes.step_memory import StepMemory
 
 # Among Gaussian pre-activations the k-th largest of n lies t deviations out, with t^2 about 2 ln(n / k): 10 for 32 of
 # 4608. There, moving a value by a part e of itself moves its rank by k t^2 e, and bfloat16, with 8 bits in operands
@@ -27,28 +28,6 @@ _SMALLEST_MARGIN = 8
 def candidates_of(k: int, d_sae: int) -> int:
     """How many latents of a row are computed again in float32 so that the k largest are among them."""
     return min(d_sae, k + max(_SMALLEST_MARGIN, int(k * _MARGIN)))
-
-
-class SelectionBuffers:
-    """What a selection writes and the next one uses again: fresh pages cost as much as a tenth of the product.
-
-    Args:
-        bfloat16: whether candidates come from a product in bfloat16; None where that is faster.
-    """
-
-    def __init__(self, bfloat16: bool | None = None) -> None:
-        self._bfloat16 = bfloat16
-        self._tensors: dict[str, Tensor] = {}
-
-    def in_bfloat16(self, device: torch.device) -> bool:
-        return is_faster_in_bfloat16(device.type) if self._bfloat16 is None else self._bfloat16
-
-    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor for a purpose, with whatever it held before."""
-        tensor = self._tensors.get(name)
-        if tensor is None or tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
-            tensor = self._tensors[name] = torch.empty(shape, dtype=dtype, device=device)
-        return tensor
 
 
 @lru_cache
@@ -64,19 +43,20 @@ def pre_activations(
     centred: Float32[Tensor, "batch d_in"],
     W_enc_T: Float32[Tensor, "d_sae d_in"],
     b_enc: Float32[Tensor, " d_sae"],
-    buffers: SelectionBuffers,
+    memory: StepMemory,
+    *,
+    rounded: bool,
 ) -> Float[Tensor, "batch d_sae"]:
-    """The pre-activations, in bfloat16 where the buffers say so; overwritten by the next call."""
-    shape, device = (centred.shape[0], W_enc_T.shape[0]), centred.device
-    if not buffers.in_bfloat16(device):
-        out = buffers.empty("pre-activations", shape, torch.float32, device)
+    """The pre-activations, in bfloat16 if `rounded`, in memory that the next call overwrites."""
+    device, dtype = centred.device, torch.bfloat16 if rounded else torch.float32
+    out = memory.take("pre", centred.shape[0], W_enc_T.shape[0], device=device, dtype=dtype)
+    if not rounded:
         return torch.addmm(b_enc, centred, W_enc_T.T, out=out)
-    rounded = {
-        name: buffers.empty(name, tuple(tensor.shape), torch.bfloat16, device).copy_(tensor)
+    x, weight, bias = (
+        memory.take(name, *tensor.shape, device=device, dtype=dtype).copy_(tensor)
         for name, tensor in {"input": centred, "weights": W_enc_T, "bias": b_enc}.items()
-    }
-    out = buffers.empty("pre-activations", shape, torch.bfloat16, device)
-    return torch.addmm(rounded["bias"], rounded["input"], rounded["weights"].T, out=out)
+    )
+    return torch.addmm(bias, x, weight.T, out=out)
 
 
 def settled(
