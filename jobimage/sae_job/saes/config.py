@@ -34,6 +34,21 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+# Keys of cfg.json, of both layouts and with their older names, whose values are taken as they are.
+_TEXT, _TRUTH = (str, "a text"), (bool, "true or false")
+_OBJECT = (dict | None, "an object")
+_TYPES: dict[str, tuple[Any, str]] = {
+    "architecture": _TEXT,
+    "activation_fn_str": _TEXT,
+    "activation_fn": _TEXT,
+    "hook_name": _TEXT,
+    "hook_point": _TEXT,
+    "apply_b_dec_to_input": _TRUTH,
+    "finetuning_scaling_factor": (bool | None, "true or false"),
+    "rescale_acts_by_decoder_norm": _TRUTH,
+    "activation_fn_kwargs": _OBJECT,
+    "model_from_pretrained_kwargs": _OBJECT,
+}
 
 
 @dataclass(frozen=True)
@@ -145,6 +160,7 @@ class SAEConfig:
         Raises:
             InvalidInput: a key is missing, or the SAE is not one that can be loaded.
         """
+        _check_types(stored)
         read = saelens6.read if saelens6.is_layout_of(stored) else saelens5.read
         config = cls(**read(stored))
         config.check()
@@ -217,6 +233,16 @@ class SAEConfig:
     def name(self) -> str:
         """`sae_{model}_{hook}_{latents}`."""
         return f"sae_{self.model_name}_{self.hook_name}_{self.d_sae}"
+
+
+def _check_types(stored: dict[str, Any]) -> None:
+    """Raises `InvalidInput` for a value that would be taken for another one, such as "false" for a truth, or that
+    nothing can be made of; sizes and names are checked when they are read."""
+    metadata = stored.get("metadata") if saelens6.is_layout_of(stored) else None
+    for values in (stored, {key: value for key, value in (metadata or {}).items() if value is not None}):
+        for key, (kind, name) in _TYPES.items():
+            if key in values and not isinstance(values[key], kind):
+                raise InvalidInput("SaeInvalid", f"cfg.json has {key} {values[key]!r}; it must be {name}")
 
 
 def unsupported(what: str, found: object, possible: tuple[str, ...]) -> InvalidInput:

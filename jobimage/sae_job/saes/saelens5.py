@@ -93,9 +93,13 @@ def read(stored: dict[str, Any]) -> dict[str, Any]:
     for key in ("activation_fn_kwargs", "model_from_pretrained_kwargs"):
         values[key] = values.get(key) or {}
     values["dtype"] = str(values["dtype"]).removeprefix("torch.")
-    positions = values.get("seqpos_slice", (None,))
-    values["seqpos_slice"] = tuple(positions) if isinstance(positions, list | tuple) else (positions,)
+    values["seqpos_slice"] = positions(values.get("seqpos_slice"))
     return {key: values[key] for key in KEYS}
+
+
+def positions(stored: Any) -> tuple[Any, ...]:
+    """`seqpos_slice` as a tuple: older files may hold its one number alone."""
+    return tuple(stored) if isinstance(stored, list | tuple) else (stored,)
 
 
 def write(config: SAEConfig) -> dict[str, Any]:

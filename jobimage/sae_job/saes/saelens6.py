@@ -13,6 +13,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from sae_job.errors import InvalidInput
+from sae_job.saes.saelens5 import positions
 
 if TYPE_CHECKING:
     from sae_job.saes.config import SAEConfig
@@ -128,7 +129,7 @@ def read(stored: dict[str, Any]) -> dict[str, Any]:
         **{key: values[key] for key in _KEYS},
         **fields,
         "dtype": str(values["dtype"]).removeprefix("torch."),
-        "seqpos_slice": tuple(fields["seqpos_slice"]),
+        "seqpos_slice": positions(fields["seqpos_slice"]),
         "architecture": architecture,
         "activation_fn_str": activation,
         "activation_fn_kwargs": {"k": values["k"]} if top_k else {},

@@ -147,6 +147,9 @@ def test_older_names_of_keys_are_understood() -> None:
         ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 65}}, "k 65, but only 64 latents"),
         ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 1, "postact_fn": "tanh"}}, "kwargs.postact_fn"),
         ({"d_sae": 70}, r"W_enc is \[12, 64\] instead of \[12, 70\]"),
+        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input 'false'; it must be true or false"),
+        ({"hook_name": None}, "hook_name None; it must be a text"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": [3]}, r"kwargs \[3\]; it must be an object"),
         ({"dtype": "float8"}, "dtype 'float8' cannot be loaded; these can: float32"),
     ],
 )

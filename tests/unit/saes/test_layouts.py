@@ -139,6 +139,13 @@ def test_heads_are_told_where_inputs_have_them(tmp_path: Path) -> None:
         ({"normalize_activations": "covariance_whitening"}, "'covariance_whitening' cannot be loaded"),
         ({"architecture": "transcoder", "d_out": 12}, "apply_b_dec_to_input on, but a transcoder's"),
         ({"d_in": "12"}, "d_in '12'; it must be a number"),
+        ({"architecture": ["standard"]}, r"architecture \['standard'\]; it must be a text"),
+        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input 'false'; it must be true or false"),
+        ({"metadata": {"sae_lens_version": "6.0", "hook_name": 3}}, "hook_name 3; it must be a text"),
+        (
+            {"metadata": {"sae_lens_version": "6.0", "model_from_pretrained_kwargs": ["fold_ln"]}},
+            r"model_from_pretrained_kwargs \['fold_ln'\]; it must be an object",
+        ),
     ],
 )
 def test_what_is_not_known_in_the_newest_layout_is_refused(
@@ -150,10 +157,18 @@ def test_what_is_not_known_in_the_newest_layout_is_refused(
         SAE.load(tmp_path)
 
 
+def test_what_metadata_holds_nothing_of_has_its_default(tmp_path: Path) -> None:
+    saved(random_sae("standard"), tmp_path, "saelens6")
+    nothing = dict.fromkeys(("hook_name", "model_from_pretrained_kwargs", "seqpos_slice"))
+    change(tmp_path, metadata={"sae_lens_version": "6.0", **nothing})
+    config = SAE.load(tmp_path).cfg
+    assert (config.hook_name, config.model_from_pretrained_kwargs, config.seqpos_slice) == ("", {}, (None,))
+
+
 @pytest.mark.parametrize("key", ["k", "d_out", "rescale_acts_by_decoder_norm", "reshape_activations"])
 def test_a_file_of_two_layouts_at_once_is_refused(key: str, tmp_path: Path) -> None:
     saved(random_sae("standard"), tmp_path)
-    change(tmp_path, **{key: 1})
+    change(tmp_path, **{key: True})
     with pytest.raises(InvalidInput, match=rf"key {key} of SAELens 6, but no metadata\.sae_lens_version"):
         SAE.load(tmp_path)
 
