@@ -45,6 +45,15 @@ class StandardSAE(PenalizedSAE):
         self._weighted = bool(architecture.scale_sparsity_penalty_by_decoder_norm)
         self._ghost = bool(architecture.ghost_gradients)
 
+    def _move_norms_to_encoder(self, norms: Float32[Tensor, " d_sae"]) -> None:
+        """As in `TrainableWeights`; not of latents that pass tanh: n tanh(x) is not tanh(n x)."""
+        if self._tanh:
+            raise ValueError(
+                "norms of its decoder rows are not 1 on this job's scale, and cannot go into an encoder whose latents "
+                "pass tanh: set normalizeDecoder: false"
+            )
+        super()._move_norms_to_encoder(norms)
+
     @torch.no_grad()
     def step_gradients(self, batch: StepInput) -> StepStatistics:
         step = self.begin(batch, revives=self._ghost)

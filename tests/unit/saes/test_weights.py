@@ -11,7 +11,18 @@ from sae_job.saes.initialization import initial_weights, unit_rows
 from sae_job.saes.topk import TopKSAE
 from sae_job.saes.trainable import StepInput
 from sae_operator.api.sae import Initialization
-from tests.unit.saes.conftest import BATCHTOPK, D_IN, D_OUT, D_SAE, MATRYOSHKA, TOPK, batch, trainable, transcoded
+from tests.unit.saes.conftest import (
+    BATCHTOPK,
+    D_IN,
+    D_OUT,
+    D_SAE,
+    MATRYOSHKA,
+    STANDARD,
+    TOPK,
+    batch,
+    trainable,
+    transcoded,
+)
 
 TYPES: dict[str, dict[str, Any]] = {
     "topk": TOPK,
@@ -102,6 +113,18 @@ def test_unequal_norms_that_would_change_what_is_selected_are_refused(architectu
     free = trainable(TYPES[architecture], normalizeDecoder=False)
     free.start_from(saved, scale=1.0, target_scale=1.0)
     assert torch.allclose(free.W_dec, saved.W_dec)
+
+
+def test_norms_that_tanh_does_not_commute_with_are_refused() -> None:
+    tanh = {**STANDARD, "activation": "tanh-relu"}
+    saved = trainable(tanh).to_inference(scale=1.0)
+    with pytest.raises(ValueError, match="normalizeDecoder: false"):
+        trainable(tanh, seed=5).start_from(saved, scale=2.0, target_scale=2.0)
+    free, same = trainable(tanh, seed=5, normalizeDecoder=False), trainable(tanh, seed=5)
+    free.start_from(saved, scale=2.0, target_scale=2.0)
+    same.start_from(saved, scale=1.0, target_scale=1.0)
+    for again in (free.to_inference(scale=2.0), same.to_inference(scale=1.0)):
+        assert torch.allclose(again(batch()), saved(batch()), atol=1e-5)
 
 
 def test_starting_from_another_shape_is_refused() -> None:
