@@ -103,6 +103,12 @@ class JumpReLUSAE(PenalizedSAE):
         self.threshold.fill_(self._initial_threshold)
 
     @torch.no_grad()
+    def start_from(self, sae: SAE, *, scale: float, target_scale: float) -> None:
+        """As `TrainableSAE`; thresholds below zero, which do nothing in an SAE for use, are set to zero."""
+        super().start_from(sae, scale=scale, target_scale=target_scale)
+        self.threshold.clamp_(min=0.0)
+
+    @torch.no_grad()
     def step_gradients(self, batch: StepInput) -> StepStatistics:
         revives = self._pre_activation_coefficient > 0
         step = self.begin(batch, revives=revives)

@@ -200,3 +200,13 @@ def test_active_latents_are_those_of_the_saved_sae_which_gives_the_weights_back(
     again.start_from(saved, scale=4.0, target_scale=target_scale)
     for name, parameter in sae.parameters_by_name.items():
         assert torch.allclose(again.parameters_by_name[name], parameter, atol=1e-6), name
+
+
+def test_thresholds_below_zero_are_zero_in_training() -> None:
+    """In an SAE for use both let through what is positive; in training the one would let negative activations."""
+    saved = jumprelu(STEP).to_inference(scale=1.0)
+    saved.threshold[::2] = -0.3
+    again = jumprelu(STEP, seed=1)
+    again.start_from(saved, scale=1.0, target_scale=1.0)
+    assert torch.equal(again.parameters_by_name["threshold"], saved.threshold.clamp(min=0.0))
+    assert torch.allclose(again.active_latents(batch()).dense(), saved.encode(batch()), atol=1e-6)
