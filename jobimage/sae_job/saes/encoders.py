@@ -100,10 +100,10 @@ def _encode_gated(sae: SAE, x: Float[Tensor, "... d_in"], at_pre: AtPre) -> Floa
     """
     product = x @ sae.W_enc
     closed = product <= -sae.b_gate
+    stretch = sae.r_mag.exp()
     # Over the product itself, where nobody traces it.
-    magnitudes, free = at_pre(
-        torch.addcmul(sae.b_mag, product, sae.r_mag.exp(), out=None if product.requires_grad else product)
-    )
+    traced = product.requires_grad or stretch.requires_grad or sae.b_mag.requires_grad
+    magnitudes, free = at_pre(torch.addcmul(sae.b_mag, product, stretch, out=None if traced else product))
     return _without(_activate(magnitudes, free, sae.cfg.activation_fn_str), closed, free)
 
 

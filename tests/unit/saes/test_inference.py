@@ -184,3 +184,19 @@ def test_what_is_not_a_number_is_not_lost(kind: str, d_sae: int) -> None:
     reconstruction = sae(x)
     assert bool(reconstruction[3].isnan().all())
     assert bool(reconstruction[[0, 1, 2, 4]].isfinite().all())
+
+
+# Thresholds and gates stand in step functions, which have no gradient.
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_parameter_may_be_trained_alone(kind: str) -> None:
+    for name in dict(random_sae(kind).named_parameters()).keys() - {"threshold", "b_gate"}:
+        sae, all_at_once = random_sae(kind), random_sae(kind)
+        x = rows(sae)
+        getattr(sae, name).requires_grad_()
+        all_at_once.requires_grad_()
+        for each in (sae, all_at_once):
+            each(x).square().sum().backward()
+        found, expected = getattr(sae, name).grad, getattr(all_at_once, name).grad
+        assert found is not None
+        assert float(expected.abs().max()) > 0
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())), name
