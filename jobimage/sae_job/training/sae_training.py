@@ -195,6 +195,9 @@ class SaeTraining:
             # A loss that revives dead latents asks the device how many there are; while there are none, nobody asks.
             revived = dead if self._dead.may_be_any else None
             statistics = learner.step_gradients(StepInput(x, target, step, revived, self._noise))
+        if self.plan.is_transcoder:
+            # Latents may leave out inputs that are no numbers; an autoencoder's loss sees them by way of its target.
+            statistics = dataclasses.replace(statistics, loss=statistics.loss + 0 * x.sum())
         parameters = list(learner.parameters_by_name.values())
         statistics = sum_over_ranks(statistics, parameters, self._ranks)
         self._note_bad_loss(statistics, step)

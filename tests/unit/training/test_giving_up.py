@@ -206,6 +206,22 @@ def test_activations_that_are_not_finite_are_told_with_their_rows(
     assert [sae.phase for sae in trainer.saes] == ["Running", "Running"]
 
 
+def test_so_are_inputs_of_a_transcoder_whose_latents_leave_them_out(
+    new_trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no number is not above any bar, and its row's target is as it should be: the loss itself is finite."""
+    monkeypatch.setattr("sae_job.training.sae_training.MOST_SAMPLE_ROWS", 8)
+    trainer = new_trainer(
+        [{**EVERY_KIND["transcoder"], "architecture": {"type": "batchtopk", "k": 3}, "skipConnection": False}],
+        store=cache_with(tmp_path, math.nan, "layer"),
+        normalization="none",
+        training={"tokens": 3000, "batchSize": 8},
+        evaluation={"heldOutTokens": 8},
+    )
+    with pytest.raises(InvalidInput, match="activations of layer hold NaN or infinity in step"):
+        run(trainer)
+
+
 def test_so_are_those_that_initial_weights_would_be_made_of(
     new_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
