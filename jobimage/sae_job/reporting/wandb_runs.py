@@ -192,6 +192,7 @@ class WandbRuns:
         self._densities: dict[str, Any] = {}
         self._offline = settings.mode == "offline"
         self._done = False
+        self._final: set[str] = set()
         self._uploads: list[threading.Thread] = []
 
     def started(self, moment: Moment, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -213,7 +214,9 @@ class WandbRuns:
             self._add(
                 sae, moment, row | {name: _histogram(value) for name, value in distributions.items()}, evaluated=True
             )
-            if self._logs_artifacts and moment.step == self._last_step:
+            # Evaluated once more with the language model, it is the same SAE.
+            if self._logs_artifacts and moment.step == self._last_step and sae not in self._final:
+                self._final.add(sae)
                 self._log_artifact(sae, inference, self._densities.get(sae), aliases=["final_model"])
 
     def window(self, sae: str, moment: Moment, window: Window) -> None:
@@ -243,21 +246,28 @@ class WandbRuns:
     def finished(self) -> None:
         self._done = True
 
-    def close(self, *, stopped: bool = False) -> None:
+    def close(self, *, stopped: bool = False, failed: bool = False) -> None:
         """End the runs: as finished ones after `finished`, otherwise as ones that failed, or, where the training was
-        asked to stop, were preempted."""
+        asked to stop, were preempted.
+
+        Args:
+            stopped: the attempt was asked to stop, perhaps after the training's end, before there were results.
+            failed: it failed, perhaps as late.
+        """
+        complete = self._done and not stopped and not failed
         deadline = self._now() + FINISH_SECONDS
         for upload in self._uploads:
             upload.join(max(0.0, deadline - self._now()))
         with self._no_harm():
             for opened in self._open.values():
-                # A row whose evaluation was cut off is logged by the attempt that makes it.
-                if self._done or opened.evaluated:
+                # A row whose evaluation was cut off is logged by the attempt that makes it; so is the last one, which
+                # the language model's figures may still be added to.
+                if complete or (opened.evaluated and not self._done):
                     _hand_over(opened)
             # Side by side, because a server that does not answer makes each wait for its time.
             runs = list(self._open.values())
             with ThreadPoolExecutor(max_workers=max(1, len(runs))) as pool:
-                in_time = list(pool.map(partial(self._finish, stopped=stopped), runs))
+                in_time = list(pool.map(partial(self._finish, complete=complete, stopped=stopped), runs))
             if runs:
                 import wandb
 
@@ -329,8 +339,8 @@ class WandbRuns:
     def _repeat(self, line: Mapping[str, Any]) -> None:
         """Log a line of metrics.jsonl, where the run lacks it."""
         moment = _MomentOfLine(line["step"], line["tokens"])
-        if "evaluation" in line:
-            self._add(line["sae"], moment, evaluation_row(moment, line["evaluation"]), evaluated=True)
+        if (found := line.get("evaluation") or line.get("model_evaluation")) is not None:
+            self._add(line["sae"], moment, evaluation_row(moment, found), evaluated=True)
         elif "window" in line:
             self._add(line["sae"], moment, window_row(moment, line["window"]))
         elif "loss" in line:
@@ -389,12 +399,12 @@ class WandbRuns:
             # The client has taken copies.
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _finish(self, opened: _Open, *, stopped: bool) -> bool:
+    def _finish(self, opened: _Open, *, complete: bool, stopped: bool) -> bool:
         """End a run; False when the server did not take all of it in time."""
         start = self._now()
         if stopped:
             opened.run.mark_preempting()
-        opened.run.finish(exit_code=0 if self._done else 1)
+        opened.run.finish(exit_code=0 if complete else 1)
         in_time = self._now() - start < FINISH_SECONDS
         if not in_time:
             logger.warning(

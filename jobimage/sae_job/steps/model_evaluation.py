@@ -11,6 +11,7 @@ and no state of the training is touched, so calling it or not changes no SAE; in
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -52,7 +53,7 @@ def evaluates_model(spec: SAETrainingJobSpec) -> bool:
 
 
 def figures_of(entropy: CrossEntropy) -> dict[str, float | None]:
-    """The `MODEL_FIGURES` of an SAE."""
+    """The `MODEL_FIGURES` of an SAE; None for what is not defined, or not finite because the model overflows."""
     values = (
         entropy.score,
         entropy.clean,
@@ -62,7 +63,8 @@ def figures_of(entropy: CrossEntropy) -> dict[str, float | None]:
         entropy.kl_spliced,
         entropy.kl_ablated,
     )
-    return dict(zip(MODEL_FIGURES, values, strict=True))
+    finite = (value if value is not None and math.isfinite(value) else None for value in values)
+    return dict(zip(MODEL_FIGURES, finite, strict=True))
 
 
 class ModelEvaluation:

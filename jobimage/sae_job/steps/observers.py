@@ -88,7 +88,7 @@ def observed(
             runs.close(stopped=True)
             raise
         except BaseException:
-            runs.close()
+            runs.close(failed=True)
             raise
         runs.close()
 

@@ -298,6 +298,10 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluate what is due after the last step: all of it, or, where that is interrupted, nothing."""
         self.settle()
+        # On all ranks: the language model's figures are taken on the first one alone.
+        for sae in self.running():
+            if not sae.check_weights(self.steps_done):
+                self._tell_phase(sae)
         try:
             found = self._measure() if self.plan.evaluates_after(self.steps_done) else {}
             of_model = self._measure_with_model()
@@ -324,9 +328,6 @@ class Trainer:
         """Figures of the running SAEs on held-out rows."""
         found: dict[str, dict[str, float | None]] = {}
         for sae in self.running():
-            if not sae.check_weights(self.steps_done):
-                self._tell_phase(sae)
-                continue
             figures = self._agreed(
                 sae.evaluate(
                     sae.inference(),

@@ -226,6 +226,35 @@ def test_an_evaluation_that_was_cut_off_is_in_the_row_of_its_step(world: World) 
     assert rows[-1][1]["reconstruction_quality.explained_variance"] == 0.75
 
 
+def test_an_attempt_that_goes_on_repeats_figures_of_the_language_model(world: World) -> None:
+    found = {"ce_loss_score": 0.75}
+    lines = [line("a", 4, **figures(4)), line("a", 4, model_evaluation=found)]
+    runs = world.runs(OFFLINE)
+    runs.started(At(4), lines)
+    runs.finished()
+    runs.close()
+    ((step, row),) = world.files.rows("ida")
+    assert (step, row["model_performance_preservation.ce_loss_score"]) == (4, 0.75)
+
+
+@pytest.mark.parametrize("ended", [{"stopped": True}, {"failed": True}])
+def test_figures_that_follow_the_end_are_in_the_row_of_the_last_step(world: World, ended: dict[str, bool]) -> None:
+    """The model's, of an attempt that found the training done."""
+    first = world.runs(OFFLINE)
+    lines = train(first, range(1, LAST + 1))
+    first.finished()
+    first.close(**ended)
+    second = world.runs(OFFLINE)
+    second.started(At(LAST), lines)
+    second.finished()
+    second.evaluated("a", At(LAST), {"ce_loss_score": 0.75}, Sae())
+    second.close()
+    rows = world.files.rows("ida")
+    assert [step for step, _ in rows] == list(range(1, LAST + 1))
+    assert rows[-1][1]["model_performance_preservation.ce_loss_score"] == 0.75
+    assert rows[-1][1]["reconstruction_quality.mse"] == 2.0
+
+
 def test_files_are_stored_again_only_when_they_have_grown(world: World) -> None:
     runs = world.runs(OFFLINE)
     train(runs, range(1, 9))
@@ -292,6 +321,17 @@ def test_an_artifact_that_the_server_does_not_take_holds_nothing_up(world: World
     assert measured(lambda: runs.checkpointed(At(3), {"a": (Sae(), torch.zeros(4))})) < 1
     runs.finished()
     assert measured(runs.close) < 15
+
+
+def test_the_final_sae_is_uploaded_once(world: World, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = world.runs(ONLINE.model_copy(update={"log_artifacts": True}))
+    uploaded: list[str] = []
+    monkeypatch.setattr(runs, "_log_artifact", lambda name, *rest, aliases: uploaded.append(f"{name} {aliases[0]}"))
+    train(runs, range(1, LAST + 1))
+    runs.finished()
+    runs.evaluated("a", At(LAST), {"ce_loss_score": 0.75}, Sae())  # by the language model
+    runs.close()
+    assert uploaded == ["a final_model", "b final_model"]
 
 
 def test_a_run_that_goes_on_begins_after_the_servers_last_step(world: World, server: WandbServer) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from sae_job.errors import Stopped
+from sae_job.evaluation.cross_entropy import CrossEntropy
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.saes.base import SAE
+from sae_job.steps.model_evaluation import figures_of
 from sae_job.storage.file_store import FileStore
 from sae_job.training.checkpoints import Checkpoints
 from sae_job.training.loop import TrainingLoop
@@ -185,3 +187,30 @@ def test_noise_depends_on_seed_step_and_rank_alone() -> None:
     seeds = {noise_seed(seed, step, rank) for seed in range(4) for step in range(4) for rank in range(4)}
     assert len(seeds) == 64
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_language_model_is_asked_about_finite_weights_alone(new_trainer: Callable[..., Trainer]) -> None:
+    """What the step before its evaluation made of them no loss has seen."""
+    diary, asked = Diary(), list[set[str]]()
+    every = {"everyTokens": 10**6, "modelEveryTokens": 5 * 32, "metrics": ["ce_loss_score"], "heldOutTokens": 40}
+    trainer = new_trainer([TOPK, STANDARD], observers=[diary], evaluation=every)
+    trainer.of_model = lambda saes, _: asked.append(set(saes)) or {name: {"ce_loss_score": 0.5} for name in saes}
+    for _ in range(4):
+        trainer.step()
+    with torch.no_grad():
+        step = trainer.saes[0].step
+
+        def breaking(*arguments: Any) -> None:
+            step(*arguments)
+            trainer.saes[0]._trainable.parameters_by_name["b_dec"][0] = float("nan")
+
+        trainer.saes[0].step = breaking  # type: ignore[method-assign]
+        trainer.step()
+    assert asked == [{"standard"}]
+    assert [event[:1] + event[2:3] for event in diary.of("phase")] == [("topk", "Failed")]
+
+
+def test_figures_of_a_model_that_overflows_are_none() -> None:
+    found = figures_of(CrossEntropy(clean=2.0, ablated=float("inf"), spliced=float("nan")))
+    assert found["ce_loss_clean"] == 2.0
+    assert [name for name, value in found.items() if value is not None] == ["ce_loss_clean"]
