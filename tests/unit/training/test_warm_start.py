@@ -92,6 +92,18 @@ def test_one_of_another_hook_is_refused(new_trainer: Callable[..., Trainer]) -> 
     assert "it is of hook elsewhere, and layer is asked for" in refused(new_trainer, alike, EVERY_KIND["topk"]).message
 
 
+@pytest.mark.parametrize(("saved", "asked"), [("tanh-relu", "relu"), ("relu", "tanh-relu")])
+def test_one_of_another_activation_function_is_refused(
+    new_trainer: Callable[..., Trainer], saved: str, asked: str
+) -> None:
+    def standard(activation: str) -> dict[str, Any]:
+        architecture = {"type": "standard", "l1Coefficient": 0.1, "activation": activation}
+        return {**EVERY_KIND["standard"], "name": "other", "architecture": architecture}
+
+    told = refused(new_trainer, trained(new_trainer, standard(saved)), standard(asked)).message
+    assert f"its activation function is {saved}, and {asked} is asked for" in told
+
+
 def test_one_that_normalises_otherwise_is_refused(new_trainer: Callable[..., Trainer]) -> None:
     saved = trained(new_trainer, EVERY_KIND["topk"])
     told = refused(new_trainer, saved, EVERY_KIND["topk"], normalization="layer_norm").message
