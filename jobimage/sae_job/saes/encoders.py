@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sae_job.saes.kernels.sparse import ActiveLatents, top_k
+from sae_job.saes.kernels.sparse import ActiveLatents, places_of, top_k
 
 if TYPE_CHECKING:
     from sae_job.saes.base import SAE
@@ -86,7 +85,7 @@ def few_active(features: Float[Tensor, "... d_sae"]) -> ActiveLatents | None:
         return None
     d_sae = features.shape[-1]
     flat = features.reshape(-1)
-    places = torch.from_numpy(np.flatnonzero((flat != 0).numpy()))
+    places = places_of(flat != 0)
     if len(places) > _FEW * len(flat):
         return None
     rows = places.div(d_sae, rounding_mode="floor")
