@@ -30,7 +30,9 @@ def write_table(results: Results, path: Path | None) -> dict[str, float]:
         shorter training.
     """
     found = list(results.all().values())
-    text = "\n".join([*_introduction(results), *_seeds(found), *_longer(found), *_rates(found)]) + "\n"
+    text = (
+        "\n".join([*_introduction(results), *_seeds(found), *_longer(found), *_rates(found), *_missing(found)]) + "\n"
+    )
     if path is None:
         print(text)
     else:
@@ -179,6 +181,18 @@ def _rates(found: Sequence[Result]) -> list[str]:
             if cells:
                 lines.append(f"| {architecture} | {NAMES[side]} | {'; '.join(cells)} |")
     return lines
+
+
+def _missing(found: Sequence[Result]) -> list[str]:
+    """What the table does not tell, so that nobody takes it for more than it is."""
+    tokens = short_tokens(found)
+    missing = [
+        f"{architecture} of {NAMES[side]}"
+        for architecture, sides in SIDES_OF.items()
+        for side in sides
+        if not final(found, side, architecture, tokens)
+    ]
+    return ["", f"Not trained with the seeds that are compared: {', '.join(missing)}."] if missing else []
 
 
 if __name__ == "__main__":
