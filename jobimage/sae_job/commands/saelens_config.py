@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sae_job.commands.saelens_keys import DEFAULTS, HUB_NAMES, LENS_ONLY, RENAMED, WITHOUT_EFFECT
+from sae_job.commands.saelens_values import checked
 from sae_job.errors import InvalidInput
 from sae_operator.api.base import API_VERSION, MAX_NAME_LENGTH
 
@@ -99,7 +100,7 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration under today's names, with defaults.
 
     Raises:
-        InvalidInput: a key is unknown.
+        InvalidInput: a key is unknown, or its value of another type.
     """
     if isinstance(config.get("sae"), Mapping):
         raise InvalidInput(
@@ -111,7 +112,7 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         known = RENAMED.get(key, key)
         if known in DEFAULTS:
-            values[known] = value
+            values[known] = checked(known, value)
         elif known not in WITHOUT_EFFECT:
             near = difflib.get_close_matches(key, [*DEFAULTS, *RENAMED, *WITHOUT_EFFECT], n=1)
             hint = f"did you mean {near[0]}?" if near else "SAELens 5 has no such key; remove it"
@@ -253,7 +254,6 @@ def _sampling(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if isinstance(excluded, list):
         sampling["excludeTokenIds"] = excluded
     positions = values["seqpos_slice"]
-    positions = tuple(positions) if isinstance(positions, list | tuple) else (positions,)
     if positions != (None,):
         # As Python's slice: one number is the stop.
         start, stop, step = (*((None, *positions) if len(positions) == 1 else positions), None, None)[:3]

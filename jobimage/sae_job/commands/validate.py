@@ -79,7 +79,9 @@ def _plan(job: Resource, caches: Caches, *, d_in: int | None, store: Path | None
     try:
         found = look_ahead(job, caches, store_root=store) if d_in is None else assume(job, caches, d_in=d_in)
     except InvalidInput as error:
-        raise InvalidInput(error.reason, error.message, field=f"SAETrainingJob/{job.name}: {error.field}") from error
+        raise InvalidInput(error.reason, str(error), field=f"SAETrainingJob/{job.name}") from error
+    if found is None:
+        return ["plan: its cache is described elsewhere, and the number of rows is not known here"]
     return describe(found, job.spec)
 
 

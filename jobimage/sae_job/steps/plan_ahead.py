@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from sae_job.activations.reader import reader_memory_bytes
-from sae_job.errors import InvalidInput
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.steps.context import StepContext
 from sae_job.steps.local import local_train_step
@@ -45,18 +44,19 @@ def look_ahead(
     return survey(step, opener(step.activations), context)
 
 
-def assume(job: Resource, caches: Mapping[tuple[str, str], ActivationCacheSpec], *, d_in: int) -> Survey:
-    """What a job comes to if all of its hooks have this width; what a model takes is left out.
+def assume(job: Resource, caches: Mapping[tuple[str, str], ActivationCacheSpec], *, d_in: int) -> Survey | None:
+    """What a job comes to if all of its hooks have this width; what a model takes is left out. None where its cache is
+    described elsewhere, so that nobody here knows how many rows there are.
 
     Raises:
-        InvalidInput: what cannot work, or the spec does not tell how many rows there are.
+        InvalidInput: what cannot work.
     """
     spec: SAETrainingJobSpec = job.spec
     cache = cache_of(spec)
     if spec.activations.cache_ref is not None:
         cache = caches.get((job.namespace, spec.activations.cache_ref.name))
     if cache is None:
-        raise InvalidInput("RowsUnknown", "the cache is described elsewhere, and its rows are not known here")
+        return None
     widths = {hook.key: d_in for hook in cache.hooks}
     plan = resolve_plan(spec, cache_rows=cache.tokens, widths=widths, ranks=training_processes(spec))
     size = cache.tokens * row_bytes(widths, cache.storage.dtype)

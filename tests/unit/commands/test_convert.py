@@ -251,3 +251,40 @@ def test_what_saelens_refuses_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "cfg.json").write_text(json.dumps({**TUTORIAL, "normalize_sae_decoder": True}))
     assert run_command_line(["convert", str(tmp_path / "cfg.json")]) == 2
     assert "needs normalizeDecoder: false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("training_tokens", "1e6 ", "'1e6 ' is not a whole number"),
+        ("training_tokens", None, "None is not a whole number"),
+        ("context_size", 128.5, "128.5 is not a whole number"),
+        ("lr", float("nan"), "nan is not a number"),
+        ("model_name", 5, "5 is not a text"),
+        ("prepend_bos", "no", "'no' is not true or false"),
+        ("model_kwargs", [1], "[1] is not a mapping"),
+        ("seqpos_slice", [], "[] is not one to three positions"),
+        ("seqpos_slice", [1, 2, 3, 4], "[1, 2, 3, 4] is not one to three positions"),
+        ("exclude_special_tokens", ["a"], "'a' is not a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(key: str, value: object, told: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        converted(**{key: value})
+    assert (caught.value.field, caught.value.message.startswith(told)) == (key, True)
+
+
+def test_whole_numbers_may_be_written_as_others() -> None:
+    """As YAML reads 1e6."""
+    assert spec_of(converted(training_tokens=1e6)).training.tokens == 1_000_000
+
+
+@pytest.mark.parametrize("value", ["x", None, [], -1, 0, 1.5, {"a": 1}, True, [1, 2, 3, 4], float("inf")])
+def test_whatever_a_value_is_it_is_converted_or_refused_by_its_key(value: object) -> None:
+    for key in DEFAULTS:
+        refused: list[InvalidInput] = []
+        try:
+            converted(**{key: value})
+        except InvalidInput as error:
+            refused.append(error)
+        assert all(error.field for error in refused)

@@ -49,6 +49,16 @@ def test_a_width_that_is_told_stands_for_the_model(tmp_path: Path, capsys: pytes
     assert "9,024 tokens in 141 steps of 64, 1,000 held out" in shown
 
 
+@pytest.mark.parametrize("activations", ["{uri: s3://b12/c}", "{cacheRef: {name: elsewhere}}"])
+def test_a_width_tells_nothing_of_a_cache_that_is_described_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], activations: str
+) -> None:
+    assert validate(tmp_path, activations, "--d-in", "16") == 0
+    shown = capsys.readouterr()
+    assert "plan: its cache is described elsewhere" in shown.out
+    assert "spec.training.learningRate: 0.5 is likely to diverge" in shown.err
+
+
 def test_what_cannot_work_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     activations = f"{{uri: 'file://{tmp_path}/nothing'}}"
     assert validate(tmp_path, activations) == 2
