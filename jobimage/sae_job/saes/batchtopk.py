@@ -14,11 +14,11 @@ from torch import Tensor
 
 from sae_job.saes.base import SAE
 from sae_job.saes.batch_selection import among, batch_top_k
-from sae_job.saes.config import Provenance
 from sae_job.saes.kernels.selection import candidates_of, settled
 from sae_job.saes.kernels.sparse import ActiveLatents, active_above
 from sae_job.saes.sparse_step import SelectingSAE
 from sae_job.saes.trainable import Ranks
+from sae_job.saes.weights import SavedAs
 from sae_operator.api.sae import SaeSpec
 
 DEFAULT_THRESHOLD_MOMENTUM = 0.99
@@ -81,21 +81,5 @@ class BatchTopKSAE(SelectingSAE):
         super()._move_norms_to_encoder(norms)
         self.threshold.mul_(norms.mean())
 
-    def to_inference(
-        self,
-        *,
-        scale: float,
-        target_scale: float | None = None,
-        normalization: str = "none",
-        provenance: Provenance | None = None,
-    ) -> SAE:
-        return self.export(
-            "relu",
-            {},
-            architecture="jumprelu",
-            tensors={"threshold": self.threshold.expand(self.d_sae)},
-            scale=scale,
-            target_scale=target_scale,
-            normalization=normalization,
-            provenance=provenance,
-        )
+    def saved_as(self) -> SavedAs:
+        return SavedAs("jumprelu", tensors={"threshold": self.threshold.expand(self.d_sae)})

@@ -20,8 +20,6 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from sae_job.saes.base import SAE
-from sae_job.saes.config import Provenance
 from sae_job.saes.kernels.choice import kernel_name
 from sae_job.saes.kernels.sparse import ActiveLatents
 from sae_job.saes.norm_penalty import NormPenalty
@@ -175,15 +173,3 @@ class GatedSAE(PenalizedSAE):
     def active_latents(self, x: Float32[Tensor, "batch d_in"]) -> ActiveLatents:
         opened, _ = self.encode_sparsely(self.encoder_input(x), None, -self.b_gate)
         return opened.with_values(self._magnitudes(opened))
-
-    def to_inference(
-        self,
-        *,
-        scale: float,
-        target_scale: float | None = None,
-        normalization: str = "none",
-        provenance: Provenance | None = None,
-    ) -> SAE:
-        return self.export(
-            "relu", {}, scale=scale, target_scale=target_scale, normalization=normalization, provenance=provenance
-        )

@@ -26,7 +26,6 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from sae_job.saes.base import SAE
-from sae_job.saes.config import Provenance
 from sae_job.saes.kernels.choice import kernel_name
 from sae_job.saes.kernels.sparse import ActiveLatents
 from sae_job.saes.penalized import PenalizedSAE, Step, cleared_gradient, warmed_up
@@ -249,15 +248,3 @@ class JumpReLUSAE(PenalizedSAE):
         """
         super().after_optimizer_step()
         self.threshold.clamp_(min=0.0)
-
-    def to_inference(
-        self,
-        *,
-        scale: float,
-        target_scale: float | None = None,
-        normalization: str = "none",
-        provenance: Provenance | None = None,
-    ) -> SAE:
-        return self.export(
-            "relu", {}, scale=scale, target_scale=target_scale, normalization=normalization, provenance=provenance
-        )

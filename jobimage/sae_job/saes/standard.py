@@ -12,8 +12,6 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from sae_job.saes.base import SAE
-from sae_job.saes.config import Provenance
 from sae_job.saes.ghost import ghost_gradients
 from sae_job.saes.kernels.choice import kernel_name
 from sae_job.saes.kernels.sparse import ActiveLatents
@@ -21,6 +19,7 @@ from sae_job.saes.norm_penalty import NormPenalty
 from sae_job.saes.penalized import PenalizedSAE, Step, cleared_gradient, warmed_up
 from sae_job.saes.reconstruction import reconstruction_loss
 from sae_job.saes.trainable import Ranks, StepInput, StepStatistics
+from sae_job.saes.weights import SavedAs
 from sae_operator.api.sae import SaeSpec
 
 
@@ -152,19 +151,5 @@ class StandardSAE(PenalizedSAE):
         active, _ = self.encode_sparsely(self.encoder_input(x), self.b_enc, 0.0)
         return active.with_values(active.values.tanh()) if self._tanh else active
 
-    def to_inference(
-        self,
-        *,
-        scale: float,
-        target_scale: float | None = None,
-        normalization: str = "none",
-        provenance: Provenance | None = None,
-    ) -> SAE:
-        return self.export(
-            "tanh-relu" if self._tanh else "relu",
-            {},
-            scale=scale,
-            target_scale=target_scale,
-            normalization=normalization,
-            provenance=provenance,
-        )
+    def saved_as(self) -> SavedAs:
+        return SavedAs("standard", "tanh-relu" if self._tanh else "relu")

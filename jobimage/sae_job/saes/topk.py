@@ -6,11 +6,10 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sae_job.saes.base import SAE
-from sae_job.saes.config import Provenance
 from sae_job.saes.kernels.selection import select_top_k
 from sae_job.saes.kernels.sparse import ActiveLatents, top_k
 from sae_job.saes.sparse_step import SelectingSAE
+from sae_job.saes.weights import SavedAs
 
 
 class TopKSAE(SelectingSAE):
@@ -29,19 +28,5 @@ class TopKSAE(SelectingSAE):
         centred = self.centred(x)
         return self._select(self._pre_activations(centred), centred)
 
-    def to_inference(
-        self,
-        *,
-        scale: float,
-        target_scale: float | None = None,
-        normalization: str = "none",
-        provenance: Provenance | None = None,
-    ) -> SAE:
-        return self.export(
-            "topk",
-            {"k": self.k},
-            scale=scale,
-            target_scale=target_scale,
-            normalization=normalization,
-            provenance=provenance,
-        )
+    def saved_as(self) -> SavedAs:
+        return SavedAs("topk", "topk", {"k": self.k})

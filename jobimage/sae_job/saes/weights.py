@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,23 @@ _UNIT_NORM_TOLERANCE = 1e-5
 # The encoder's biases among the parameters of one number per latent: what an input's centre is taken off by.
 _ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
 _SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SavedAs:
+    """What an SAE in training is for use.
+
+    Attributes:
+        architecture: as cfg.json names it.
+        activation_fn: its name there.
+        activation_fn_kwargs: its settings there.
+        tensors: further tensors, e.g. `threshold`, of the latents' scale, which folding leaves alone.
+    """
+
+    architecture: str
+    activation_fn: str = "relu"
+    activation_fn_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class TrainableWeights(ABC):
@@ -95,15 +113,9 @@ class TrainableWeights(ABC):
     @abstractmethod
     def active_latents(self, x: Float32[Tensor, "batch d_in"]) -> ActiveLatents: ...
 
-    @abstractmethod
-    def to_inference(
-        self,
-        *,
-        scale: float,
-        target_scale: float | None = None,
-        normalization: str = "none",
-        provenance: Provenance | None = None,
-    ) -> SAE: ...
+    def saved_as(self) -> SavedAs:
+        """What it is saved as."""
+        return SavedAs(self.spec.architecture.type)
 
     @property
     def parameters_by_name(self) -> dict[str, Tensor]:
@@ -240,26 +252,16 @@ class TrainableWeights(ABC):
             self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM))
 
     @torch.no_grad()
-    def export(
+    def to_inference(
         self,
-        activation_fn: str,
-        activation_fn_kwargs: Mapping[str, Any],
         *,
         scale: float,
         target_scale: float | None = None,
-        normalization: str,
-        provenance: Provenance | None,
-        architecture: str | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
+        normalization: str = "none",
+        provenance: Provenance | None = None,
     ) -> SAE:
-        """A copy for use on raw activations; see `TrainableSAE.to_inference`.
-
-        Args:
-            activation_fn: its name in cfg.json.
-            activation_fn_kwargs: its settings.
-            architecture: what the copy is saved as; the SAE's own type when None.
-            tensors: further tensors of the copy, e.g. `threshold`, of the latents' scale, which folding leaves alone.
-        """
+        """A copy for use on raw activations; see `TrainableSAE.to_inference`."""
+        saved = self.saved_as()
         if normalization in RUN_TIME_NORMALIZATIONS:
             scale = target_scale = 1.0  # each activation is brought to scale by the copy itself
         target_scale = scale if target_scale is None else target_scale
@@ -268,14 +270,14 @@ class TrainableWeights(ABC):
         folded |= {"W_dec": self.W_dec / target_scale, "b_dec": self.b_dec / target_scale}
         if self.W_skip is not None:
             folded["W_skip"] = self.W_skip * (scale / target_scale)
-        folded |= tensors or {}
+        folded |= saved.tensors
         source = provenance or Provenance()
         config = SAEConfig(
-            architecture=architecture or self.spec.architecture.type,
+            architecture=saved.architecture,
             d_in=self.d_in,
             d_sae=self.d_sae,
-            activation_fn_str=activation_fn,
-            activation_fn_kwargs=dict(activation_fn_kwargs),
+            activation_fn_str=saved.activation_fn,
+            activation_fn_kwargs=dict(saved.activation_fn_kwargs),
             apply_b_dec_to_input=self.spec.subtracts_b_dec,
             dtype=self.spec.dtype,
             # What is folded in is not to be done again.
