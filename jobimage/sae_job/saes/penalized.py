@@ -76,7 +76,6 @@ class PenalizedSAE(TrainableWeights):
         activation: Activation,
     ) -> None:
         super().__init__(spec, d_in, d_out, d_sae, device=device, ranks=ranks, activation=activation)
-        self._noise_scale = spec.architecture.noise_scale or 0.0
         self.regime = Regime(d_sae, device=device, ranks=ranks)
 
     @property
@@ -124,9 +123,9 @@ class PenalizedSAE(TrainableWeights):
             torch.mm(centred, self.W_enc_T.T, out=pre)
         else:
             torch.addmm(bias, centred, self.W_enc_T.T, out=pre)
-        if step is not None and self._noise_scale > 0:
-            noise = self.scratch("noise", centred.shape[0])
-            pre.add_(noise.normal_(generator=step.batch.generator), alpha=self._noise_scale)
+        noise = None if step is None else self.source_of_noise(step.batch)
+        if noise is not None:
+            self.add_noise_(pre, noise)
         return pre
 
     def encode_sparsely(

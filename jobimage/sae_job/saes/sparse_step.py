@@ -67,7 +67,6 @@ class SelectingSAE(TrainableWeights):
         self.k = spec.architecture.k
         super().__init__(spec, d_in, d_out, d_sae, device=device, ranks=ranks, activation=self._dense_activation)
         self._aux = AuxK.of(spec.architecture, d_in=d_in, d_sae=d_sae)
-        self._noise_scale = spec.architecture.noise_scale or 0.0
 
     def _move_norms_to_encoder(self, norms: Float32[Tensor, " d_sae"]) -> None:
         """As in `TrainableWeights`; what is selected stays the same only where all norms are."""
@@ -102,14 +101,13 @@ class SelectingSAE(TrainableWeights):
         """
         pre = pre_activations(centred, self.W_enc_T, self.b_enc, self.memory, rounded=rounded)
         if noise is not None:
-            drawn = self.memory.take("noise", *pre.shape, device=pre.device).normal_(generator=noise)
-            pre.add_(drawn, alpha=self._noise_scale)
+            self.add_noise_(pre, noise)
         return pre
 
     @torch.no_grad()
     def step_gradients(self, batch: StepInput) -> StepStatistics:
         centred = self.centred(batch.x)
-        noise = self._source_of_noise(batch)
+        noise = self.source_of_noise(batch)
         # Noise is part of what is selected, and is not there to be computed again.
         rounded = self.selection == "bfloat16" and noise is None and is_faster_in_bfloat16(centred.device.type)
         pre = self._pre_activations(centred, rounded=rounded, noise=noise)
@@ -175,13 +173,6 @@ class SelectingSAE(TrainableWeights):
             decoded_gradient=gradient,
             error=found.error,
         )
-
-    def _source_of_noise(self, batch: StepInput) -> torch.Generator | None:
-        if self._noise_scale == 0:
-            return None
-        if batch.generator is None:
-            raise ValueError("noiseScale needs a source of noise: StepInput.generator")
-        return batch.generator
 
     def _to_revive(self, batch: StepInput) -> Int64[Tensor, " n_dead"] | None:
         """The dead latents, where there are any and they are to be revived.

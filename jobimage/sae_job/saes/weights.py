@@ -93,6 +93,7 @@ class TrainableWeights(ABC):
         self.d_out = d_out
         self.d_sae = d_sae
         self.memory = StepMemory()
+        self._noise_scale = spec.architecture.noise_scale or 0.0
         self._activation = activation
 
         def parameter(*shape: int) -> Tensor:
@@ -206,6 +207,19 @@ class TrainableWeights(ABC):
     def centred(self, x: Float32[Tensor, "batch d_in"]) -> Float32[Tensor, "batch d_in"]:
         """The encoder's input."""
         return x - self.b_dec if self.spec.subtracts_b_dec else x
+
+    def source_of_noise(self, batch: StepInput) -> torch.Generator | None:
+        """What the noise of a step's pre-activations is drawn from; None where they have none."""
+        if self._noise_scale == 0:
+            return None
+        if batch.generator is None:
+            raise ValueError("noiseScale needs a source of noise: StepInput.generator")
+        return batch.generator
+
+    def add_noise_(self, pre: Float32[Tensor, "batch d_sae"], source: torch.Generator) -> None:
+        """Add the spec's noise to pre-activations, in place."""
+        drawn = self.memory.take("noise", *pre.shape, device=pre.device).normal_(generator=source)
+        pre.add_(drawn, alpha=self._noise_scale)
 
     @torch.no_grad()
     def add_bias_and_skip_(

@@ -296,6 +296,7 @@ def test_noise_has_the_specs_deviation() -> None:
     assert float(loss) == pytest.approx(0.5**2, rel=0.05)
 
 
-def test_noise_without_a_source_is_refused() -> None:
+@pytest.mark.parametrize("architecture", [TOPK, STANDARD, {"type": "jumprelu", "l0Coefficient": 0.3}])
+def test_noise_without_a_source_is_refused(architecture: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="source of noise"):
-        trainable({**TOPK, "noiseScale": 1.0}).step_gradients(StepInput(batch(), batch(), 0, None))
+        trainable({**architecture, "noiseScale": 1.0}).step_gradients(StepInput(batch(), batch(), 0, None))
