@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sae_job.errors import InvalidInput
 from sae_job.steps.memory import PROCESS_BYTES, has_gpu, mebibytes, memory_limit
 from sae_job.training.plan import SaePlan, TrainingPlan
+from sae_operator.api.sae import Architecture
 from sae_operator.api.training_job import SAETrainingJobSpec
 
 _FLOAT32 = 4
@@ -24,6 +25,11 @@ def parameters_of(sae: SaePlan, *, finetuning: bool = False) -> int:
     vectors = _VECTORS.get(sae.spec.architecture.type, 1) + finetuning
     skip = sae.d_in * sae.d_out if sae.spec.skip_connection else 0
     return sae.d_sae * (sae.d_in + sae.d_out + vectors) + sae.d_out + skip
+
+
+def _latent_arrays(architecture: Architecture) -> int:
+    """Arrays of [batch, d_sae] of a step; noise is one more."""
+    return _LATENT_ARRAYS.get(architecture.type, 1) + bool(architecture.noise_scale)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class TrainingMemory:
         parameters = {sae.name: parameters_of(sae, finetuning=finetuning) for sae in plan.saes}
         total = sum(parameters.values())
         moments = _FLOAT32 * _MOMENTS[plan.settings.optimizer] * total
-        latents = max(sae.d_sae * _LATENT_ARRAYS.get(sae.spec.architecture.type, 1) for sae in plan.saes)
+        latents = max(sae.d_sae * _latent_arrays(sae.spec.architecture) for sae in plan.saes)
         widths = {sae.hook: sae.d_in for sae in plan.saes} | {sae.target_hook: sae.d_out for sae in plan.saes}
         saved = sum(parameters[sae.name] * _DTYPE_BYTES[sae.spec.dtype] for sae in plan.saes)
         return cls(

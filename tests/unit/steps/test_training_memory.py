@@ -56,6 +56,11 @@ def test_weights_add_up_over_saes_and_step_buffers_do_not() -> None:
     assert two.step == one.step == 4 * BATCH * (D_SAE + D_IN)
 
 
+def test_noise_is_one_more_array_of_all_latents() -> None:
+    noisy = {"architecture": {**TOPK["architecture"], "noiseScale": 0.1}}
+    assert memory_of(noisy).step == memory_of(TOPK).step + 4 * BATCH * D_SAE
+
+
 def test_a_transcoder_holds_batches_of_both_hooks() -> None:
     assert memory_of({**TOPK, "targetHook": "b"}).step == 4 * BATCH * (D_SAE + D_IN + D_OUT)
 
