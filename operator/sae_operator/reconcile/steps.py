@@ -86,9 +86,9 @@ def view_step(scene: Scene[Any], plan: StepPlan) -> StepView:
     job = max(jobs, key=lambda job: job.attempt)
     pods = tuple(pod for pod in scene.children.pods if pod.job_name == job.name)
     if job.complete:
-        # Of pods that worked together the first one tells figures.
-        by_index = sorted(pods, key=lambda pod: pod.index or 0)
-        result = next((pod.result for pod in by_index if pod.phase == "Succeeded" and pod.result is not None), None)
+        # Of pods that worked together the first one tells figures; the others only that they have ended.
+        first = (pod for pod in pods if not pod.index)
+        result = next((pod.result for pod in first if pod.phase == "Succeeded" and pod.result is not None), None)
         settled = result is not None or not plan.needs_result or _grace_is_over(scene, job)
         return StepView("succeeded" if settled else "settling", job, pods, result)
     if job.failed_reason is not None:

@@ -107,6 +107,13 @@ def test_the_first_pods_result_counts() -> None:
     assert cluster.status(JOB, "sae")["summary"]["sae"] == "k32"
 
 
+def test_another_ones_is_none_where_the_first_pods_is_lost() -> None:
+    nothing = json.dumps({"step": "train", "exitCode": 0, "reason": "Completed"})
+    cluster = trained(training(PodScript(message=""), PodScript(message=nothing), PodScript(message=nothing)))
+    assert cluster.phase(JOB, "sae") == "Succeeded"
+    assert "results.json" in message_of(cluster, JOB, "sae", "MetricsUnavailable")
+
+
 def test_what_one_pod_says_is_told_and_not_that_the_others_lost_it() -> None:
     lost = PodScript(exit_code=1, seconds=2, message=result("train", 1, "PeerLost", "another process has ended"))
     cause = PodScript(exit_code=1, seconds=1, message=result("train", 1, "StoreFailed", "the disk is full"))
