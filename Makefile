@@ -23,7 +23,7 @@ quickstart: $(INSTALLED) ## Cache activations of a small real model and train an
 	$(BIN)/python tools/small_model.py --model $(QUICKSTART)/smollm2-135m --text $(QUICKSTART)/english-text
 	$(BIN)/sae-job run -f examples/quickstart.yaml
 
-test: lint ## Run every check and test: unit, a real API server, real pods and S3, peers
+test: lint ## Run every check and test: unit, processes that train together, a real API server, real pods and S3, peers
 	$(BIN)/python -m pytest
 
 unit: $(INSTALLED) ## Run the unit tests alone (a minute or two)

@@ -22,10 +22,13 @@ Act = Callable[[DistributedRanks, Any], Any]
 
 def in_processes(size: int, act: Callable[[Place, Any], Any], folder: Path, given: Any = None) -> list[Any]:
     """As `on_ranks`, of functions that join the others by themselves, as torchrun's environment says."""
+    return _results(size, _run_alone, folder, (act, free_port(), given))
+
+
+def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    return _results(size, _run_alone, folder, (act, port, given))
+        return taken.getsockname()[1]
 
 
 def on_ranks(size: int, act: Act, folder: Path, given: Any = None, *, device: str = "cpu") -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sae_job.training.place import Place
+from sae_job.training.place import ALONE, Place
 from tests.live_job import LiveJob, write_inputs
 from tests.rank_processes import in_processes
 
@@ -30,5 +30,6 @@ def test_the_curve_is_that_of_one_process(tmp_path: Path) -> None:
         assert job.preflight().exit_code == 0
         meeting = tmp_path / f"meeting{size}"
         meeting.mkdir()
-        assert in_processes(size, trained, meeting, job) == [0] * size
+        told = in_processes(size, trained, meeting, job) if size > 1 else [trained(ALONE, job)]
+        assert told == [0] * size
     assert losses(jobs[2]) == pytest.approx(losses(jobs[1]), rel=1e-5)

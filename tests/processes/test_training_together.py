@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_job.storage.file_store import FileStore
-from sae_job.training.place import Place
+from sae_job.training.place import ALONE, Place
 from tests.rank_processes import in_processes
 from tests.small_cache import write_small_cache
 from tests.small_training import EVERY_KIND, STANDARD, TOPK, TWO_HOOKS, Job, train_step
@@ -80,7 +80,10 @@ def jobs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Job
     step = train_step(saes=list(KINDS.values()))
     jobs = {size: Job(cache, tmp_path_factory.mktemp(f"out{size}"), step) for size in (1, 2, 4)}
     for size, job in jobs.items():
-        assert in_processes(size, trained, tmp_path_factory.mktemp(f"meeting{size}"), job)[0] == (0, 608)
+        together = size > 1
+        meeting = tmp_path_factory.mktemp(f"meeting{size}")
+        first = in_processes(size, trained, meeting, job)[0] if together else trained(ALONE, job)
+        assert first == (0, 608)
     return jobs
 
 
@@ -107,10 +110,10 @@ def test_the_first_process_alone_leaves_files(jobs: dict[int, Job]) -> None:
     assert results["provenance"]["processes"] == 4
 
 
-@pytest.fixture
-def undisturbed(cache: Path, tmp_path: Path) -> Job:
-    job = Job(cache, folder_of(tmp_path, "undisturbed"), train_step(saes=TWO_SAES))
-    assert in_processes(2, trained, folder_of(tmp_path, "first"), job) == [(0, 608), (0, None)]
+@pytest.fixture(scope="module")
+def undisturbed(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    job = Job(cache, tmp_path_factory.mktemp("undisturbed"), train_step(saes=TWO_SAES))
+    assert in_processes(2, trained, tmp_path_factory.mktemp("first"), job) == [(0, 608), (0, None)]
     return job
 
 
