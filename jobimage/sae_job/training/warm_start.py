@@ -61,7 +61,7 @@ def _difference(plan: SaePlan, sae: SAE) -> str | None:
     saved_as = SAVED_AS.get(spec.architecture.type, spec.architecture.type)
     if cfg.architecture not in (saved_as, spec.architecture.type):
         return f"it is of architecture {cfg.architecture}, and {spec.architecture.type} is asked for"
-    activation = "topk" if spec.architecture.type == "topk" else spec.architecture.activation or "relu"
+    activation = "topk" if saved_as == "topk" else spec.architecture.activation or "relu"
     if cfg.activation_fn_str != activation:
         return f"its activation function is {cfg.activation_fn_str}, and {activation} is asked for"
     d_out = sae.W_dec.shape[1]

@@ -71,6 +71,9 @@ def test_a_step_is_that_of_a_topk_sae_with_as_many(documented: Any, step: int, k
 def test_the_copy_for_use_is_a_topk_sae(documented: Any) -> None:
     sae = built(documented)
     sae.step_gradients(StepInput(batch(), batch(), 0))
+    # Its type as the page has it, which nobody may load as one of an SAE for use.
+    annealed = sae.spec.architecture.model_copy(update={"type": "annealed_topk"})
+    sae.spec = sae.spec.model_copy(update={"architecture": annealed})
     used = sae.to_inference(scale=1.0)
     assert (used.cfg.architecture, used.cfg.k) == ("topk", K)
     assert sae.active_latents(batch()).values.shape[-1] == K
