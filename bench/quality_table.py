@@ -179,7 +179,9 @@ def _rates(found: Sequence[Result]) -> list[str]:
                 for run in sorted(runs, key=lambda run: run.run.learning_rate)
             ]
             if cells:
-                lines.append(f"| {architecture} | {NAMES[side]} | {'; '.join(cells)} |")
+                # A search has at least the library's rate and its neighbours.
+                rest = "" if len(cells) >= 3 else "; the search is not finished"
+                lines.append(f"| {architecture} | {NAMES[side]} | {'; '.join(cells)}{rest} |")
     return lines
 
 
