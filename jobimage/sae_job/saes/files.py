@@ -135,7 +135,7 @@ def _check_shapes(config: SAEConfig, tensors: Mapping[str, Tensor]) -> None:
 def _parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         config = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput("SaeInvalid", f"{where}{CONFIG_FILE} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise InvalidInput("SaeInvalid", f"{where}{CONFIG_FILE} is damaged: it holds no object")

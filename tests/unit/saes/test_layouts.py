@@ -211,7 +211,9 @@ def test_the_file_that_is_missing_is_named(missing: str, tmp_path: Path) -> None
         SAE.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"\xff", b"[" * 100_000], ids=["cut off", "no object", "no text", "nested without end"]
+)
 def test_a_damaged_configuration_says_so(content: bytes, tmp_path: Path) -> None:
     saved(random_sae("standard"), tmp_path)
     (tmp_path / "cfg.json").write_bytes(content)
