@@ -8,11 +8,15 @@ from typing import Any, Literal
 
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectNotFound, ObjectStore, PreconditionFailed
+from sae_operator.api.identity import determining
 from sae_operator.api.steps import ExitCode, SaeProgress, StepResult, TrainStep
 
 MARKER_KEY = "sae-operator.json"
 RESULTS_KEY = "results.json"
 KIND = "SAETrainingJob"
+ACTIVATIONS = "spec.activations"
+# Of a value in a message.
+MOST_SHOWN = 60
 
 
 def check_output(store: ObjectStore, step: TrainStep) -> bool:
@@ -33,12 +37,47 @@ def check_output(store: ObjectStore, step: TrainStep) -> bool:
     if marker.get("kind") != KIND:
         raise _taken(store, f"an {marker['kind']}" if "kind" in marker else "something else")
     if marker.get("specHash") != step.training_identity:
-        raise _taken(
-            store,
-            f"the job {marker.get('namespace')}/{marker.get('name')} with another spec",
-            fix=f"; if that job is gone for good, delete what is there, {MARKER_KEY} included",
-        )
+        raise _other_spec(store, step, marker)
     return True
+
+
+def _other_spec(store: ObjectStore, step: TrainStep, marker: Mapping[str, Any]) -> InvalidInput:
+    """What to tell of an output whose job has another spec: of a job of the same name, what was changed."""
+    whose = f"the job {marker.get('namespace')}/{marker.get('name')} with another spec"
+    fix = f"; if that job is gone for good, delete what is there, {MARKER_KEY} included"
+    before = marker.get("spec")
+    same_job = (marker.get("namespace"), marker.get("name")) == (step.namespace, step.name)
+    changed = first_difference(before, determining(step.spec)) if same_job and isinstance(before, Mapping) else None
+    if changed is None:
+        return _taken(store, whose, fix=fix)
+    field, was, now = changed
+    # A cache is told by its identity.
+    values = "differs from" if field == ACTIVATIONS else f"is {_shown(now)}, and {_shown(was)} in"
+    return InvalidInput(
+        "OutputTaken", f"{values} {store.uri}: set it back, or choose another output.uri{fix}", field=field
+    )
+
+
+def first_difference(before: Any, now: Any, path: str = "spec") -> tuple[str, Any, Any] | None:
+    """Where two documents of `determining` differ first, and what each of them says there; None for what is left
+    out."""
+    if before == now:
+        return None
+    if path != ACTIVATIONS:
+        pairs: list[tuple[str, Any, Any]] = []
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            pairs = [(f"{path}.{key}", before.get(key), now.get(key)) for key in sorted({*before, *now})]
+        elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+            pairs = [(f"{path}[{index}]", *pair) for index, pair in enumerate(zip(before, now, strict=True))]
+        for below, was, becomes in pairs:
+            if was != becomes:
+                return first_difference(was, becomes, below)
+    return path, before, now
+
+
+def _shown(value: Any) -> str:
+    text = "left out" if value is None else json.dumps(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def claim_output(store: ObjectStore, step: TrainStep) -> Literal["claimed", "resumed"]:
@@ -58,6 +97,7 @@ def claim_output(store: ObjectStore, step: TrainStep) -> Literal["claimed", "res
         "namespace": step.namespace,
         "name": step.name,
         "specHash": step.training_identity,
+        "spec": determining(step.spec),
     }
     try:
         store.put(MARKER_KEY, (json.dumps(marker, sort_keys=True) + "\n").encode(), if_absent=True)

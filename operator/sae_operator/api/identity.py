@@ -109,6 +109,11 @@ def live_location(spec: SAETrainingJobSpec) -> StoreLocation:
 
 def training_identity(spec: SAETrainingJobSpec) -> str:
     """Hash of what determines a training job's results: a resource re-created with the same continues or adopts."""
+    return canonical_hash(determining(spec))
+
+
+def determining(spec: SAETrainingJobSpec) -> dict[str, Any]:
+    """What determines a training job's results: parts of its spec by their names, a cache by its identity."""
     manifest = chosen(spec)
     # Where the data lies counts, not who opens it.
     activations = {key: value for key, value in manifest["activations"].items() if key not in ("region", "secretRef")}
@@ -120,12 +125,10 @@ def training_identity(spec: SAETrainingJobSpec) -> str:
         kind = "cache" if spec.activations.live is None else "live"
         activations = {kind: cache_identity(source), "hooks": hooks}
     training = {key: value for key, value in chosen(spec.training).items() if key != "tokens"}
-    return canonical_hash(
-        {
-            "activations": activations,
-            "training": training,
-            "saes": manifest["saes"],
-            "normalization": spec.normalization,
-            "evaluation": chosen(spec.evaluation),
-        }
-    )
+    return {
+        "activations": activations,
+        "training": training,
+        "saes": manifest["saes"],
+        "normalization": spec.normalization,
+        "evaluation": chosen(spec.evaluation),
+    }

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from sae_job.errors import InvalidInput, Stopped
+from sae_job.steps.output_marker import claim_output
 from sae_job.steps.stopping import stop_on_signals
 from sae_job.storage.base import StoreError
 from sae_job.storage.file_store import FileStore
 from sae_operator.api.steps import Progress
 from tests.faults import KILLED, FaultPlan, count_calls, fail, folder_bytes, run_in_child
 from tests.small_cache import write_small_cache
-from tests.small_training import Job, train_step
+from tests.small_training import STANDARD, TOPK, Job, train_step
 
 # What the time of day may change: rates.
 NOT_COMPARED = ("results.json", "report.html")
@@ -205,12 +206,24 @@ def test_raised_tokens_lengthen_a_training_that_is_not_finished(new_job: Callabl
     assert min(state.tokens for state in seen if state.total_tokens) == 256
 
 
-def test_another_spec_is_refused_and_nothing_is_overwritten(new_job: Callable[..., Job]) -> None:
+@pytest.mark.parametrize(
+    ("parts", "field", "told"),
+    [
+        ({"normalization": "none"}, "spec.normalization", 'is "none", and "centered_rms" in file://out: set it back'),
+        ({"saes": [{**TOPK, "seed": 3}, STANDARD]}, "spec.saes[0].seed", "is 3, and left out in file://out"),
+        ({"saes": [TOPK]}, "spec.saes", 'is [{"name": "topk"'),
+        ({"evaluation": {"heldOutTokens": 48}}, "spec.evaluation.heldOutTokens", "is 48, and 40 in file://out"),
+        ({"activations": {"uri": "file://other"}}, "spec.activations", "differs from file://out"),
+    ],
+)
+def test_another_spec_is_refused_by_what_was_changed_and_nothing_is_overwritten(
+    new_job: Callable[..., Job], parts: dict[str, Any], field: str, told: str
+) -> None:
     job = new_job()
-    job.run()
+    claim_output(FileStore(job.output, "file://out"), job.step)
     before = folder_bytes(job.output)
-    other = replace(job, step=train_step(normalization="none"))
     with pytest.raises(InvalidInput) as caught:
-        other.run()
-    assert (caught.value.reason, caught.value.field) == ("OutputTaken", "spec.output.uri")
+        replace(job, step=train_step(**parts)).run()
+    assert (caught.value.reason, caught.value.field) == ("OutputTaken", field)
+    assert caught.value.message.startswith(told)
     assert folder_bytes(job.output) == before

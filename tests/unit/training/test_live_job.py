@@ -149,7 +149,7 @@ def test_a_checkpoint_of_a_live_job_is_not_continued_from_a_cache(inputs: Path, 
     for step in (cached.preflight, cached.train):
         with pytest.raises(InvalidInput) as caught:
             step()
-        assert (caught.value.reason, caught.value.field) == ("OutputTaken", "spec.output.uri")
+        assert (caught.value.reason, caught.value.field) == ("OutputTaken", "spec.activations")
     assert folder_bytes(live.output) == before
 
 
