@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sae_job.errors import InvalidInput
+from sae_job.reporting.wandb_artifacts import ArtifactUploads, SavesSae
 from sae_job.reporting.wandb_rows import (
     HoldsTensors,
     Moment,
@@ -47,7 +45,6 @@ _GROWTH = 1.1
 _BINS = 64
 # Of a histogram, as a share of the values' size: below it float32 tells nothing apart.
 _LEAST_SPAN = 1e-5
-_TIME_IN_NAME = "%Y%m%d_%H%M%S"
 # What a line of metrics.jsonl has besides figures.
 _PLACE_OF_A_LINE = ("step", "tokens", "sae", "phase")
 
@@ -121,12 +118,6 @@ class RunFiles(Protocol):
         ...
 
 
-class SavesSae(Protocol):
-    def __call__(self, sae: Any, log10_frequencies: Any, folder: Path) -> tuple[list[Path], list[Path]]:
-        """Write an SAE into a folder; its files, and those of its firing frequencies."""
-        ...
-
-
 @dataclass
 class _Open:
     """A run in progress.
@@ -185,7 +176,6 @@ class WandbRuns:
         self._group = group
         self._directory = directory
         self._files = files
-        self._save_sae = save_sae
         self._last_step = last_step
         self._now = now
         self._open: dict[str, _Open] = {}
@@ -193,7 +183,7 @@ class WandbRuns:
         self._offline = settings.mode == "offline"
         self._done = False
         self._final: set[str] = set()
-        self._uploads: list[threading.Thread] = []
+        self._artifacts = ArtifactUploads(directory / "artifacts", save_sae)
 
     def started(self, moment: Moment, lines: Sequence[Mapping[str, Any]]) -> None:
         """Open the runs, and log what they lack of the lines so far."""
@@ -217,7 +207,7 @@ class WandbRuns:
             # Evaluated once more with the language model, it is the same SAE.
             if self._logs_artifacts and moment.step == self._last_step and sae not in self._final:
                 self._final.add(sae)
-                self._log_artifact(sae, inference, self._densities.get(sae), aliases=["final_model"])
+                self._log_artifact(sae, inference, self._densities.get(sae), alias="final_model")
 
     def window(self, sae: str, moment: Moment, window: Window) -> None:
         self._densities[sae] = window.log10_frequencies
@@ -233,12 +223,11 @@ class WandbRuns:
                 self._open[sae].run.summary.update({"phase": phase, "message": message})
 
     def checkpointed(self, moment: Moment, saes: Mapping[str, tuple[Any, Any]]) -> None:
-        self._uploads = [upload for upload in self._uploads if upload.is_alive()]
         with self._no_harm():
             # Where one hangs, more would only pile up.
-            if self._logs_artifacts and not self._uploads:
+            if self._logs_artifacts and not self._artifacts.busy:
                 for name, (sae, log10_frequencies) in saes.items():
-                    self._log_artifact(name, sae, log10_frequencies, aliases=[f"tokens-{moment.tokens}"])
+                    self._log_artifact(name, sae, log10_frequencies, alias=f"tokens-{moment.tokens}")
             if self._offline:
                 for opened in self._open.values():
                     self._store(opened, grown=_GROWTH)
@@ -255,9 +244,7 @@ class WandbRuns:
             failed: it failed, perhaps as late.
         """
         complete = self._done and not stopped and not failed
-        deadline = self._now() + FINISH_SECONDS
-        for upload in self._uploads:
-            upload.join(max(0.0, deadline - self._now()))
+        self._artifacts.wait(FINISH_SECONDS, self._now)
         with self._no_harm():
             for opened in self._open.values():
                 # A row whose evaluation was cut off is logged by the attempt that makes it; so is the last one, which
@@ -367,37 +354,11 @@ class WandbRuns:
         opened.row.update(values)
         opened.evaluated |= evaluated
 
-    def _log_artifact(self, name: str, sae: Any, log10_frequencies: Any, *, aliases: list[str]) -> None:
-        """Upload an SAE in a thread: the client asks the server before it takes an artifact, and waits for its
-        answer."""
-        opened = self._open.get(name)
-        if opened is None:
-            return
-        upload = partial(self._upload, self._descriptions[name], opened.run, sae, log10_frequencies, aliases)
-        self._uploads.append(threading.Thread(target=upload, name=f"artifact of {name}", daemon=True))
-        self._uploads[-1].start()
-
-    def _upload(self, description: RunOfSae, run: Run, sae: Any, log10_frequencies: Any, aliases: list[str]) -> None:
-        import wandb
-
-        folder = self._directory / "artifacts" / description.id / aliases[0]
-        try:
-            model_files, sparsity_files = self._save_sae(sae, log10_frequencies, folder)
-            kinds = (
-                (description.artifact, "model", model_files, dict(description.configuration)),
-                (f"{description.artifact}_log_feature_sparsity", "log_feature_sparsity", sparsity_files, None),
-            )
-            for name, kind, paths, metadata in kinds:
-                if paths:
-                    artifact = wandb.Artifact(name, type=kind, metadata=metadata)
-                    for path in paths:
-                        artifact.add_file(str(path))
-                    run.log_artifact(artifact, aliases=aliases)
-        except Exception as error:  # noqa: BLE001 - the SAE is in the output all the same
-            logger.warning("%s %s was not uploaded to Weights & Biases: %s", description.artifact, aliases[0], error)
-        finally:
-            # The client has taken copies.
-            shutil.rmtree(folder, ignore_errors=True)
+    def _log_artifact(self, name: str, sae: Any, log10_frequencies: Any, *, alias: str) -> None:
+        opened, description = self._open.get(name), self._descriptions[name]
+        if opened is not None:
+            metadata = dict(description.configuration)
+            self._artifacts.start(opened.run, description.artifact, metadata, sae, log10_frequencies, alias=alias)
 
     def _finish(self, opened: _Open, *, complete: bool, stopped: bool) -> bool:
         """End a run; False when the server did not take all of it in time."""
@@ -469,21 +430,3 @@ def _histogram(values: Tensor) -> Any:
     if high - low < least:
         low, high = low - least / 2, high + least / 2
     return wandb.Histogram(np_histogram=numpy.histogram(array, bins=_BINS, range=(low, high)))
-
-
-def run_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Files of a run's folder that `wandb sync` needs, by their names in it; the log first."""
-    logs = sorted(folder.glob("run-*.wandb"))
-    others = sorted(path for path in (folder / "files").rglob("*") if path.is_file())
-    for path in (*logs, *others):
-        yield path.relative_to(folder).as_posix(), path
-
-
-def name_after(name: str, taken: Collection[str]) -> str:
-    """The name of a run's folder, `offline-run-<date>_<time>-<id>`, or one some seconds later that is not taken: the
-    client counts whole seconds, and attempts may be quicker. Their names sort in their order."""
-    while name in taken:
-        kind, moment, id = name.rsplit("-", 2)
-        later = datetime.strptime(moment, _TIME_IN_NAME) + timedelta(seconds=1)
-        name = f"{kind}-{later.strftime(_TIME_IN_NAME)}-{id}"
-    return name

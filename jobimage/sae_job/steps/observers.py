@@ -21,8 +21,8 @@ from typing import Any
 
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.reporting.metrics_parts import PREFIX, MetricsParts, first_line_of, part_key
-from sae_job.reporting.wandb_file import last_step
-from sae_job.reporting.wandb_runs import RunOfSae, WandbRuns, name_after, run_files, run_id
+from sae_job.reporting.wandb_file import last_step, name_after, run_files
+from sae_job.reporting.wandb_runs import RunOfSae, WandbRuns, run_id
 from sae_job.saes.config import Layout
 from sae_job.saes.files import SPARSITY_FILE
 from sae_job.storage.base import ObjectNotFound, ObjectStore, StoreError

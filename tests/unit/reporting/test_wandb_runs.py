@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sae_job.errors import InvalidInput
 from sae_job.reporting import wandb_runs
-from sae_job.reporting.wandb_file import history, last_step, messages
-from sae_job.reporting.wandb_runs import RunOfSae, WandbRuns, check_wandb, name_after, run_files, run_id
+from sae_job.reporting.wandb_file import history, last_step, messages, name_after, run_files
+from sae_job.reporting.wandb_runs import RunOfSae, WandbRuns, check_wandb, run_id
 from sae_operator.api.training_job import WandbSettings
 from tests.wandb_server import Behaviour, WandbServer
 
@@ -326,7 +326,7 @@ def test_an_artifact_that_the_server_does_not_take_holds_nothing_up(world: World
 def test_the_final_sae_is_uploaded_once(world: World, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = world.runs(ONLINE.model_copy(update={"log_artifacts": True}))
     uploaded: list[str] = []
-    monkeypatch.setattr(runs, "_log_artifact", lambda name, *rest, aliases: uploaded.append(f"{name} {aliases[0]}"))
+    monkeypatch.setattr(runs, "_log_artifact", lambda name, *rest, alias: uploaded.append(f"{name} {alias}"))
     train(runs, range(1, LAST + 1))
     runs.finished()
     runs.evaluated("a", At(LAST), {"ce_loss_score": 0.75}, Sae())  # by the language model
