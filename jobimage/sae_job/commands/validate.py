@@ -74,6 +74,7 @@ def _plan(job: Resource, caches: Caches, *, d_in: int | None, store: Path | None
         return ["plan: pip install 'sae-operator[job]' to see it"]
     if d_in is None and not _is_here(job.spec, caches, job.namespace, store):
         return ["plan: the widths of its hooks are not known here; --d-in tells them"]
+    from sae_job.steps.model_evaluation import evaluates_model
     from sae_job.steps.plan_ahead import assume, describe, look_ahead
 
     try:
@@ -82,7 +83,10 @@ def _plan(job: Resource, caches: Caches, *, d_in: int | None, store: Path | None
         raise InvalidInput(error.reason, str(error), field=f"SAETrainingJob/{job.name}") from error
     if found is None:
         return ["plan: its cache is described elsewhere, and the number of rows is not known here"]
-    return describe(found, job.spec)
+    lines = describe(found, job.spec)
+    if d_in is not None and (job.spec.activations.live is not None or evaluates_model(job.spec)):
+        lines.append("  without the language model, whose size is not known here")
+    return lines
 
 
 def _is_here(spec: SAETrainingJobSpec, caches: Caches, namespace: str, store: Path | None) -> bool:

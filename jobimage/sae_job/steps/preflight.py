@@ -34,7 +34,7 @@ from sae_operator.api.activation_cache import ActivationCacheSpec, ModelSource
 from sae_operator.api.identity import LIVE_SHARDS_IN_BUFFER
 from sae_operator.api.run_settings import RunSettings
 from sae_operator.api.steps import CacheStep, ExitCode, StepResult, TrainStep
-from sae_operator.api.training_job import SAETrainingJobSpec
+from sae_operator.api.training_job import MODEL_METRICS, SAETrainingJobSpec
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def _needs(step: TrainStep, store: ObjectStore, context: StepContext) -> _Needs:
         widths=facts.d_in,
         row_bytes=held,
         model_bytes=running,
-        scored_model_bytes=facts.total_parameter_bytes if scores_with_model(spec) else 0,
+        scored_model_bytes=facts.total_parameter_bytes if evaluates_model(spec) else 0,
         bytes_to_cache=size if spec.activations.live is None else 0,
     )
 
@@ -256,7 +256,7 @@ def _inspect_scored(
     step: TrainStep, manifest: CacheManifest, store: ObjectStore, context: StepContext
 ) -> ModelFacts | None:
     """Facts of the model of a finished cache, where training will need it again: for the CE-loss score."""
-    if not scores_with_model(step.spec):
+    if not evaluates_model(step.spec):
         return None
     source = model_of(manifest, step.activations) if step.cache is None else step.cache.model
     try:
@@ -267,7 +267,8 @@ def _inspect_scored(
     except InvalidInput as error:
         raise InvalidInput(
             error.reason,
-            f"ce_loss_score needs the model that the cache is of: {error.message}; leave it out, or bring the model",
+            f"{_scores(step.spec)} needs the model that the cache is of: {error.message}; leave it out, or bring the "
+            "model",
             field="spec.evaluation.metrics",
         ) from error
     _check_head(step.spec, facts)
@@ -275,8 +276,8 @@ def _inspect_scored(
     if index is None or not index.blocks:
         raise InvalidInput(
             "NoContexts",
-            f"ce_loss_score needs the contexts that the cache is of, and {store.uri} holds none below tokens/ (a cache "
-            "that was imported need not); leave it out",
+            f"{_scores(step.spec)} needs the contexts that the cache is of, and {store.uri} holds none below tokens/ "
+            "(a cache that was imported need not); leave it out",
             field="spec.evaluation.metrics",
         )
     return facts
@@ -294,25 +295,25 @@ def _localized(source: ModelSource, store: ObjectStore, revision: str | None, co
     )
 
 
-def scores_with_model(spec: SAETrainingJobSpec) -> bool:
-    """Whether the training pod loads the whole language model."""
-    return evaluates_model(spec)
+def _scores(spec: SAETrainingJobSpec) -> str:
+    """The metrics of a job that need the language model."""
+    return " or ".join(metric for metric in spec.evaluation.metrics if metric in MODEL_METRICS)
 
 
 def _check_held_out(spec: SAETrainingJobSpec, plan: TrainingPlan) -> None:
-    if scores_with_model(spec) and plan.held_out_rows == 0:
+    if evaluates_model(spec) and plan.held_out_rows == 0:
         raise InvalidInput(
             "NoHeldOutContexts",
-            "ce_loss_score is taken on held-out activations, and there are none; raise heldOutTokens, or leave "
-            "ce_loss_score out",
+            f"{_scores(spec)} is taken on held-out activations, and there are none; raise heldOutTokens, or leave it "
+            "out",
             field="spec.evaluation.heldOutTokens",
         )
 
 
 def _check_head(spec: SAETrainingJobSpec, facts: ModelFacts) -> None:
-    if scores_with_model(spec) and not facts.predicts_tokens:
+    if evaluates_model(spec) and not facts.predicts_tokens:
         raise InvalidInput(
             "NoLanguageModelHead",
-            f"{facts.name!r} predicts no tokens; leave ce_loss_score out",
+            f"{facts.name!r} predicts no tokens; leave {_scores(spec)} out",
             field="spec.evaluation.metrics",
         )

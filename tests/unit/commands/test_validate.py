@@ -59,6 +59,16 @@ def test_a_width_tells_nothing_of_a_cache_that_is_described_elsewhere(
     assert "spec.training.learningRate: 0.5 is likely to diverge" in shown.err
 
 
+def test_a_model_of_unknown_size_that_runs_beside_the_training_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "without the language model, whose size is not known here"
+    live = "{live: {model: {name: some/model}, dataset: {path: d}, hooks: [{name: a}], tokens: 10000}}"
+    for activations, expected in ((live, True), (CACHE, False)):
+        assert validate(tmp_path, activations, "--d-in", "16") == 0
+        assert (told in capsys.readouterr().out) is expected
+
+
 def test_what_cannot_work_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     activations = f"{{uri: 'file://{tmp_path}/nothing'}}"
     assert validate(tmp_path, activations) == 2

@@ -286,10 +286,12 @@ def test_ce_loss_on_a_finished_cache_needs_its_model_before_training(bench: Benc
     assert bench.run(bench.job(**scored)).exit_code == 0
 
 
-def test_ce_loss_needs_held_out_rows_before_training(bench: Bench) -> None:
-    metrics = ["ce_loss_score"]
+@pytest.mark.parametrize("metric", ["ce_loss_score", "kl_divergence_score"])
+def test_what_needs_the_model_needs_held_out_rows_before_training(bench: Bench, metric: str) -> None:
+    metrics = ["l0", metric]
     told = bench.refusal(bench.job(evaluation={"heldOutTokens": 0, "metrics": metrics}))
     assert told[:2] == ("NoHeldOutContexts", "spec.evaluation.heldOutTokens")
+    assert told[2].startswith(f"{metric} is taken on held-out activations")
     assert bench.run(bench.job(evaluation={"heldOutTokens": 1, "metrics": metrics})).exit_code == 0
 
 
