@@ -223,7 +223,7 @@ def _take_figures(scene: TrainingScene, draft: Draft, spec: SAETrainingJobSpec, 
         pods,
         scene.children.progress,
         scene.previous.progress if scene.previous_step == "train" else None,
-        total_tokens=spec.training.tokens,
+        total_tokens=_tokens_asked_for(spec),
         now=scene.now,
     )
     said = next(iter(latest.values()), None)
@@ -231,6 +231,14 @@ def _take_figures(scene: TrainingScene, draft: Draft, spec: SAETrainingJobSpec, 
     draft.updates["saes"] = saes
     draft.updates["summary"] = summarize(saes)
     draft.updates["checkpoint"] = _checkpoint(scene, spec)
+
+
+def _tokens_asked_for(spec: SAETrainingJobSpec) -> int | None:
+    """Tokens of the training and its fine-tuning; None where the length of the cache decides."""
+    training = spec.training
+    if training.tokens is None:
+        return None
+    return training.tokens + (training.finetuning.tokens if training.finetuning is not None else 0)
 
 
 def _succeed(
@@ -242,7 +250,7 @@ def _succeed(
     progress = draft.updates.get("progress") or scene.previous.progress
     tokens = result.tokens if result is not None and result.tokens is not None else None
     if tokens is None:
-        tokens = spec.training.tokens or (progress.total_tokens if progress is not None else None)
+        tokens = _tokens_asked_for(spec) or (progress.total_tokens if progress is not None else None)
     output = spec.output.uri.rstrip("/")
     draft.updates |= {
         "saes": saes,

@@ -244,6 +244,19 @@ def test_nothing_is_written_at_rest() -> None:
     assert not wanted.poll_pods
 
 
+def test_progress_counts_the_tokens_of_a_fine_tuning() -> None:
+    def script(step: str, index: int, earlier: int) -> PodScript:
+        said = {"tokens": 1100, "totalTokens": 2000, "tokensPerSecond": 10.0}
+        return PodScript(seconds=30, progress=lambda age: said) if step == "train" else PodScript()
+
+    cluster = FakeCluster(script)
+    training = {"tokens": 1000, "finetuning": {"method": "scale", "tokens": 1000}}
+    cluster.create(JOB, "sae", job_spec(training=training))
+    cluster.run_until(lambda: (cluster.status(JOB, "sae").get("progress") or {}).get("tokens", 0) > 500)
+    progress = cluster.status(JOB, "sae")["progress"]
+    assert (progress["tokens"], progress["totalTokens"], progress["percent"]) == (1100, 2000, 55)
+
+
 def test_progress_is_told_while_it_runs_but_not_at_every_poll() -> None:
     def script(step: str, index: int, earlier: int) -> PodScript:
         if step != "train":
