@@ -18,6 +18,8 @@ Activation = Callable[[Float32[Tensor, "rows d_sae"]], Float32[Tensor, "rows d_s
 _HEURISTIC_NORM = 0.1
 # Rows of the sample on which the encoder's scale is fitted: one number needs no more.
 _SCALE_ROWS = 4096
+# So many of them at a time: there are some arrays of [rows, d_sae], which must not take more than a step's.
+_ROWS_AT_A_TIME = 512
 # Weiszfeld's iteration: distances below this count as this, and so many steps at most.
 _SMALLEST_DISTANCE = 1e-6
 _MEDIAN_STEPS = 100
@@ -115,10 +117,14 @@ def encoder_scale(
     Args:
         inputs: what the encoder multiplies, centred.
         target: what is to be reconstructed, without `b_dec`.
+        activation: applied to some rows at a time.
     """
-    reconstruction = activation(inputs @ encoder_rows.T) @ W_dec
-    squared = float((reconstruction * reconstruction).sum(dtype=torch.float64))
-    scale = float((target * reconstruction).sum(dtype=torch.float64)) / squared if squared > 0 else 1.0
+    squared = product = 0.0
+    for rows, wanted in zip(inputs.split(_ROWS_AT_A_TIME), target.split(_ROWS_AT_A_TIME), strict=True):
+        reconstruction = activation(rows @ encoder_rows.T) @ W_dec
+        squared += float((reconstruction * reconstruction).sum(dtype=torch.float64))
+        product += float((wanted * reconstruction).sum(dtype=torch.float64))
+    scale = product / squared if squared > 0 else 1.0
     # A reconstruction that has nothing to do with its target would turn the encoder round, or off.
     return scale if scale > 0 else 1.0
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sae_job.saes.initialization import decoder_bias, geometric_median, kaiming_uniform, starting_rows
+from sae_job.saes.initialization import decoder_bias, encoder_scale, geometric_median, kaiming_uniform, starting_rows
 from sae_job.saes.trainable import StepInput
 from tests.unit.saes.conftest import D_IN, D_SAE, STANDARD, TOPK, trainable
 
@@ -73,6 +73,23 @@ def test_the_scaled_transpose_is_the_best_multiple_of_the_decoder() -> None:
 
     assert error(1.0) < error(0.97)
     assert error(1.0) < error(1.03)
+
+
+def test_the_scale_is_fitted_to_some_rows_at_a_time() -> None:
+    """Latents of the whole sample can take more memory than the training."""
+    inputs = torch.randn(1300, D_IN, generator=generator())
+    rows = starting_rows("heuristic", SAMPLE, SAMPLE[0], None, generator(), d_sae=D_SAE)
+    seen: list[int] = []
+
+    def activation(latents: torch.Tensor) -> torch.Tensor:
+        seen.append(len(latents))
+        return latents.relu()
+
+    scale = encoder_scale(inputs, inputs, rows, rows, activation)
+    found = ((inputs @ rows.T).relu() @ rows).double()
+    assert scale == pytest.approx(float((inputs * found).sum() / (found * found).sum()))
+    assert sum(seen) == 1300
+    assert max(seen) <= 512
 
 
 def test_biases_from_data() -> None:
