@@ -67,12 +67,12 @@ def convert(config: Mapping[str, Any], *, name: str | None, places: Places) -> C
         none="none",
     )
     spec["training"] = _training(values, steps, notes)
-    spec["evaluation"] = {
-        "everyTokens": steps.evaluation_tokens,
-        "heldOutTokens": steps.held_out,
-        "modelEveryTokens": steps.evaluation_tokens,
-        "metrics": ["explained_variance", "l0", "mse", "dead_fraction", "ce_loss_score"],
-    }
+    spec["evaluation"] = {"everyTokens": steps.evaluation_tokens, "heldOutTokens": steps.held_out}
+    if steps.held_out > 0:
+        spec["evaluation"] |= {
+            "modelEveryTokens": steps.evaluation_tokens,
+            "metrics": ["explained_variance", "l0", "mse", "dead_fraction", "ce_loss_score"],
+        }
     if (count := values["n_checkpoints"]) > 0:
         spec["checkpoints"] = {"everyTokens": max(1, steps.tokens // (count + 1)), "keep": count}
         notes.append("n_checkpoints: checkpoints are for resuming; they are removed when the job has succeeded")

@@ -274,6 +274,14 @@ def test_a_value_of_another_type_is_refused(key: str, value: object, told: str) 
     assert (caught.value.field, caught.value.message.startswith(told)) == (key, True)
 
 
+def test_without_evaluation_the_model_is_not_asked() -> None:
+    """It would be, on held-out rows, and there are none."""
+    evaluation = spec_of(converted(n_eval_batches=0)).evaluation
+    assert evaluation.held_out_tokens == 0
+    assert evaluation.model_every_tokens is None
+    assert "ce_loss_score" not in evaluation.metrics
+
+
 def test_whole_numbers_may_be_written_as_others() -> None:
     """As YAML reads 1e6."""
     assert spec_of(converted(training_tokens=1e6)).training.tokens == 1_000_000
