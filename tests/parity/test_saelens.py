@@ -124,7 +124,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
             job.trainer.step()
         for sae in job.trainer.saes:
             assert sae.failure is None
-            explained = job.trainer.latest(sae.name)["explained_variance"]
+            explained = job.trainer.record.latest(sae.name)["explained_variance"]
             assert explained is not None
             assert explained > 0.6, f"{sae.name} did not learn"
             saved = sae.inference()

@@ -54,7 +54,7 @@ def leave_saes(output: ObjectStore, trainer: Trainer, layout: Layout) -> dict[st
         sae.inference().save(output, sae.name, log_sparsity=log_densities, layout=layout)
         if log_densities is not None:
             densities[sae.name] = log_densities.tolist()
-    output.put(METRICS_KEY, metrics_lines(trainer.lines))
+    output.put(METRICS_KEY, metrics_lines(trainer.record.lines))
     return densities
 
 
@@ -72,7 +72,7 @@ def leave_results(
         # Other architectures are saved with one threshold that all latents share.
         if sae.plan.spec.architecture.type == "jumprelu"
     }
-    report = render_report(dict(results), trainer.lines, densities, step.spec.to_manifest(), thresholds)
+    report = render_report(dict(results), trainer.record.lines, densities, step.spec.to_manifest(), thresholds)
     output.put(REPORT_KEY, report.encode())
     output.put(RESULTS_KEY, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
 
@@ -121,8 +121,8 @@ def _sae_results(
 ) -> dict[str, Any]:
     sae = trainer.saes[index]
     # An SAE that was stopped early has its last figures before the job's last evaluation.
-    last = trainer.last_evaluation(sae.name)
-    tenth = trainer.evaluation_after(trainer.plan.tenth_step, sae.name)
+    last = trainer.record.last_evaluation(sae.name)
+    tenth = trainer.record.evaluation_after(trainer.plan.tenth_step, sae.name)
     of_model = figures.get(sae.name, {})
     return {
         "name": sae.name,
@@ -140,5 +140,5 @@ def _sae_results(
         **last,
         "explained_variance_at_10_percent": tenth.get("explained_variance"),
         **{name: of_model.get(name) for name in MODEL_FIGURES},
-        "loss": trainer.latest(sae.name).get("loss"),
+        "loss": trainer.record.latest(sae.name).get("loss"),
     }

@@ -13,7 +13,8 @@ from sae_operator.api.training_job import SAETrainingJobSpec
 _FLOAT32 = 4
 # Vectors of d_sae beside the two matrices: biases, thresholds, gates.
 _VECTORS = {"gated": 3, "jumprelu": 2}
-# Arrays of [batch, d_sae] that a step holds at a time: pre-activations; where all latents have gradients, these too.
+# Arrays of [batch, d_sae] that a step holds at most: pre-activations; with a penalty, what a sparse step holds of its
+# entries while nearly a tenth of all are active, more than a dense step's blocks of rows.
 _LATENT_ARRAYS = {"standard": 2, "gated": 3, "jumprelu": 3}
 # Numbers of the optimiser for each weight. Adafactor keeps one per row and one per column.
 _MOMENTS = {"adam": 2, "adamw": 2, "adafactor": 0}

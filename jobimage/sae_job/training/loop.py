@@ -75,9 +75,9 @@ class TrainingLoop:
             while not trainer.finished:
                 if self._should_stop():
                     self._stop(writer)
-                lines = len(trainer.lines)
+                lines = len(trainer.record.lines)
                 trainer.step()
-                saes = sae_progress(trainer) if len(trainer.lines) > lines else None
+                saes = sae_progress(trainer) if len(trainer.record.lines) > lines else None
                 self._reporter.update(tokens=trainer.tokens, saes=saes)
                 if plan.checkpoints_after(trainer.steps_done) and not trainer.finished:
                     # All ranks, after the same step: a step that broke an SAE must not be stored as a good one.
@@ -144,7 +144,7 @@ def sae_progress(trainer: Trainer) -> list[SaeProgress]:
     """The latest figures of each SAE."""
     return [
         SaeProgress.model_validate(
-            {"name": sae.name, "phase": sae.phase, "message": sae.message, **trainer.latest(sae.name)}
+            {"name": sae.name, "phase": sae.phase, "message": sae.message, **trainer.record.latest(sae.name)}
         )
         for sae in trainer.saes
     ]

@@ -21,6 +21,7 @@ from sae_job.saes.step_memory import StepMemory
 from sae_job.saes.trainable import ONE_PROCESS, Ranks
 from sae_job.training.bad_rows import LocatedStream, check_held_out, check_rows
 from sae_job.training.checkpoints import Snapshot, random_states, restore_random_states
+from sae_job.training.metric_lines import MetricLines
 from sae_job.training.observer import Moment, SparsityWindow, TrainingObserver
 from sae_job.training.plan import SaePlan, TrainingPlan
 from sae_job.training.ranks import whole_batch
@@ -79,6 +80,7 @@ class Trainer:
         observers: who is told what happens.
 
     Attributes:
+        record: the lines of metrics.jsonl so far.
         observers: as given; may be set until `begin`.
         of_model: what SAEs cost the language model, where it is evaluated during the training; on the first rank only.
         should_stop: looked at within an evaluation, of a training in one process: what is left of it is done by the
@@ -100,10 +102,8 @@ class Trainer:
     ) -> None:
         self.plan = plan
         self.steps_done = 0
-        self.lines: list[dict[str, Any]] = []
+        self.record = MetricLines()
         self.observers = observers
-        self._latest: dict[str, dict[str, float | None]] = {}
-        self._kernels: dict[str, str] = {}
         memory = StepMemory()
         self.saes = [
             SaeTraining(
@@ -190,7 +190,7 @@ class Trainer:
         """
         self._end_when_all_failed()
         for observer in self.observers:
-            observer.started(self.moment, self.lines)
+            observer.started(self.moment, self.record.lines)
 
     def step(self) -> None:
         """Train every running SAE on the next batch, and log and evaluate where it is due; only evaluate where the last
@@ -259,9 +259,9 @@ class Trainer:
         self.settle()
         variances: dict[str, float] = {}
         for sae in self.running():
-            figures = sae.log_line(told_kernel=self._kernels.get(sae.name))
+            figures = sae.log_line(told_kernel=self.record.kernel(sae.name))
             figures = self._with_explained_variance(sae, figures, variances)
-            self._add_line(sae, figures)
+            self.record.add(sae.name, self.moment, figures)
             for observer in self.observers:
                 observer.logged(sae.name, self.moment, figures)
 
@@ -291,7 +291,7 @@ class Trainer:
                 self._tell_window(sae, window)
 
     def _tell_window(self, sae: SaeTraining, window: SparsityWindow) -> None:
-        self._add_line(sae, {"window": window.figures()})
+        self.record.add(sae.name, self.moment, {"window": window.figures()})
         for observer in self.observers:
             observer.window(sae.name, self.moment, window)
 
@@ -311,7 +311,7 @@ class Trainer:
         self._unevaluated = False
         for sae in self.running():
             if sae.name in of_model:
-                self._add_line(sae, {"model_evaluation": of_model[sae.name]})
+                self.record.add(sae.name, self.moment, {"model_evaluation": of_model[sae.name]})
                 for observer in self.observers:
                     observer.evaluated(sae.name, self.moment, of_model[sae.name], sae.inference())
             if sae.name in found:
@@ -361,7 +361,7 @@ class Trainer:
 
     def _tell_evaluation(self, sae: SaeTraining, figures: dict[str, float | None]) -> None:
         kept = {name: value for name, value in figures.items() if name in self._metrics or name not in METRICS}
-        self._add_line(sae, {"evaluation": kept})
+        self.record.add(sae.name, self.moment, {"evaluation": kept})
         told = ", ".join(
             f"{name} {value:.4g}" for name, value in kept.items() if name in self._metrics and value is not None
         )
@@ -389,28 +389,9 @@ class Trainer:
             for (name, value), told in zip(figures.items(), first.tolist(), strict=True)
         }
 
-    def _add_line(self, sae: SaeTraining, figures: Mapping[str, Any]) -> None:
-        line: dict[str, Any] = {"step": self.steps_done, "tokens": self.tokens, "sae": sae.name}
-        if self.moment.finetuning:
-            line["phase"] = "finetuning"
-        self.lines.append(line | dict(figures))
-        self._note_latest(self.lines[-1])
-
-    def _note_latest(self, line: dict[str, Any]) -> None:
-        figures: dict[str, Any] = line.get("evaluation") or line.get("model_evaluation") or {}
-        if "loss" in line:
-            figures = {name: line[name] for name in ("loss", "learning_rate", "dead_features") if name in line}
-        self._latest[line["sae"]] = self._latest.get(line["sae"], {}) | figures
-        if "kernel" in line:
-            self._kernels[line["sae"]] = line["kernel"]
-
     def _tell_phase(self, sae: SaeTraining) -> None:
         for observer in self.observers:
             observer.phase(sae.name, self.moment, sae.phase, sae.message or "")
-
-    def latest(self, sae: str) -> dict[str, float | None]:
-        """Loss, rate and dead latents last logged, and the figures last evaluated."""
-        return self._latest.get(sae, {})
 
     def _end_when_all_failed(self) -> None:
         if not self.sound():
@@ -420,27 +401,13 @@ class Trainer:
                 field="spec.training.learningRate",
             )
 
-    def evaluation_after(self, steps_done: int, sae: str) -> dict[str, float | None]:
-        """Figures of the evaluation after so many steps; empty when there is none."""
-        for line in self.lines:
-            if line["step"] == steps_done and line["sae"] == sae and "evaluation" in line:
-                return line["evaluation"]
-        return {}
-
-    def last_evaluation(self, sae: str) -> dict[str, float | None]:
-        """Figures of the last evaluation of an SAE, which of one that was stopped is not the job's last."""
-        for line in reversed(self.lines):
-            if line["sae"] == sae and "evaluation" in line:
-                return line["evaluation"]
-        return {}
-
     def tokens_of(self, sae: str) -> int:
         """Tokens that an SAE was trained on: fewer than the job's where it was stopped or failed, as far as its lines
         tell."""
         (training,) = (entry for entry in self.saes if entry.name == sae)
         if training.phase == "Running":
             return self.tokens
-        return max((line["tokens"] for line in self.lines if line["sae"] == sae), default=0)
+        return self.record.last_tokens(sae)
 
     def snapshot(self, extra: Mapping[str, Any]) -> Snapshot:
         """Copies of all that the training goes on from; changes nothing.
@@ -464,7 +431,7 @@ class Trainer:
             },
             tensors={sae.name: sae.tensors() for sae in self.sound()},
             random=random_states(),
-            metrics=list(self.lines),
+            metrics=list(self.record.lines),
             saes={sae.name: (sae.inference(), sae.log_densities()) for sae in self.sound() if sae.weights_are_finite()},
             moment=self.moment,
         )
@@ -480,9 +447,7 @@ class Trainer:
         restore_random_states(snapshot.random)
         self.steps_done = snapshot.state["steps_done"]
         self._unevaluated = snapshot.state["unevaluated"]
-        self.lines = list(snapshot.metrics)
-        for line in self.lines:
-            self._note_latest(line)
+        self.record = MetricLines(snapshot.metrics)
 
 
 def _provenance(plan: SaePlan, of_hooks: Mapping[str, Provenance]) -> Provenance:

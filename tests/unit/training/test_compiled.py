@@ -37,7 +37,7 @@ def test_a_compiled_training_is_resumed_to_the_same_bits(tmp_path: Path) -> None
             trainer.step()
     ours, theirs = (trainer.saes[0].tensors() for trainer in (again.trainer, job.trainer))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    assert again.trainer.lines == job.trainer.lines
+    assert again.trainer.record.lines == job.trainer.record.lines
     norms = torch.linalg.vector_norm(ours["weights.W_dec"], dim=1)
     torch.testing.assert_close(norms, torch.ones(24))
     for one in (job, again):

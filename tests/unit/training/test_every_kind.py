@@ -73,7 +73,7 @@ def resumed_everywhere(
         again.restore(loaded)
         while not again.finished:
             again.step()
-        assert again.lines == trainer.lines, snapshot.tokens
+        assert again.record.lines == trainer.record.lines, snapshot.tokens
         for ours, theirs in zip(again.saes, trainer.saes, strict=True):
             assert same(ours.tensors(), theirs.tensors()), (ours.name, snapshot.tokens)
             assert same(dict(ours.inference().state_dict()), dict(theirs.inference().state_dict()))
@@ -86,8 +86,8 @@ def test_all_kinds_together_are_bit_for_bit_each_alone(cache: FileStore, jobs: l
         alone = trained(cache, jobs, [sae], training=FINETUNED)
         assert training.failure is None
         assert same(training.tensors(), alone.saes[0].tensors()), sae["name"]
-        lines = [line for line in together.lines if line["sae"] == sae["name"]]
-        assert lines == alone.lines
+        lines = [line for line in together.record.lines if line["sae"] == sae["name"]]
+        assert lines == alone.record.lines
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "adafactor"])
@@ -130,8 +130,8 @@ def test_adafactor_keeps_a_row_and_a_column_of_second_moments(cache: FileStore, 
     parts = {name.removeprefix("optimizer.W_dec."): tensor for name, tensor in tensors.items() if "r.W_dec." in name}
     assert set(parts) == {"step", "row_var", "col_var"}
     assert parts["row_var"].numel() + parts["col_var"].numel() == 20 + 6
-    first = trainer.evaluation_after(trainer.plan.tenth_step, "topk")["mse"]
-    last = trainer.last_evaluation("topk")["mse"]
+    first = trainer.record.evaluation_after(trainer.plan.tenth_step, "topk")["mse"]
+    last = trainer.record.last_evaluation("topk")["mse"]
     assert first is not None
     assert last is not None
     assert last < first
@@ -147,5 +147,5 @@ def test_products_in_bfloat16_train_almost_alike(cache: FileStore, jobs: list[Sm
         tensors = ours.tensors()
         assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if name.startswith("weights."))
         assert not same(tensors, theirs.tensors()), ours.name
-        explained = [trainer.last_evaluation(ours.name)["explained_variance"] for trainer in (rounded, exact)]
+        explained = [trainer.record.last_evaluation(ours.name)["explained_variance"] for trainer in (rounded, exact)]
         assert explained[0] == pytest.approx(explained[1], abs=0.1), ours.name

@@ -106,7 +106,7 @@ def test_the_switch_is_exact_and_the_rate_begins_anew(cache: FileStore, jobs: li
     trainer = begun(cache, jobs, [EVERY_KIND["standard"]], training=training)
     run_to(trainer, 14)
     assert trainer.finished
-    lines = [line for line in trainer.lines if "loss" in line]
+    lines = [line for line in trainer.record.lines if "loss" in line]
     assert [line.get("phase") for line in lines] == [None] * 10 + ["finetuning"] * 4
     assert [line["learning_rate"] for line in lines[10:]] == pytest.approx([0.4, 0.3, 0.2, 0.1])
     assert all("l1_loss" in line for line in lines[:10])
@@ -133,8 +133,8 @@ def test_it_undoes_shrinkage(cache: FileStore, jobs: list[SmallJob]) -> None:
     sae = {**EVERY_KIND["standard"], "architecture": {"type": "standard", "l1Coefficient": 1.0}}
     trainer = begun(cache, jobs, [sae], training={**finetuned("scale", 1600, learningRate=0.02), "tokens": 1600})
     tensors = run_to(trainer, 100)["standard"]
-    at_switch = trainer.evaluation_after(50, "standard")["mse"]
-    at_end = trainer.last_evaluation("standard")["mse"]
+    at_switch = trainer.record.evaluation_after(50, "standard")["mse"]
+    at_end = trainer.record.last_evaluation("standard")["mse"]
     assert at_switch is not None
     assert at_end is not None
     assert at_end < at_switch

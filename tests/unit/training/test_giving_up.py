@@ -77,7 +77,7 @@ def test_a_hopeless_one_is_frozen_and_the_others_go_on(new_trainer: Callable[...
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert trainer.tokens_of("topk") == 128
     assert trainer.tokens_of("standard") == trainer.tokens == trainer.plan.tokens
-    assert trainer.last_evaluation("topk") == trainer.evaluation_after(4, "topk")
+    assert trainer.record.last_evaluation("topk") == trainer.record.evaluation_after(4, "topk")
     assert [(sae.name, sae.phase) for sae in sae_progress(trainer)] == [("topk", "Stopped"), ("standard", "Running")]
 
 
@@ -93,7 +93,7 @@ def test_it_stays_frozen_over_an_interruption_and_is_saved(new_trainer: Callable
     run(again)
     run(trainer)
     assert again.saes[0].message == trainer.saes[0].message
-    assert again.lines == trainer.lines
+    assert again.record.lines == trainer.record.lines
     assert [sae.name for sae in again.sound()] == ["topk", "standard"]
 
 
@@ -162,7 +162,7 @@ def test_a_snapshot_after_the_step_that_broke_it_goes_on_to_the_same_end(new_tra
     assert trainer.saes[0].failure == again.saes[0].failure
     assert trainer.saes[0].failure is not None
     assert "from step 3 of 19" in trainer.saes[0].failure
-    assert trainer.lines == again.lines
+    assert trainer.record.lines == again.record.lines
 
 
 def cache_with(folder: Path, value: float, hook: str) -> FileStore:

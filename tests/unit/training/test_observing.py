@@ -93,7 +93,9 @@ def test_a_training_from_its_start_to_its_end(new_trainer: Callable[..., Trainer
         {"step": moment.step, "tokens": moment.tokens, "sae": sae, **figures}
         for sae, moment, figures in diary.of("logged")
     ]
-    lines = [{key: value for key, value in line.items() if key != "phase"} for line in trainer.lines if "loss" in line]
+    lines = [
+        {key: value for key, value in line.items() if key != "phase"} for line in trainer.record.lines if "loss" in line
+    ]
     assert logged == lines
     assert torch.equal(diary.inferences[-1].W_dec, trainer.saes[1].inference().W_dec)
 
@@ -103,7 +105,7 @@ def test_being_watched_changes_nothing(new_trainer: Callable[..., Trainer], tmp_
     for number, trainer in enumerate(trainers):
         loop_of(trainer, tmp_path / str(number)).run()
     unwatched, watched = trainers
-    assert unwatched.lines == watched.lines
+    assert unwatched.record.lines == watched.record.lines
     for ours, theirs in zip(watched.saes, unwatched.saes, strict=True):
         expected = theirs.tensors()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.tensors().items())
@@ -122,7 +124,7 @@ def test_an_interruption_tells_the_checkpoint_and_no_end(new_trainer: Callable[.
     assert loaded is not None
     resumed.restore(loaded)
     loop_of(resumed, tmp_path).run()
-    assert again.of("started") == [(Moment(5, 160), len(trainer.lines))]
+    assert again.of("started") == [(Moment(5, 160), len(trainer.record.lines))]
     assert [moment.step for _, moment, _ in again.of("logged")] == [6, 9, 12, 15, 18, 19]
 
 
@@ -147,7 +149,7 @@ def test_windows_are_told_when_they_are_full_and_at_the_end(new_trainer: Callabl
     trainer = new_trainer([STANDARD], observers=[diary])
     while not trainer.finished:
         trainer.step()
-    lines = [line for line in trainer.lines if "window" in line]
+    lines = [line for line in trainer.record.lines if "window" in line]
     assert [line["step"] for line in lines] == [4, 8, 12, 16, 19]
     assert [line["window"]["rows"] for line in lines] == [128, 128, 128, 128, 224]
     assert [window.figures() for window in diary.windows] == [line["window"] for line in lines]
@@ -168,17 +170,17 @@ def test_the_kernel_is_told_at_first_and_when_it_changes(new_trainer: Callable[.
     while not trainer.finished:
         trainer.step()
     for name in ("standard", "topk"):
-        told = [line["kernel"] for line in trainer.lines if line["sae"] == name and "kernel" in line]
+        told = [line["kernel"] for line in trainer.record.lines if line["sae"] == name and "kernel" in line]
         assert told
         assert all(before != after for before, after in pairwise(told))
-        assert "kernel" in next(line for line in trainer.lines if line["sae"] == name)
+        assert "kernel" in next(line for line in trainer.record.lines if line["sae"] == name)
 
 
 def test_the_coefficient_is_the_one_that_the_step_used(new_trainer: Callable[..., Trainer]) -> None:
     trainer = new_trainer([STANDARD], training={**TRAINING, "logEverySteps": 1})
     while not trainer.finished:
         trainer.step()
-    coefficients = [line["coefficient"] for line in trainer.lines if "loss" in line]
+    coefficients = [line["coefficient"] for line in trainer.record.lines if "loss" in line]
     assert coefficients[:6] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
 
 

@@ -48,7 +48,7 @@ def trained(cache: FileStore, jobs: list[SmallJob], saes: list[dict[str, Any]], 
 
 
 def lines_of(trainer: Trainer, sae: str) -> list[dict[str, Any]]:
-    return [line for line in trainer.lines if line["sae"] == sae]
+    return [line for line in trainer.record.lines if line["sae"] == sae]
 
 
 def same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -66,8 +66,8 @@ def test_n_saes_are_bit_for_bit_n_single_trainings(cache: FileStore, open_jobs: 
 
 def test_training_helps(cache: FileStore, open_jobs: list[SmallJob]) -> None:
     trainer = trained(cache, open_jobs, [on("layer", TOPK)], training={**TRAINING, "tokens": 6400})
-    first = trainer.evaluation_after(trainer.plan.tenth_step, "topk")["explained_variance"]
-    last = trainer.evaluation_after(trainer.plan.steps, "topk")["explained_variance"]
+    first = trainer.record.evaluation_after(trainer.plan.tenth_step, "topk")["explained_variance"]
+    last = trainer.record.evaluation_after(trainer.plan.steps, "topk")["explained_variance"]
     assert first is not None
     assert last is not None
     assert last > first + 0.02
@@ -77,7 +77,7 @@ def test_training_helps(cache: FileStore, open_jobs: list[SmallJob]) -> None:
 def test_lines_tell_the_values_that_the_step_used(cache: FileStore, open_jobs: list[SmallJob]) -> None:
     training = {**TRAINING, "warmUpSteps": 4, "decaySteps": 5, "logEverySteps": 1}
     trainer = trained(cache, open_jobs, [on("layer", TOPK)], training=training)
-    logged = [line for line in trainer.lines if "loss" in line]
+    logged = [line for line in trainer.record.lines if "loss" in line]
     assert [line["step"] for line in logged] == list(range(1, 20))
     assert [line["tokens"] for line in logged] == [32 * step for step in range(1, 20)]
     rates = [line["learning_rate"] for line in logged]
@@ -132,7 +132,7 @@ def test_rows_are_normalised_before_each_step_and_by_the_saved_sae(
         assert torch.equal(saved(rows), reconstruction)
         # What is told is of raw activations.
         squared_error = float((reconstruction - rows).double().square().sum())
-        told = trainer.evaluation_after(trainer.plan.steps, sae.name)
+        told = trainer.record.evaluation_after(trainer.plan.steps, sae.name)
         assert told["mse"] == pytest.approx(squared_error / 40, rel=1e-6)
 
 
@@ -194,7 +194,7 @@ def test_gradients_are_clipped(cache: FileStore, open_jobs: list[SmallJob]) -> N
 
 def test_only_metrics_asked_for_are_kept(cache: FileStore, open_jobs: list[SmallJob]) -> None:
     trainer = trained(cache, open_jobs, [on("layer", TOPK)], evaluation={"heldOutTokens": 40, "metrics": ["l0"]})
-    figures = trainer.evaluation_after(trainer.plan.steps, "topk").keys()
+    figures = trainer.record.evaluation_after(trainer.plan.steps, "topk").keys()
     assert figures & METRICS == {"l0"}
     # What is cheap and has no name of its own in the spec is always there.
     assert {"l2_ratio", "cossim"} <= figures
@@ -205,4 +205,4 @@ def test_data_dtype_does_not_change_the_readers_batch(tmp_path: Path, open_jobs:
     write_small_cache(store, dtype=torch.bfloat16)
     trainer = trained(store, open_jobs, [TOPK])
     assert trainer.saes[0].failure is None
-    assert trainer.evaluation_after(trainer.plan.steps, "topk")["l0"] is not None
+    assert trainer.record.evaluation_after(trainer.plan.steps, "topk")["l0"] is not None

@@ -50,7 +50,7 @@ def test_figures_are_of_the_target_in_raw_scale(two_hooks: FileStore, new_traine
     reconstruction = sae.inference()(rows["layer"])
     target = rows["other"].double()
     squared = float((reconstruction.double() - target).square().sum())
-    told = trainer.last_evaluation("transcoder")
+    told = trainer.record.last_evaluation("transcoder")
     assert told["mse"] == pytest.approx(squared / 40, rel=1e-5)
     spread = float((target - target.mean(dim=0)).square().sum())
     assert told["explained_variance"] == pytest.approx(1 - squared / spread, rel=1e-5)
@@ -62,7 +62,7 @@ def test_it_learns_a_map_between_two_hooks(two_hooks: FileStore, new_trainer: Ca
     training = {**TRAINING, "tokens": 3200}
     alone = {**TRANSCODER, "name": "alone", "hook": "other", "targetHook": None, "skipConnection": False}
     trainer = run(new_trainer([TRANSCODER, alone], training=training))
-    mapped, own = (trainer.last_evaluation(name)["explained_variance"] for name in ("transcoder", "alone"))
+    mapped, own = (trainer.record.last_evaluation(name)["explained_variance"] for name in ("transcoder", "alone"))
     assert mapped is not None
     assert own is not None
     assert -0.5 < mapped < 0.3 < own
