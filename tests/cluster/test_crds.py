@@ -194,7 +194,7 @@ class TestShape:
             (CACHE, {"sampling.separators.beginContext": "<s>"}, "spec.sampling.separators.beginContext"),
             (CACHE, {"hooks.0.headIndex": 4096}, "spec.hooks[0].headIndex"),
             (JOB, {"saes.0.hook": "z:"}, "spec.saes[0].hook"),
-            (JOB, {"saes.0.architecture": {"type": "jumprelu"}}, "spec.saes[0].architecture.type"),
+            (JOB, {"saes.0.architecture": {"type": "vanilla"}}, "spec.saes[0].architecture.type"),
             (CACHE, {"tokens": REMOVED}, "spec.tokens"),
             (CACHE, {"tokens": 0}, "spec.tokens"),
             (CACHE, {"tokens": 2.5}, "spec.tokens"),
@@ -255,7 +255,7 @@ class TestShape:
 
     def test_explain_names_the_values_and_whether_a_field_is_required(self, control_plane: ControlPlane) -> None:
         told = " ".join(control_plane.kubectl("explain", "saejob.spec.saes.architecture").split())
-        assert "type <string> -required- enum: topk, standard" in told
+        assert "type <string> -required- enum: topk, batchtopk, " in told
 
 
 @dataclass(frozen=True)
@@ -306,6 +306,7 @@ REFUSED_UPDATES = [
     _immutable(JOB, "normalization", {"normalization": "none"}),
     _immutable(JOB, "evaluation", {"evaluation.everyTokens": 5}),
     _immutable(JOB, "checkpoints", {"checkpoints.keep": 3}),
+    _immutable(JOB, "saeFormat", {"saeFormat": "saelens6"}),
     _immutable(JOB, "output", {"output.uri": "s3://saes/other"}),
     _immutable(JOB, f"{_INLINE}.model", {f"{_INLINE}.model.dtype": "float32"}),
     _immutable(JOB, f"{_INLINE}.storage", {f"{_INLINE}.storage.secretRef": {"name": "s3"}}),
@@ -374,6 +375,12 @@ REFUSED_UPDATES = [
             "adamBeta2": 0.5,
             "deadAfterTokens": 5,
             "logEverySteps": 5,
+            "optimizer": "adafactor",
+            "mseLossNormalization": "dense_batch",
+            "precision": "bfloat16",
+            "selection": "bfloat16",
+            "compile": True,
+            "finetuning": {"method": "scale", "tokens": 5},
         }.items()
     ),
     _immutable(JOB, "training.batchSize", {"training.batchSize": REMOVED}, {"training.batchSize": 64}),
@@ -396,6 +403,7 @@ ALLOWED_UPDATES = [
     Update(JOB, {"activations.live.tokens": 1001}, start=_LIVE),
     Update(JOB, {"run.resources.limits": {"nvidia.com/gpu": 2}, "suspend": True, "retry": 1}),
     Update(JOB, {"training.batchSize": 64}, start={"training.batchSize": 64}),
+    Update(JOB, {"parallelism": 4, "wandb": {"project": "saes"}}),
 ]
 
 
