@@ -19,7 +19,7 @@ from sae_job.saes.config import Provenance
 from sae_job.steps.context import StepContext
 from sae_job.steps.train import run_train
 from sae_job.storage.base import ObjectStore
-from sae_job.storage.file_store import FileStore
+from sae_job.storage.file_store import PARTIAL_SUFFIX, FileStore
 from sae_job.training.observer import TrainingObserver
 from sae_job.training.place import ALONE, Place
 from sae_job.training.plan import TrainingPlan, resolve_plan
@@ -156,7 +156,12 @@ class Job:
         return run_train(self.step, context)
 
     def left(self) -> dict[str, bytes]:
-        return {name: data for name, data in folder_bytes(self.output).items() if name not in NOT_COMPARED}
+        """What a reader finds: a kill in one thread may catch another amid a write, whose unfinished file nobody reads."""
+        return {
+            name: data
+            for name, data in folder_bytes(self.output).items()
+            if name not in NOT_COMPARED and not name.endswith(PARTIAL_SUFFIX)
+        }
 
 
 def train_step(**parts: Any) -> TrainStep:
