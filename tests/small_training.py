@@ -156,7 +156,7 @@ class Job:
         return run_train(self.step, context)
 
     def left(self) -> dict[str, bytes]:
-        """What a reader finds: a kill in one thread may catch another amid a write, whose unfinished file nobody reads."""
+        """What readers find: where a kill catches another thread amid a write, nobody reads its unfinished file."""
         return {
             name: data
             for name, data in folder_bytes(self.output).items()
