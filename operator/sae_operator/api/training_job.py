@@ -212,8 +212,9 @@ class Training(ApiModel):
     """Compile the dense parts of a step with torch.compile; needs a C compiler in the pod."""
     finetuning: Finetuning | None = None
     """A last phase with encoders frozen; none when empty."""
-    dead_after_tokens: Count = 1_000_000
-    """A latent that has not fired for so many tokens (or, in a shorter run, never) counts as dead."""
+    dead_after_tokens: Count | None = None
+    """A latent that has not fired for so many tokens (or, in a shorter run, never) counts as dead. When empty: a twelfth
+    of `tokens`, at most 1,000,000."""
     log_every_steps: Count = 10
     """Steps between lines of metrics.jsonl."""
 

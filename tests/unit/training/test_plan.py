@@ -14,6 +14,7 @@ from sae_job.errors import InvalidInput
 from sae_job.training.plan import (
     TrainingPlan,
     default_batch_size,
+    default_dead_after_tokens,
     default_learning_rate,
     resolve_plan,
     tokens_asked_for,
@@ -305,3 +306,11 @@ def test_finetuning_comes_after_the_tokens_of_the_training() -> None:
         }
     )
     assert tokens_asked_for(spec) == 135
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch_size", "expected"),
+    [(360_000, 256, 30_000), (12_000_000, 4096, 1_000_000), (10**9, 4096, 1_000_000), (600, 32, 320)],
+)
+def test_a_latent_counts_as_dead_after_a_twelfth_of_the_training(tokens: int, batch_size: int, expected: int) -> None:
+    assert default_dead_after_tokens(tokens, batch_size) == expected
