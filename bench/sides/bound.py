@@ -41,4 +41,4 @@ class Bound:
         return {}
 
     def trained(self) -> TrainedSae:
-        raise NotImplementedError("it trains nothing")
+        raise TypeError("the bound is for timing alone: it holds no SAE")

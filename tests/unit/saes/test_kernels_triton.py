@@ -26,8 +26,6 @@ from sae_job.saes.kernels.sparse import ActiveLatents
 from tests.kernel_cases import active_latents, random
 from tests.testbed.paths import CHECKOUT
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
-
 
 def test_the_interpreter_gives_what_pytorch_gives() -> None:
     """In a process of its own: whether Triton interprets is decided when it is first imported."""

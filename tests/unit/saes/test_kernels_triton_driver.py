@@ -10,8 +10,6 @@ import pytest
 
 from sae_job.saes.kernels import triton_driver
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
-
 
 def test_it_is_built_without_a_driver_and_asks_for_one_when_it_is_loaded(tmp_path: Path) -> None:
     module = tmp_path / "share" / "cuda_utils.so"

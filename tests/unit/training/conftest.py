@@ -33,9 +33,17 @@ def two_hooks(tmp_path_factory: pytest.TempPathFactory) -> FileStore:
 
 
 @pytest.fixture
-def new_trainer(two_hooks: FileStore) -> Iterator[Callable[..., Trainer]]:
-    """Makes initialised trainers of some SAEs on that cache, and closes their readers."""
-    jobs: list[SmallJob] = []
+def jobs() -> Iterator[list[SmallJob]]:
+    """What a test opens; readers are closed behind it."""
+    opened: list[SmallJob] = []
+    yield opened
+    for job in opened:
+        job.reader.close()
+
+
+@pytest.fixture
+def new_trainer(two_hooks: FileStore, jobs: list[SmallJob]) -> Callable[..., Trainer]:
+    """Makes initialised trainers of some SAEs on that cache."""
 
     def make(
         saes: list[dict[str, Any]],
@@ -50,6 +58,4 @@ def new_trainer(two_hooks: FileStore) -> Iterator[Callable[..., Trainer]]:
         jobs[-1].trainer.initialize()
         return jobs[-1].trainer
 
-    yield make
-    for job in jobs:
-        job.reader.close()
+    return make

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,37 +10,21 @@ import torch
 from sae_job.storage.file_store import FileStore
 from sae_job.training.checkpoints import Checkpoints, Snapshot
 from sae_job.training.trainer import Trainer
-from tests.small_cache import write_small_cache
-from tests.small_training import EVERY_KIND, TRAINING, TWO_HOOKS, SmallJob, small_job, small_spec
+from tests.small_training import EVERY_KIND, TRAINING, SmallJob, small_job, small_spec
 
 FINETUNED: dict[str, Any] = {**TRAINING, "tokens": 320, "finetuning": {"method": "decoder", "tokens": 160}}
 # One step before the switch, at the switch, and one step after it.
 PLACES = (3, 9, 10, 11, 14)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> FileStore:
-    store = FileStore(tmp_path_factory.mktemp("cache"))
-    write_small_cache(store, hooks=tuple(TWO_HOOKS), d_in=TWO_HOOKS)
-    return store
-
-
-@pytest.fixture
-def jobs() -> Iterator[list[SmallJob]]:
-    opened: list[SmallJob] = []
-    yield opened
-    for job in opened:
-        job.reader.close()
-
-
-def begun(cache: FileStore, jobs: list[SmallJob], saes: list[dict[str, Any]], **parts: Any) -> Trainer:
-    job = small_job(cache, small_spec(saes, **parts))
+def begun(two_hooks: FileStore, jobs: list[SmallJob], saes: list[dict[str, Any]], **parts: Any) -> Trainer:
+    job = small_job(two_hooks, small_spec(saes, **parts))
     jobs.append(job)
     return job.trainer
 
 
-def trained(cache: FileStore, jobs: list[SmallJob], saes: list[dict[str, Any]], **parts: Any) -> Trainer:
-    trainer = begun(cache, jobs, saes, **parts)
+def trained(two_hooks: FileStore, jobs: list[SmallJob], saes: list[dict[str, Any]], **parts: Any) -> Trainer:
+    trainer = begun(two_hooks, jobs, saes, **parts)
     trainer.initialize()
     while not trainer.finished:
         trainer.step()
@@ -53,10 +36,10 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 def resumed_everywhere(
-    cache: FileStore, jobs: list[SmallJob], store: FileStore, saes: list[dict[str, Any]], **parts: Any
+    two_hooks: FileStore, jobs: list[SmallJob], store: FileStore, saes: list[dict[str, Any]], **parts: Any
 ) -> None:
     """Go on from checkpoints of several steps: each time the end is that of the undisturbed training."""
-    trainer = begun(cache, jobs, saes, **parts)
+    trainer = begun(two_hooks, jobs, saes, **parts)
     trainer.initialize()
     taken: list[Snapshot] = []
     while not trainer.finished:
@@ -69,7 +52,7 @@ def resumed_everywhere(
         checkpoints.write(snapshot)
         loaded = checkpoints.newest(lambda state: True)
         assert loaded is not None
-        again = begun(cache, jobs, saes, **parts)
+        again = begun(two_hooks, jobs, saes, **parts)
         again.restore(loaded)
         while not again.finished:
             again.step()
@@ -80,10 +63,10 @@ def resumed_everywhere(
         checkpoints.remove_all()
 
 
-def test_all_kinds_together_are_bit_for_bit_each_alone(cache: FileStore, jobs: list[SmallJob]) -> None:
-    together = trained(cache, jobs, list(EVERY_KIND.values()), training=FINETUNED)
+def test_all_kinds_together_are_bit_for_bit_each_alone(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
+    together = trained(two_hooks, jobs, list(EVERY_KIND.values()), training=FINETUNED)
     for sae, training in zip(EVERY_KIND.values(), together.saes, strict=True):
-        alone = trained(cache, jobs, [sae], training=FINETUNED)
+        alone = trained(two_hooks, jobs, [sae], training=FINETUNED)
         assert training.failure is None
         assert same(training.tensors(), alone.saes[0].tensors()), sae["name"]
         lines = [line for line in together.record.lines if line["sae"] == sae["name"]]
@@ -92,10 +75,10 @@ def test_all_kinds_together_are_bit_for_bit_each_alone(cache: FileStore, jobs: l
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "adafactor"])
 def test_resumed_in_either_phase_the_end_is_the_same(
-    cache: FileStore, jobs: list[SmallJob], tmp_path: Any, optimizer: str
+    two_hooks: FileStore, jobs: list[SmallJob], tmp_path: Any, optimizer: str
 ) -> None:
     training = {**FINETUNED, "optimizer": optimizer, "gradientClipNorm": 1.0}
-    resumed_everywhere(cache, jobs, FileStore(tmp_path), list(EVERY_KIND.values()), training=training)
+    resumed_everywhere(two_hooks, jobs, FileStore(tmp_path), list(EVERY_KIND.values()), training=training)
 
 
 @pytest.mark.parametrize(
@@ -109,23 +92,23 @@ def test_resumed_in_either_phase_the_end_is_the_same(
     ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()),
 )
 def test_resumed_with_other_products_the_end_is_the_same(
-    cache: FileStore, jobs: list[SmallJob], tmp_path: Any, settings: dict[str, Any]
+    two_hooks: FileStore, jobs: list[SmallJob], tmp_path: Any, settings: dict[str, Any]
 ) -> None:
     training = {**FINETUNED, **settings}
-    resumed_everywhere(cache, jobs, FileStore(tmp_path), list(EVERY_KIND.values()), training=training)
+    resumed_everywhere(two_hooks, jobs, FileStore(tmp_path), list(EVERY_KIND.values()), training=training)
 
 
-def test_adamw_without_decay_is_adam(cache: FileStore, jobs: list[SmallJob]) -> None:
+def test_adamw_without_decay_is_adam(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
     saes = [EVERY_KIND["standard"]]
     adam, adamw = (
-        trained(cache, jobs, saes, training={**TRAINING, "optimizer": name}).saes[0].tensors()
+        trained(two_hooks, jobs, saes, training={**TRAINING, "optimizer": name}).saes[0].tensors()
         for name in ("adam", "adamw")
     )
     assert same(adam, adamw)
 
 
-def test_adafactor_keeps_a_row_and_a_column_of_second_moments(cache: FileStore, jobs: list[SmallJob]) -> None:
-    trainer = trained(cache, jobs, [EVERY_KIND["topk"]], training={**TRAINING, "optimizer": "adafactor"})
+def test_adafactor_keeps_a_row_and_a_column_of_second_moments(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
+    trainer = trained(two_hooks, jobs, [EVERY_KIND["topk"]], training={**TRAINING, "optimizer": "adafactor"})
     tensors = trainer.saes[0].tensors()
     parts = {name.removeprefix("optimizer.W_dec."): tensor for name, tensor in tensors.items() if "r.W_dec." in name}
     assert set(parts) == {"step", "row_var", "col_var"}
@@ -137,10 +120,10 @@ def test_adafactor_keeps_a_row_and_a_column_of_second_moments(cache: FileStore, 
     assert last < first
 
 
-def test_products_in_bfloat16_train_almost_alike(cache: FileStore, jobs: list[SmallJob]) -> None:
+def test_products_in_bfloat16_train_almost_alike(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
     saes = list(EVERY_KIND.values())
     exact, rounded = (
-        trained(cache, jobs, saes, training={**TRAINING, "precision": name}) for name in ("float32", "bfloat16")
+        trained(two_hooks, jobs, saes, training={**TRAINING, "precision": name}) for name in ("float32", "bfloat16")
     )
     for ours, theirs in zip(rounded.saes, exact.saes, strict=True):
         assert ours.failure is None

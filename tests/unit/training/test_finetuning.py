@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,33 +13,17 @@ from sae_job.storage.file_store import FileStore
 from sae_job.training.continuation import continues
 from sae_job.training.finetuning import Finetuning
 from sae_job.training.trainer import Trainer
-from tests.small_cache import write_small_cache
-from tests.small_training import EVERY_KIND, TRAINING, TWO_HOOKS, SmallJob, small_job, small_spec
+from tests.small_training import EVERY_KIND, TRAINING, SmallJob, small_job, small_spec
 
 METHODS = ("scale", "decoder", "unrotated_decoder")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> FileStore:
-    store = FileStore(tmp_path_factory.mktemp("cache"))
-    write_small_cache(store, hooks=tuple(TWO_HOOKS), d_in=TWO_HOOKS)
-    return store
-
-
-@pytest.fixture
-def jobs() -> Iterator[list[SmallJob]]:
-    opened: list[SmallJob] = []
-    yield opened
-    for job in opened:
-        job.reader.close()
 
 
 def finetuned(method: str, tokens: int = 320, **more: Any) -> dict[str, Any]:
     return {**TRAINING, "tokens": 320, "finetuning": {"method": method, "tokens": tokens, **more}}
 
 
-def begun(cache: FileStore, jobs: list[SmallJob], saes: list[dict[str, Any]], **parts: Any) -> Trainer:
-    jobs.append(small_job(cache, small_spec(saes, **parts)))
+def begun(two_hooks: FileStore, jobs: list[SmallJob], saes: list[dict[str, Any]], **parts: Any) -> Trainer:
+    jobs.append(small_job(two_hooks, small_spec(saes, **parts)))
     jobs[-1].trainer.initialize()
     return jobs[-1].trainer
 
@@ -53,10 +36,10 @@ def run_to(trainer: Trainer, steps: int) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_encoders_and_what_the_method_leaves_out_stay_as_they_are(
-    cache: FileStore, jobs: list[SmallJob], method: str
+    two_hooks: FileStore, jobs: list[SmallJob], method: str
 ) -> None:
     trained = {"scale": set[str](), "decoder": {"W_dec"}, "unrotated_decoder": set[str]()}[method]
-    trainer = begun(cache, jobs, list(EVERY_KIND.values()), training=finetuned(method))
+    trainer = begun(two_hooks, jobs, list(EVERY_KIND.values()), training=finetuned(method))
     before, after = run_to(trainer, 10), run_to(trainer, 20)
     for name, tensors in before.items():
         assert not any(key.startswith("finetuning.") for key in tensors), name
@@ -69,17 +52,17 @@ def test_encoders_and_what_the_method_leaves_out_stay_as_they_are(
         assert moved == (method != "scale")
 
 
-def test_a_decoder_at_unit_norm_keeps_it(cache: FileStore, jobs: list[SmallJob]) -> None:
-    trainer = begun(cache, jobs, [EVERY_KIND["standard"]], training=finetuned("decoder"))
+def test_a_decoder_at_unit_norm_keeps_it(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
+    trainer = begun(two_hooks, jobs, [EVERY_KIND["standard"]], training=finetuned("decoder"))
     norms = torch.linalg.vector_norm(run_to(trainer, 20)["standard"]["weights.W_dec"], dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_latents_of_the_saved_sae_fire_as_before(cache: FileStore, jobs: list[SmallJob], method: str) -> None:
+def test_latents_of_the_saved_sae_fire_as_before(two_hooks: FileStore, jobs: list[SmallJob], method: str) -> None:
     """Also where the encoder subtracts a b_dec that was trained: its biases take up the difference."""
     rows = 2 + torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
-    trainer = begun(cache, jobs, list(EVERY_KIND.values()), training=finetuned(method))
+    trainer = begun(two_hooks, jobs, list(EVERY_KIND.values()), training=finetuned(method))
     run_to(trainer, 10)
     before = {sae.name: sae.inference() for sae in trainer.saes}
     run_to(trainer, 20)
@@ -92,18 +75,18 @@ def test_latents_of_the_saved_sae_fire_as_before(cache: FileStore, jobs: list[Sm
         assert after.finetuning_scaling_factor.shape == (sae.plan.d_sae,)
 
 
-def test_exporting_changes_nothing_of_the_training(cache: FileStore, jobs: list[SmallJob]) -> None:
-    trainer = begun(cache, jobs, [EVERY_KIND["gated"]], training=finetuned("decoder"))
+def test_exporting_changes_nothing_of_the_training(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
+    trainer = begun(two_hooks, jobs, [EVERY_KIND["gated"]], training=finetuned("decoder"))
     before = run_to(trainer, 15)["gated"]
     trainer.saes[0].inference()
     after = trainer.saes[0].tensors()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_the_switch_is_exact_and_the_rate_begins_anew(cache: FileStore, jobs: list[SmallJob]) -> None:
+def test_the_switch_is_exact_and_the_rate_begins_anew(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
     """320 tokens in batches of 32 are 10 steps: the eleventh is the first of the fine-tuning."""
     training = {**finetuned("scale", 128, learningRate=0.4), "logEverySteps": 1}
-    trainer = begun(cache, jobs, [EVERY_KIND["standard"]], training=training)
+    trainer = begun(two_hooks, jobs, [EVERY_KIND["standard"]], training=training)
     run_to(trainer, 14)
     assert trainer.finished
     lines = [line for line in trainer.record.lines if "loss" in line]
@@ -114,24 +97,24 @@ def test_the_switch_is_exact_and_the_rate_begins_anew(cache: FileStore, jobs: li
     assert all("l1_loss" not in line for line in lines[10:])
 
 
-def test_the_rate_is_a_tenth_of_the_peak_when_none_is_named(cache: FileStore, jobs: list[SmallJob]) -> None:
-    trainer = begun(cache, jobs, [EVERY_KIND["standard"]], training=finetuned("scale"))
+def test_the_rate_is_a_tenth_of_the_peak_when_none_is_named(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
+    trainer = begun(two_hooks, jobs, [EVERY_KIND["standard"]], training=finetuned("scale"))
     schedule = trainer.plan.saes[0].finetuning_rate
     assert schedule is not None
     assert schedule(0) == pytest.approx(0.001)
     assert schedule(9) == pytest.approx(0.0001)
 
 
-def test_tokens_and_steps_are_of_both_phases(cache: FileStore, jobs: list[SmallJob]) -> None:
-    plan = begun(cache, jobs, [EVERY_KIND["topk"]], training=finetuned("scale", tokens=100)).plan
+def test_tokens_and_steps_are_of_both_phases(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
+    plan = begun(two_hooks, jobs, [EVERY_KIND["topk"]], training=finetuned("scale", tokens=100)).plan
     assert (plan.training_steps, plan.steps, plan.tokens) == (10, 14, 448)
     assert plan.saes[0].learning_rate.total_steps == 10
 
 
-def test_it_undoes_shrinkage(cache: FileStore, jobs: list[SmallJob]) -> None:
+def test_it_undoes_shrinkage(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
     """A strong penalty shrinks activations; factors above one bring the reconstruction back."""
     sae = {**EVERY_KIND["standard"], "architecture": {"type": "standard", "l1Coefficient": 1.0}}
-    trainer = begun(cache, jobs, [sae], training={**finetuned("scale", 1600, learningRate=0.02), "tokens": 1600})
+    trainer = begun(two_hooks, jobs, [sae], training={**finetuned("scale", 1600, learningRate=0.02), "tokens": 1600})
     tensors = run_to(trainer, 100)["standard"]
     at_switch = trainer.record.evaluation_after(50, "standard")["mse"]
     at_end = trainer.record.last_evaluation("standard")["mse"]
@@ -144,9 +127,9 @@ def test_it_undoes_shrinkage(cache: FileStore, jobs: list[SmallJob]) -> None:
 
 
 @pytest.mark.parametrize("name", list(EVERY_KIND))
-def test_gradients_are_those_of_the_written_loss(cache: FileStore, jobs: list[SmallJob], name: str) -> None:
+def test_gradients_are_those_of_the_written_loss(two_hooks: FileStore, jobs: list[SmallJob], name: str) -> None:
     """Against automatic differentiation of the formula, in the features that the frozen encoder gives."""
-    trainer = begun(cache, jobs, [EVERY_KIND[name]], training=TRAINING)
+    trainer = begun(two_hooks, jobs, [EVERY_KIND[name]], training=TRAINING)
     run_to(trainer, 5)
     (training,) = trainer.saes
     trainable = training._trainable
@@ -174,22 +157,22 @@ def test_gradients_are_those_of_the_written_loss(cache: FileStore, jobs: list[Sm
     assert torch.equal(statistics.fire_counts, (features > 0).sum(dim=0))
 
 
-def test_a_finetuning_that_has_begun_cannot_be_put_off(cache: FileStore, jobs: list[SmallJob]) -> None:
-    trainer = begun(cache, jobs, [EVERY_KIND["topk"]], training=finetuned("scale"))
+def test_a_finetuning_that_has_begun_cannot_be_put_off(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
+    trainer = begun(two_hooks, jobs, [EVERY_KIND["topk"]], training=finetuned("scale"))
     run_to(trainer, 10)
     before = trainer.snapshot({}).state
     run_to(trainer, 11)
     after = trainer.snapshot({}).state
     longer = {**finetuned("scale"), "tokens": 640}
-    plan = begun(cache, jobs, [EVERY_KIND["topk"]], training=longer).plan
+    plan = begun(two_hooks, jobs, [EVERY_KIND["topk"]], training=longer).plan
     assert continues(plan, before)
     assert not continues(plan, after)
     assert continues(trainer.plan, after)
 
 
-def test_a_rate_that_breaks_it_is_told_as_such(cache: FileStore, jobs: list[SmallJob]) -> None:
+def test_a_rate_that_breaks_it_is_told_as_such(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
     saes = [EVERY_KIND["topk"], EVERY_KIND["standard"]]
-    trainer = begun(cache, jobs, saes, training=finetuned("decoder", learningRate=1e9))
+    trainer = begun(two_hooks, jobs, saes, training=finetuned("decoder", learningRate=1e9))
     run_to(trainer, 10)
     trainer.saes[0]._begin_finetuning()
     fine = trainer.saes[0]._finetuning
