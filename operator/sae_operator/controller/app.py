@@ -30,7 +30,7 @@ from sae_operator.controller.progress import PodPoller
 from sae_operator.controller.queue import Key, RetryAfter, WorkQueue
 from sae_operator.controller.settings import configure
 from sae_operator.controller.store import Store
-from sae_operator.controller.sweep import Sweeper
+from sae_operator.controller.census import Sweeper
 from sae_operator.reconcile.cache import reconcile_cache
 from sae_operator.reconcile.observed import OperatorSettings
 from sae_operator.reconcile.training_job import reconcile_training_job

@@ -13,7 +13,7 @@ from sae_operator.controller import paths, sweep
 from sae_operator.controller.client import ServerUnavailable
 from sae_operator.controller.queue import Key
 from sae_operator.controller.store import Store
-from sae_operator.controller.sweep import Sweeper
+from sae_operator.controller.census import Sweeper
 
 JOB = "SAETrainingJob"
 
