@@ -17,6 +17,7 @@ import uvloop
 from sae_operator.api.base import API_VERSION
 from sae_operator.api.resources import ACTIVATION_CACHE, KINDS
 from sae_operator.controller import heartbeat as heartbeats
+from sae_operator.controller.census import Sweeper
 from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable, connection_info
 from sae_operator.controller.credentials import load_credentials
 from sae_operator.controller.defaults import NamespaceDefaults
@@ -30,7 +31,6 @@ from sae_operator.controller.progress import PodPoller
 from sae_operator.controller.queue import Key, RetryAfter, WorkQueue
 from sae_operator.controller.settings import configure
 from sae_operator.controller.store import Store
-from sae_operator.controller.census import Sweeper
 from sae_operator.reconcile.cache import reconcile_cache
 from sae_operator.reconcile.observed import OperatorSettings
 from sae_operator.reconcile.training_job import reconcile_training_job

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from sae_operator.api.resources import KINDS
-from sae_operator.controller import paths, sweep
+from sae_operator.controller import census, paths
+from sae_operator.controller.census import Sweeper
 from sae_operator.controller.client import ServerUnavailable
 from sae_operator.controller.queue import Key
 from sae_operator.controller.store import Store
-from sae_operator.controller.census import Sweeper
 
 JOB = "SAETrainingJob"
 
@@ -96,7 +96,7 @@ async def test_what_arrives_while_the_list_is_read_stays() -> None:
 
 
 async def test_a_sweep_that_fails_is_not_put_off_until_the_next_regular_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(census, "SETTLE_SECONDS", 0.0)
     server, store = Server(), stored("gone")
     server.failures = 2
     swept = asyncio.Event()
