@@ -7,7 +7,8 @@ import functools
 import gc
 import logging
 import random
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -67,11 +68,32 @@ class Options:
     result_grace_seconds: float = 30.0
 
 
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class Nature:
+    """Time and chance, as the parts take them.
+
+    Attributes:
+        clock: seconds, from anywhere, that only grow.
+        now: the time of day.
+        uniform: a random number between two others.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    now: Callable[[], datetime] = _utc_now
+    uniform: Callable[[float, float], float] = random.uniform
+
+
 class Operator:
     """The parts, and what flows between them: events into the store, keys into the queue, `reconcile`, the executor."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, *, client: ApiClient | None = None, nature: Nature | None = None) -> None:
         self._options = options
+        self._nature = nature = nature or Nature()
+        clock, now = nature.clock, nature.now
         self._load = functools.partial(load_credentials, options.kubeconfig)
         self._settings = OperatorSettings(
             job_image=options.job_image,
@@ -80,16 +102,22 @@ class Operator:
             result_grace_seconds=options.result_grace_seconds,
         )
         own_namespace = options.lease_namespace or options.namespace or self._load().namespace
-        self.client = ApiClient(self._load, faults=CallFaults.from_environment())
+        self.client = client or ApiClient(self._load, faults=CallFaults.from_environment())
         self.store = Store()
-        self.queue = WorkQueue(self.process)
-        self.defaults = NamespaceDefaults(self.client)
-        self.executor = Executor(self.client, self.store, EventRecorder(self.client), self.look_at)
+        self.queue = WorkQueue(self.process, clock=clock, uniform=nature.uniform)
+        self.defaults = NamespaceDefaults(self.client, clock=clock)
+        events = EventRecorder(self.client, clock=clock, now=now)
+        self.executor = Executor(self.client, self.store, events, self.look_at)
         self.poller = PodPoller(
-            self.client, self.store, self.look_at, namespace=options.namespace, poll_seconds=options.poll_seconds
+            self.client,
+            self.store,
+            self.look_at,
+            namespace=options.namespace,
+            poll_seconds=options.poll_seconds,
+            clock=clock,
         )
-        self.sweeper = Sweeper(self.client, self.store, self.look_at, namespace=options.namespace)
-        self.heartbeat = heartbeats.Heartbeat(self.client, namespace=own_namespace)
+        self.sweeper = Sweeper(self.client, self.store, self.look_at, namespace=options.namespace, clock=clock)
+        self.heartbeat = heartbeats.Heartbeat(self.client, namespace=own_namespace, clock=clock, now=now)
         # The first listing is over; another one is a relist.
         self._started = False
         self._stopping = False
@@ -102,11 +130,7 @@ class Operator:
             asyncio.create_task(self._work(), name="work"),
             asyncio.create_task(self.heartbeat.run(), name="heartbeat"),
         ]
-        watches = asyncio.create_task(self._watch(), name="watches")
-        # What was imported stays: without it in sight, a collection costs a tenth.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
+        watches = asyncio.create_task(self.watch(), name="watches")
         try:
             done, _ = await asyncio.wait([watches, *self._parts], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -136,7 +160,7 @@ class Operator:
                 return None
             # The poller tells what changes; a look without a change only serves deadlines.
             settings = replace(self._settings, poll_seconds=LOOKS_PER_POLL * self.poller.interval)
-            now = datetime.now(UTC)
+            now = self._nature.now()
             if key.kind == ACTIVATION_CACHE.kind:
                 wanted = reconcile_cache(observe_cache(self.store, stored, defaults), settings, now)
             else:
@@ -144,7 +168,7 @@ class Operator:
             await self.executor.execute(stored, wanted)
         except ServerUnavailable as error:
             logger.info("%s %s/%s waits: %s", *key, error)
-            raise RetryAfter(error.retry_after or random.uniform(0.5, 1.5)) from error
+            raise RetryAfter(error.retry_after or self._nature.uniform(0.5, 1.5)) from error
         self.poller.watch(key, wanted.poll_pods)
         if wanted.poll_pods and wanted.requeue_after is not None and wanted.requeue_after < settings.poll_seconds:
             # It waits for something that ended pods say.
@@ -207,7 +231,8 @@ class Operator:
         if event_type is None and self._started:
             self.sweeper.relisted()
 
-    async def _watch(self) -> None:
+    async def watch(self) -> None:
+        """Feeds what the API server's watches bring to the handlers, until cancelled."""
         # kopf would ask for the name of the user, whom a container need not know.
         identity: Any = self.heartbeat.identity
         await kopf.operator(
@@ -254,7 +279,7 @@ class Operator:
                 return await action()
             except (ApiError, ServerUnavailable) as error:
                 logger.warning("Listing failed: %s", error)
-                await asyncio.sleep(random.uniform(0.5, 1.5))
+                await asyncio.sleep(self._nature.uniform(0.5, 1.5))
 
 
 def missing_definitions(served: Mapping[str, Any]) -> str:
@@ -269,4 +294,8 @@ def run(options: Options) -> None:
 
 
 async def _run(options: Options) -> None:
+    # What was imported stays: without it in sight, a collection costs a tenth.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     await Operator(options).run()
