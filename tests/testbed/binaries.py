@@ -22,6 +22,12 @@ from tests.testbed.paths import GO_SOURCES, cache_directory
 
 KUBERNETES_VERSION = "1.35.4"
 _VERSION_PACKAGE = "k8s.io/component-base/version"
+# Without a version some versions of kubectl cannot parse the server's.
+_VERSION_FLAGS = (
+    f"-s -w -X {_VERSION_PACKAGE}.gitVersion=v{KUBERNETES_VERSION}"
+    f" -X {_VERSION_PACKAGE}.gitMajor={KUBERNETES_VERSION.split('.')[0]}"
+    f" -X {_VERSION_PACKAGE}.gitMinor={KUBERNETES_VERSION.split('.')[1]}"
+)
 _PROGRESS_SECONDS = 15.0
 
 
@@ -57,17 +63,16 @@ class Tool:
 KUBE = Tool(
     name="kube",
     package=".",
-    # Without a version some versions of kubectl cannot parse the server's.
-    linker_flags=(
-        f"-s -w -X {_VERSION_PACKAGE}.gitVersion=v{KUBERNETES_VERSION}"
-        f" -X {_VERSION_PACKAGE}.gitMajor={KUBERNETES_VERSION.split('.')[0]}"
-        f" -X {_VERSION_PACKAGE}.gitMinor={KUBERNETES_VERSION.split('.')[1]}"
-    ),
+    linker_flags=_VERSION_FLAGS,
     also_named=("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl"),
 )
 VERSITYGW = Tool(name="versitygw", package="github.com/versity/versitygw/cmd/versitygw")
 HELM = Tool(name="helm", package="helm.sh/helm/v3/cmd/helm")
-ALL_TOOLS = (VERSITYGW, HELM, KUBE)
+KUEUE = Tool(name="kueue", package="sigs.k8s.io/kueue/cmd/kueue")
+# A real node's programs, for the tests that must see real containers; they build these when they run.
+KUBELET = Tool(name="kubelet", package="k8s.io/kubernetes/cmd/kubelet", linker_flags=_VERSION_FLAGS)
+PAUSE = Tool(name="pause", package=".")
+ALL_TOOLS = (VERSITYGW, HELM, KUBE, KUEUE)
 
 
 def kube_program(name: str) -> Path:
