@@ -49,7 +49,15 @@ class Waits:
 
 @dataclass(frozen=True)
 class Runs:
-    """The container runs until the script says something else, or the pod is deleted (then it ends with 143)."""
+    """The container runs until the script says something else, or the pod is deleted (then it ends with 143).
+
+    Attributes:
+        checkpoint_tokens: where the checkpoint is that it writes then; None where it writes none.
+        lingers: it has been told to end, and still writes that checkpoint.
+    """
+
+    checkpoint_tokens: int | None = None
+    lingers: bool = False
 
 
 Behaviour = Ends | Waits | Runs
@@ -185,7 +193,12 @@ class FakeKubelet:
 
     def _remove(self, pod: dict[str, Any]) -> None:
         if pod["status"].get("phase") == "Running":
-            self._set_status(pod, Ends(143, result(step_of(pod), exitCode=143, reason="Checkpointed")))
+            last = self.scripts.get(pod["metadata"]["namespace"], succeed)(pod)
+            if isinstance(last, Runs) and last.lingers:
+                return
+            tokens = last.checkpoint_tokens if isinstance(last, Runs) else None
+            told = {} if tokens is None else {"checkpointTokens": tokens}
+            self._set_status(pod, Ends(143, result(step_of(pod), exitCode=143, reason="Checkpointed", **told)))
         options = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}}
         self._call("DELETE", _path(pod), options)
 
