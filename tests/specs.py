@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sae_operator.api.base import API_VERSION, ApiModel
-from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB
+from sae_operator.api.resources import ACTIVATION_CACHE, SAE_SWEEP, SAE_TRAINING_JOB
 from sae_operator.api.schema import models_in
 
 CACHE_SPEC: dict[str, Any] = {
@@ -24,7 +24,15 @@ JOB_SPEC: dict[str, Any] = {
     "saes": [{"name": "k32", "architecture": {"type": "topk", "k": 32}, "dSae": 1024}],
     "output": {"uri": "s3://saes/out"},
 }
-SPECS: dict[str, dict[str, Any]] = {ACTIVATION_CACHE.kind: CACHE_SPEC, SAE_TRAINING_JOB.kind: JOB_SPEC}
+SWEEP_SPEC: dict[str, Any] = {
+    "template": JOB_SPEC,
+    "space": {"parameters": [{"path": "saes[0].architecture.k", "values": [16, 32]}]},
+}
+SPECS: dict[str, dict[str, Any]] = {
+    ACTIVATION_CACHE.kind: CACHE_SPEC,
+    SAE_TRAINING_JOB.kind: JOB_SPEC,
+    SAE_SWEEP.kind: SWEEP_SPEC,
+}
 
 # As the value of an edit: the field is taken away.
 REMOVED = object()

@@ -107,6 +107,9 @@ class ModelSource(ApiModel):
     """Compile the model with `torch.compile` before the first forward pass."""
     device_map: Literal["single", "auto"] = "single"
     """`auto`: spread the layers over all GPUs of the pod; for models that do not fit on one."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings; only where the operator's administrator allows it. Pin
+    `revision` to a commit."""
     mirror: bool = False
     """Copy a Hub model's files beside the cache once, in `prepare`, so that the GPU pods need nothing but the store."""
     batch_size: Annotated[Count, Field(le=4096)] = 16

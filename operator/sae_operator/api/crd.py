@@ -17,7 +17,7 @@ from sae_operator.api.base import (
     VERSION,
 )
 from sae_operator.api.generated import write_or_check
-from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_TRAINING_JOB, Kind
+from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_SWEEP, SAE_TRAINING_JOB, Kind
 from sae_operator.api.schema import structural_schema
 
 # A new resource shows -1 until the operator has seen it, so that kstatus never takes it for current.
@@ -50,10 +50,21 @@ PRINTER_COLUMNS: dict[str, list[dict[str, Any]]] = {
         _column("Output", ".spec.output.uri", priority=1, description="Where results go."),
         _AGE,
     ],
+    SAE_SWEEP.kind: [
+        _PHASE,
+        _column("Finished", ".status.summary.finished", description="Finished trials of all."),
+        _column("Failed", ".status.trials.failed", "integer", description="Trials that failed."),
+        _column("Best", ".status.summary.trial", description="The best trial so far."),
+        _column("Objective", ".status.summary.objective", description="Its figure of the objective's metric."),
+        _column("L0", ".status.summary.l0", description="Its mean active latents per token."),
+        _column("Output", ".spec.template.output.uri", priority=1, description="Where results go."),
+        _AGE,
+    ],
 }
 _DESCRIPTIONS = {
     ACTIVATION_CACHE.kind: "Activations of a language model on a dataset, computed once and kept in an object store.",
     SAE_TRAINING_JOB.kind: "One or more sparse autoencoders trained from one stream of activations.",
+    SAE_SWEEP.kind: "Training jobs over a space of settings, which share caches, and a report that compares them.",
 }
 
 

@@ -125,10 +125,12 @@ def determining(spec: SAETrainingJobSpec) -> dict[str, Any]:
         kind = "cache" if spec.activations.live is None else "live"
         activations = {kind: cache_identity(source), "hooks": hooks}
     training = {key: value for key, value in chosen(spec.training).items() if key != "tokens"}
+    stop = {} if spec.median_stop is None else {"medianStop": chosen(spec.median_stop)}
     return {
         "activations": activations,
         "training": training,
         "saes": manifest["saes"],
         "normalization": spec.normalization,
         "evaluation": chosen(spec.evaluation),
+        **stop,
     }

@@ -58,6 +58,8 @@ def _type(schema: Schema) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if schema.get("x-kubernetes-int-or-string"):
         return "quantity"
+    if "x-kubernetes-preserve-unknown-fields" in schema:
+        return "any value"
     kind = schema["type"]
     if kind == "array":
         return f"list of {_range(schema.get('minItems', 0), schema['maxItems'])}: {_type(schema['items'])}"

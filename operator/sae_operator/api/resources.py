@@ -7,7 +7,8 @@ from typing import Any
 
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.base import API_VERSION, ApiModel
-from sae_operator.api.status import ActivationCacheStatus, CommonStatus, SAETrainingJobStatus
+from sae_operator.api.status import ActivationCacheStatus, CommonStatus, SAESweepStatus, SAETrainingJobStatus
+from sae_operator.api.sweep import SAESweepSpec
 from sae_operator.api.training_job import SAETrainingJobSpec
 
 
@@ -37,8 +38,9 @@ SAE_TRAINING_JOB = Kind(
     SAETrainingJobSpec,
     SAETrainingJobStatus,
 )
+SAE_SWEEP = Kind("SAESweep", "saesweeps", "saesweep", ("sweep", "sweeps"), SAESweepSpec, SAESweepStatus)
 # Adding a kind is one row here.
-KINDS: dict[str, Kind] = {kind.kind: kind for kind in (ACTIVATION_CACHE, SAE_TRAINING_JOB)}
+KINDS: dict[str, Kind] = {kind.kind: kind for kind in (ACTIVATION_CACHE, SAE_TRAINING_JOB, SAE_SWEEP)}
 
 
 @dataclass(frozen=True)

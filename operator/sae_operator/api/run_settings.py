@@ -113,6 +113,13 @@ class EnvVar(ApiModel):
             "names that begin with SAE_JOB_ are set by the operator",
             "name",
         ),
+        # An allow-list of images means nothing when a variable can make them load other code.
+        Rule(
+            "!self.name.startsWith('LD_') && !self.name.startsWith('PYTHON')",
+            lambda variable: not variable.name.startswith(("LD_", "PYTHON")),
+            "names that begin with LD_ or PYTHON could load code that the image does not hold; build an image instead",
+            "name",
+        ),
     )
 
     name: Annotated[str, StringConstraints(max_length=128, pattern=ENV_NAME_PATTERN)]
@@ -128,6 +135,93 @@ class ObjectReference(ApiModel):
     """Name of the object in the same namespace."""
 
 
+class NodeRequirement(ApiModel):
+    RULES = (
+        Rule(
+            "self.operator in ['Exists', 'DoesNotExist'] == (self.values.size() == 0)",
+            lambda r: (r.operator in ("Exists", "DoesNotExist")) == (not r.values),
+            "values belong to operators In, NotIn, Gt and Lt, and to no other",
+            "values",
+        ),
+        Rule(
+            "!(self.operator in ['Gt', 'Lt']) || self.values.size() < 2",
+            lambda r: r.operator not in ("Gt", "Lt") or len(r.values) < 2,
+            "operators Gt and Lt compare with one value",
+            "values",
+        ),
+    )
+
+    key: LabelKey
+    """Label of the node."""
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]
+    """How the label relates to `values`."""
+    values: Annotated[list[LabelValue], Field(max_length=16)] = Field(default_factory=list)
+    """Values of the label."""
+
+
+class NodeTerm(ApiModel):
+    match_expressions: Annotated[list[NodeRequirement], Field(min_length=1, max_length=8)]
+    """Requirements that must all be met."""
+
+
+class NodeSelector(ApiModel):
+    node_selector_terms: Annotated[list[NodeTerm], Field(min_length=1, max_length=4)]
+    """Terms of which one must be met."""
+
+
+class PreferredNodes(ApiModel):
+    weight: Annotated[Count, Field(le=100)]
+    """How much these nodes are preferred."""
+    preference: NodeTerm
+    """Which nodes."""
+
+
+class NodeAffinity(ApiModel):
+    required_during_scheduling_ignored_during_execution: NodeSelector | None = None
+    """Nodes that may run the pods."""
+    preferred_during_scheduling_ignored_during_execution: Annotated[list[PreferredNodes], Field(max_length=4)] = Field(
+        default_factory=list
+    )
+    """Nodes that are preferred."""
+
+
+class Affinity(ApiModel):
+    """Node affinity as Kubernetes has it; pods are spread by their queue."""
+
+    node_affinity: NodeAffinity | None = None
+    """Which nodes."""
+
+
+MOUNT_PATH_PATTERN = r"^(/[A-Za-z0-9_][A-Za-z0-9._-]*)+$"
+# What the image holds, and what the operator mounts itself.
+TAKEN_FOLDERS = r"^/(bin|boot|dev|etc|home|lib|lib64|opt|proc|root|run|sbin|sys|tmp|usr|var)(/|$)"
+
+
+class ClaimedVolume(ApiModel):
+    """A PersistentVolumeClaim of the namespace, e.g. with a model's files or a cache of the Hugging Face Hub."""
+
+    RULES = (
+        Rule(
+            f"!self.mountPath.matches('{TAKEN_FOLDERS}')",
+            lambda volume: re.search(TAKEN_FOLDERS, volume.mount_path) is None,
+            "mountPath must lie outside the image's own folders, e.g. /data or /mnt/models",
+            "mountPath",
+        ),
+    )
+
+    claim_name: ObjectName
+    """Name of the PersistentVolumeClaim."""
+    mount_path: Annotated[str, StringConstraints(max_length=255, pattern=MOUNT_PATH_PATTERN)]
+    """Where the pods see it, e.g. `/data`."""
+    read_only: bool = False
+    """Mount it for reading alone."""
+
+
+# A year: nothing runs for longer, and sums of times stay small numbers.
+MAX_SECONDS = 366 * 24 * 3600
+Seconds = Annotated[Count, Field(le=MAX_SECONDS)]
+
+
 class CpuStepSettings(ApiModel):
     """Overrides for the steps without a GPU (preflight, prepare, finalize); they take none of the GPU's selectors."""
 
@@ -140,6 +234,15 @@ class CpuStepSettings(ApiModel):
 
 
 class RunSettings(ApiModel):
+    RULES = (
+        Rule(
+            "self.volumes.all(v, self.volumes.exists_one(w, w.mountPath == v.mountPath))",
+            lambda run: len({volume.mount_path for volume in run.volumes}) == len(run.volumes),
+            "mountPath of volumes must be unique",
+            "volumes",
+        ),
+    )
+
     image: ShortText | None = None
     """Container image of the pods; the operator's default job image when empty."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
@@ -152,8 +255,18 @@ class RunSettings(ApiModel):
     """Labels of nodes that may run the GPU pods."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = Field(default_factory=list)
     """Taints that the GPU pods tolerate."""
+    affinity: Affinity | None = None
+    """Nodes that the GPU pods need or prefer, beyond `nodeSelector`."""
+    queue_name: ObjectName | None = None
+    """LocalQueue of Kueue that admits the Jobs; the namespace's default when empty."""
     priority_class_name: ObjectName | None = None
     """PriorityClass of all pods."""
+    runtime_class_name: ObjectName | None = None
+    """RuntimeClass of the GPU pods, e.g. `nvidia`."""
+    shm_size: Quantity | None = None
+    """Shared memory (`/dev/shm`) of the GPU pods, for several processes in one; 2Gi with several GPUs when empty."""
+    volumes: Annotated[list[ClaimedVolume], Field(max_length=8)] = Field(default_factory=list)
+    """PersistentVolumeClaims that all pods mount."""
     service_account_name: ObjectName | None = None
     """ServiceAccount of all pods, e.g. for workload identity; its token is never mounted."""
     env: Annotated[list[EnvVar], Field(max_length=32)] = Field(default_factory=list)
@@ -164,6 +277,15 @@ class RunSettings(ApiModel):
     """Annotations of all pods."""
     backoff_limit: Annotated[CountOrZero, Field(le=100)] = 3
     """How often a failed pod is retried; pods that a node disruption ended do not count."""
+    active_deadline_seconds: Seconds | None = None
+    """Fail when the pods of one round of work have run for longer than this, all steps and retries together; time in a
+    queue or waiting for a node does not count. Unlimited when empty."""
+    startup_deadline_seconds: Seconds = 3600
+    """Fail when a pod that has a node has not started within this time, e.g. since its image cannot be pulled. Waiting
+    in a queue or for a node does not count."""
+    ttl_seconds_after_finished: Annotated[CountOrZero, Field(le=MAX_SECONDS)] | None = None
+    """Delete the Jobs, pods and ConfigMaps of a finished resource after this time; the resource itself stays. Kept when
+    empty."""
     termination_grace_period_seconds: Annotated[Count, Field(le=3600)] = 120
     """Time for the last checkpoint after SIGTERM; checkpoints can be large."""
     cpu_steps: CpuStepSettings = Field(default_factory=CpuStepSettings)

@@ -93,8 +93,9 @@ def _convert(node: Schema, definitions: dict[str, Schema], nested: type[BaseMode
             # A structural schema has no bound for keys.
             rule = f"self.all(key, key.size() <= {MAP_KEY_LENGTH})"
             schema["x-kubernetes-validations"] = [{"rule": rule, "message": MAP_KEY_MESSAGE}]
-    if node.get("x-kubernetes-int-or-string"):
-        schema["x-kubernetes-int-or-string"] = True
+    for extension in ("x-kubernetes-int-or-string", "x-kubernetes-preserve-unknown-fields"):
+        if node.get(extension):
+            schema[extension] = True
     return schema
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 CachePhase = Literal["Pending", "Preparing", "Queued", "Caching", "Finalizing", "Ready", "Failed", "Suspended"]
+SweepPhase = Literal["Pending", "Running", "Reporting", "Succeeded", "Failed", "Suspended"]
 TrainingPhase = Literal[
     "Pending", "Preflight", "WaitingForCache", "Queued", "Running", "Succeeded", "Failed", "Suspended"
 ]
@@ -118,6 +119,10 @@ class CommonStatus(StatusModel):
     """The tokens asked for that this status is about."""
     attempts: Annotated[list[AttemptStatus], Field(max_length=10)] | None = None
     """The last failures."""
+    active_seconds: int | None = None
+    """How long pods had worked on the current round before `activeSince`."""
+    active_since: str | None = None
+    """Since when pods have been working, while they do."""
     start_time: str | None = None
     """When work began."""
     completion_time: str | None = None
@@ -197,3 +202,84 @@ class SAETrainingJobStatus(CommonStatus):
     """The report, when finished."""
     log_uri: str | None = None
     """The log, when finished."""
+
+
+class TrialCounts(StatusModel):
+    total: int | None = None
+    """Trials of the space."""
+    pending: int | None = None
+    """Trials whose job has not been created, or waits."""
+    running: int | None = None
+    """Trials that are being trained."""
+    succeeded: int | None = None
+    """Trials that were trained to their end."""
+    stopped: int | None = None
+    """Trials that were given up early, by a stop rule."""
+    failed: int | None = None
+    """Trials that failed."""
+
+
+class JobCounts(StatusModel):
+    total: int | None = None
+    """Training jobs that the trials are packed into."""
+    unfinished: int | None = None
+    """Training jobs that exist and have not finished."""
+
+
+class TrialStatus(StatusModel):
+    """One trial; the whole table is at `tableUri`."""
+
+    name: str
+    """Name of the trial, which its SAEs' names begin with."""
+    job_name: str | None = None
+    """SAETrainingJob that trains it."""
+    parameters: str | None = None
+    """Its values, e.g. `training.learningRate=0.001, saes[0].architecture.k=32`."""
+    sae: str | None = None
+    """The trial's best SAE."""
+    objective: float | None = None
+    """Its figure of the objective's metric."""
+    explained_variance: float | None = None
+    """On held-out activations."""
+    l0: float | None = None
+    """Mean active latents per token."""
+    ce_loss_score: float | None = None
+    """Share of the ablation's cross-entropy loss that is recovered."""
+    message: str | None = None
+    """Why it failed."""
+
+
+class SweepSummary(StatusModel):
+    """Figures of the best trial, as text for the columns."""
+
+    trial: str | None = None
+    """Its name."""
+    objective: str | None = None
+    """Its figure of the objective's metric."""
+    l0: str | None = None
+    """Its L0."""
+    finished: str | None = None
+    """Finished trials of all, e.g. `12/20`."""
+
+
+class SAESweepStatus(CommonStatus):
+    """Its size does not depend on the number of trials: counts, the best and the failed few, and where the rest is."""
+
+    phase: SweepPhase | None = None
+    """Where it stands."""
+    trials: TrialCounts | None = None
+    """How many trials stand where."""
+    jobs: JobCounts | None = None
+    """How many training jobs there are."""
+    best: Annotated[list[TrialStatus], Field(max_length=5)] | None = None
+    """The best trials so far, best first."""
+    failures: Annotated[list[TrialStatus], Field(max_length=5)] | None = None
+    """The first trials that failed."""
+    summary: SweepSummary | None = None
+    """Figures of the best trial."""
+    observed_trials: str | None = None
+    """Hash of the trials that this status is about."""
+    report_uri: str | None = None
+    """Report with the Pareto plot, when finished."""
+    table_uri: str | None = None
+    """All trials as JSON, when finished."""

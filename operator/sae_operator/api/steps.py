@@ -17,10 +17,12 @@ from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.base import ApiModel
 from sae_operator.api.identity import cache_identity, training_identity
 from sae_operator.api.store import StoreLocation
+from sae_operator.api.sweep import SAESweepSpec
 from sae_operator.api.training_job import SAETrainingJobSpec
 
 CacheStepName = Literal["prepare", "cache", "finalize"]
 TrainStepName = Literal["preflight", "train"]
+SweepStepName = Literal["report"]
 
 STEP_SPEC_PATH = "/etc/sae-job/step.json"
 # One folder per Secret, one file per key, as the kubelet mounts them.
@@ -119,6 +121,38 @@ class TrainStep(ApiModel):
         if self.identity_of_cache is not None or self.cache is None:
             return self.identity_of_cache
         return cache_identity(self.cache)
+
+
+class SweepJob(ApiModel):
+    """A training job of a sweep."""
+
+    name: str
+    """Name of the SAETrainingJob."""
+    folder: str
+    """Its folder below the sweep's output."""
+    trials: list[str]
+    """Names of its trials."""
+    message: str | None = None
+    """Why it failed, where it did."""
+
+
+class SweepStep(ApiModel):
+    """What the report's pod of an SAESweep is given. Trials and their values follow from the spec."""
+
+    step: SweepStepName
+    """Which step to run."""
+    namespace: str
+    """Namespace of the resource."""
+    name: str
+    """Name of the resource."""
+    uid: str
+    """UID of the resource."""
+    spec: SAESweepSpec
+    """The resource's spec."""
+    output: StoreLocation
+    """The sweep's folder, with the namespace's defaults."""
+    jobs: list[SweepJob]
+    """Its training jobs; the trials of the report are those that the spec still has."""
 
 
 class _Message(BaseModel):

@@ -249,6 +249,31 @@ class Checkpoints(ApiModel):
     """Checkpoints that are kept while training; all are removed on success."""
 
 
+class MedianStop(ApiModel):
+    """Give up an SAE that is worse than the median of those that came as far before it. Jobs that share `uri` compare
+    themselves through it: each SAE leaves its figure there at the first evaluation from `afterTokens` on, and is frozen
+    when it is worse than the median of the others' figures."""
+
+    RULES = (
+        Rule(
+            "!has(self.uri) || !self.uri.matches('(^|/)\\\\.\\\\.(/|$)')",
+            lambda m: m.uri is None or has_no_parent_segment(m.uri),
+            "uri must not contain '..' segments",
+            "uri",
+        ),
+    )
+
+    metric: Literal["explained_variance", "mse", "dead_fraction"] = "explained_variance"
+    """Figure on held-out activations that is compared: the higher the better for `explained_variance`, the lower the
+    better for the others."""
+    after_tokens: Count
+    """Tokens from which evaluations count."""
+    min_saes: Annotated[Count, Field(le=1000)] = 4
+    """Stop nothing before so many other SAEs have left their figure."""
+    uri: Uri | None = None
+    """Folder of the figures, with the access of `output`; `<output.uri>/median-stop` when empty."""
+
+
 class WandbSettings(ApiModel):
     """A run of Weights & Biases for each SAE. The key is the environment variable WANDB_API_KEY, which `run.env` takes
     from a Secret."""
@@ -343,7 +368,10 @@ class SAETrainingJobSpec(ApiModel):
     )
     # activations and training have transition rules of their own; run and suspend may change at any time.
     TRANSITION_RULES = (
-        *(immutable(field) for field in ("saes", "normalization", "evaluation", "checkpoints", "saeFormat", "output")),
+        *(
+            immutable(field)
+            for field in ("saes", "normalization", "evaluation", "checkpoints", "saeFormat", "medianStop", "output")
+        ),
         raised_only("retry"),
     )
 
@@ -367,6 +395,8 @@ class SAETrainingJobSpec(ApiModel):
     sae_format: Literal["saelens5", "saelens6"] = "saelens5"
     """Layout of saved SAEs: `saelens5`, which old and new versions of SAELens load, or the newest one's own, which
     tells more. Transcoders are always saved in the newest one, which alone knows them."""
+    median_stop: MedianStop | None = None
+    """Give up SAEs that are worse than the median at a number of tokens; off when empty."""
     output: StoreLocation
     """Where SAEs, results, report and checkpoints go."""
     wandb: WandbSettings | None = None

@@ -26,6 +26,9 @@ class OperatorSettings:
         result_grace_seconds: how long a finished Job's pods may take to show their termination message.
         unreachable_after_seconds: a pod that has run for this long without answering `GET /progress` is reported.
         slow_start_seconds: a container that is still being created after this is reported.
+        allowed_images: patterns (`fnmatch`) of images that resources may name; none allows all.
+        allowed_service_accounts: the same of ServiceAccounts.
+        allow_trust_remote_code: whether resources may run code that a model's repository brings.
     """
 
     job_image: str
@@ -34,6 +37,9 @@ class OperatorSettings:
     result_grace_seconds: float = 30.0
     unreachable_after_seconds: float = 60.0
     slow_start_seconds: float = 30.0
+    allowed_images: tuple[str, ...] = ()
+    allowed_service_accounts: tuple[str, ...] = ()
+    allow_trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,7 @@ class Defaults:
     region: str | None = None
     secret_name: str | None = None
     image: str | None = None
+    queue_name: str | None = None
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, object], ...] = ()
     problem: str | None = None
