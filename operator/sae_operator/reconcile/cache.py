@@ -17,6 +17,7 @@ from sae_operator.api.identity import cache_identity, cache_location
 from sae_operator.api.resources import ACTIVATION_CACHE
 from sae_operator.api.status import ActivationCacheStatus, HookStatus, ShardsStatus
 from sae_operator.api.steps import CacheStep, CacheStepName, StepResult
+from sae_operator.reconcile import admission
 from sae_operator.reconcile.children import StepWanted, resources_field, resources_of, secret_names
 from sae_operator.reconcile.conditions import METRICS_UNAVAILABLE, Finding
 from sae_operator.reconcile.defaults import resolve_cache, resolve_location
@@ -61,6 +62,10 @@ def reconcile_cache(observed: ObservedCache, settings: OperatorSettings, now: da
     work = current_round(stored, ended, asked, observed_hooks=stored.observed_hooks, more_interrupts=False)
     if ended is not None and not work.begins:
         return at_rest(metadata, stored, observed)
+    refusal = admission.check_cache(spec, observed.defaults, settings)
+    if refusal is not None and not admission.is_let_on(observed.jobs, work.key, STEPS[-1]):
+        again = admission.again_after(refusal)
+        return refuse_invalid(metadata, stored, refusal, now, reason=admission.NOT_ALLOWED, again_after=again)
     previous = forget_round(stored, ("shards",)) if work.begins else stored
     scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now)
     draft = Draft(updates={"observed_hooks": list(work.hooks)})

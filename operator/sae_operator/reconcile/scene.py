@@ -238,10 +238,19 @@ def at_rest(metadata: Metadata, stored: CommonStatus, children: Children) -> Wan
     )
 
 
-def refuse_invalid(metadata: Metadata, stored: CommonStatus, problem: InvalidSpec, now: datetime) -> Wanted:
-    """A spec that cannot be read: told, and nothing else touched until it is corrected."""
-    standing = Standing("failed", "Invalid", problem.message)
-    finding = Finding(INVALID, "Invalid", problem.message)
+def refuse_invalid(
+    metadata: Metadata,
+    stored: CommonStatus,
+    problem: InvalidSpec,
+    now: datetime,
+    *,
+    reason: str = INVALID,
+    again_after: float | None = None,
+) -> Wanted:
+    """A spec that cannot be read, or asks for what is not allowed: told, and nothing else touched until it is
+    corrected."""
+    standing = Standing("failed", reason, problem.message)
+    finding = Finding(INVALID, reason, problem.message)
     phase = phase_of(stored) or "Pending"
     status = stored.model_copy(
         update={
@@ -251,8 +260,8 @@ def refuse_invalid(metadata: Metadata, stored: CommonStatus, problem: InvalidSpe
         }
     )
     known = {condition.type for condition in stored.conditions or () if condition.status == "True"}
-    events = () if INVALID in known else (EventWanted("Warning", "Invalid", problem.message),)
-    return Wanted(status=status.to_manifest(), events=events)
+    events = () if INVALID in known else (EventWanted("Warning", reason, problem.message),)
+    return Wanted(status=status.to_manifest(), events=events, requeue_after=again_after)
 
 
 def suspend(scene: Scene[Any], draft: Draft) -> None:

@@ -16,6 +16,7 @@ from sae_operator.api.status import CheckpointStatus, SAETrainingJobStatus
 from sae_operator.api.steps import StepResult, TrainStep, TrainStepName
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
+from sae_operator.reconcile import admission
 from sae_operator.reconcile.cache_gate import Gate, activations_of, cache_gate
 from sae_operator.reconcile.children import StepWanted, resources_field, resources_of, secret_names
 from sae_operator.reconcile.conditions import METRICS_UNAVAILABLE, Finding
@@ -68,6 +69,11 @@ def reconcile_training_job(observed: ObservedTrainingJob, settings: OperatorSett
     work = current_round(stored, ended, Round(spec.retry, _asked_for(spec)), more_interrupts=True)
     if ended is not None and not work.begins:
         return at_rest(metadata, stored, observed)
+    cache_spec = observed.cache.spec if observed.cache is not None else None
+    refusal = admission.check_training_job(spec, cache_spec, observed.defaults, settings)
+    if refusal is not None and not admission.is_let_on(observed.jobs, work.key, STEPS[-1]):
+        again = admission.again_after(refusal)
+        return refuse_invalid(metadata, stored, refusal, now, reason=admission.NOT_ALLOWED, again_after=again)
     forgotten = ("saes", "summary", "report_uri", "log_uri")
     previous = forget_round(stored, forgotten) if work.begins else stored
     scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now)

@@ -354,7 +354,8 @@ class FakeCluster:
     def _check_status(self, kind: str, name: str, status: dict[str, Any]) -> None:
         raw = self.resources[kind, name]
         ends = {"Ready": "Current", "Succeeded": "Current", "Failed": "Failed"}
-        expected = ends.get(status["phase"], "InProgress")
+        refused = any(condition["type"] == "Invalid" for condition in status["conditions"])
+        expected = "Failed" if refused else ends.get(status["phase"], "InProgress")
         assert kstatus(raw["metadata"]["generation"], status) == expected, status
         if status["phase"] in ("Running", "Caching"):
             job = self.jobs.get(status["jobName"])
