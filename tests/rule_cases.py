@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 from pydantic.alias_generators import to_camel
 
-from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB
+from sae_operator.api.resources import ACTIVATION_CACHE, SAE_SWEEP, SAE_TRAINING_JOB
 from sae_operator.api.sae import FIELD_TYPES, type_names
 from tests.specs import REMOVED, Edits, live_activations
 
 CACHE = ACTIVATION_CACHE.kind
 JOB = SAE_TRAINING_JOB.kind
+SWEEP = SAE_SWEEP.kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,144 @@ def _hook_cases(source: str, activations: Callable[[Edits], Edits]) -> list[Rule
         ),
     ]
 
+
+def _node_requirement(**fields: object) -> Edits:
+    terms = {"nodeSelectorTerms": [{"matchExpressions": [{"key": "gpu", **fields}]}]}
+    return {"run.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution": terms}
+
+
+_AT_REQUIREMENT = (
+    "spec.run.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution"
+    ".nodeSelectorTerms[0].matchExpressions[0].values"
+)
+_VALUES_OF = "values belong to operators In, NotIn, Gt and Lt, and to no other"
+_CODE_OF_ENV = (
+    "names that begin with LD_ or PYTHON could load code that the image does not hold; build an image instead"
+)
+_POD_CASES = [
+    *(
+        RuleCase(
+            JOB,
+            {"run.env": [{"name": name, "value": "x"}]},
+            "spec.run.env[0].name",
+            _CODE_OF_ENV,
+            {"run.env": [{"name": f"MY_{name}", "value": "x"}]},
+        )
+        for name in ("LD_PRELOAD", "PYTHONPATH")
+    ),
+    *(
+        RuleCase(
+            JOB,
+            {"run.volumes": [{"claimName": "models", "mountPath": path}]},
+            "spec.run.volumes[0].mountPath",
+            "mountPath must lie outside the image's own folders, e.g. /data or /mnt/models",
+            {"run.volumes": [{"claimName": "models", "mountPath": f"{path}-of-ours"}]},
+        )
+        for path in ("/etc", "/tmp")
+    ),
+    RuleCase(
+        JOB,
+        {"run.volumes": [{"claimName": "models", "mountPath": "/run/sae-job"}]},
+        "spec.run.volumes[0].mountPath",
+        "mountPath must lie outside the image's own folders, e.g. /data or /mnt/models",
+        {"run.volumes": [{"claimName": "models", "mountPath": "/data/run"}]},
+    ),
+    RuleCase(
+        JOB,
+        {"run.volumes": [{"claimName": "a", "mountPath": "/data"}, {"claimName": "b", "mountPath": "/data"}]},
+        "spec.run.volumes",
+        "mountPath of volumes must be unique",
+        {"run.volumes": [{"claimName": "a", "mountPath": "/data"}, {"claimName": "b", "mountPath": "/data2"}]},
+    ),
+    RuleCase(
+        JOB,
+        _node_requirement(operator="In"),
+        _AT_REQUIREMENT,
+        _VALUES_OF,
+        _node_requirement(operator="In", values=["a100"]),
+    ),
+    RuleCase(
+        JOB,
+        _node_requirement(operator="Exists", values=["a100"]),
+        _AT_REQUIREMENT,
+        _VALUES_OF,
+        _node_requirement(operator="Exists"),
+    ),
+    RuleCase(
+        JOB,
+        _node_requirement(operator="Gt", values=["1", "2"]),
+        _AT_REQUIREMENT,
+        "operators Gt and Lt compare with one value",
+        _node_requirement(operator="Gt", values=["1"]),
+    ),
+]
+
+_K = "saes[0].architecture.k"
+_K_VALUES = {"path": _K, "values": [16, 32]}
+_RATE = "training.learningRate"
+
+
+def _space(breaks: Edits, field: str, message: str, keeps: Edits) -> RuleCase:
+    return RuleCase(SWEEP, {"space": breaks}, field, message, {"space": keeps})
+
+
+def _range(**fields: object) -> Edits:
+    return {"method": "random", "count": 4, "parameters": [{"path": _RATE, "range": fields}]}
+
+
+_SWEEP_CASES = [
+    _space(
+        _range(min=1, max=1),
+        "spec.space.parameters[0].range.min",
+        "min must be less than max",
+        _range(min=1, max=2),
+    ),
+    _space(
+        _range(min=0, max=1, scale="log"),
+        "spec.space.parameters[0].range.min",
+        "scale log needs a min above 0",
+        _range(min=0, max=1),
+    ),
+    _space(
+        {"parameters": [_K_VALUES], "trials": [{"values": [16]}]},
+        "spec.space.trials",
+        "trials belong to method list, which needs them",
+        {"method": "list", "parameters": [{"path": _K}], "trials": [{"values": [16]}]},
+    ),
+    _space(
+        {"method": "random", "parameters": [_K_VALUES]},
+        "spec.space.count",
+        "count belongs to method random, which needs it",
+        {"method": "random", "count": 2, "parameters": [_K_VALUES]},
+    ),
+    _space(
+        {"parameters": [_K_VALUES, _K_VALUES]},
+        "spec.space.parameters",
+        "paths of parameters must be unique",
+        {"parameters": [_K_VALUES, {"path": _RATE, "values": [1]}]},
+    ),
+    RuleCase(
+        SWEEP,
+        {"template.suspend": True},
+        "spec.template",
+        "the template's suspend and retry are the sweep's; set spec.suspend and spec.retry instead",
+        {"suspend": True, "retry": 3},
+    ),
+    RuleCase(
+        SWEEP,
+        {"medianStop": {"afterTokens": 10}, "template.medianStop": {"afterTokens": 10}},
+        "spec.medianStop",
+        "only one of medianStop and template.medianStop may be set",
+        {"medianStop": {"afterTokens": 10}},
+    ),
+    RuleCase(
+        SWEEP,
+        {"objective.metric": "ce_loss_score"},
+        "spec.objective.metric",
+        "objective.metric must be one of template.evaluation.metrics",
+        {"objective.metric": "ce_loss_score", "template.evaluation.metrics": ["ce_loss_score", "l0"]},
+    ),
+]
 
 RULE_CASES = [
     # Where data lies
@@ -424,4 +563,13 @@ RULE_CASES = [
         "only one of everyTokens and everySeconds may be set",
         {"checkpoints": {"everySeconds": 10}},
     ),
+    RuleCase(
+        JOB,
+        {"medianStop": {"afterTokens": 10, "uri": "s3://saes/a/../b"}},
+        "spec.medianStop.uri",
+        _NO_PARENTS,
+        {"medianStop": {"afterTokens": 10, "uri": "s3://saes/a/b..c"}},
+    ),
+    *_POD_CASES,
+    *_SWEEP_CASES,
 ]

@@ -11,14 +11,14 @@ import pytest
 
 from sae_operator.api.base import API_VERSION, MAX_NAME_LENGTH, NAME_LABEL_MESSAGE, NAME_LENGTH_MESSAGE
 from sae_operator.api.manifest import load_manifests, read_yaml, validate_manifest, validate_spec
-from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_TRAINING_JOB
+from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_SWEEP, SAE_TRAINING_JOB
 from tests.rule_cases import RULE_CASES, RuleCase
 from tests.specs import REMOVED, SPECS, Edits, all_models, edited, live_activations, manifest
 from tests.testbed.control_plane import ControlPlane, KubectlError
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("crds")]
 
-CACHE, JOB = ACTIVATION_CACHE.kind, SAE_TRAINING_JOB.kind
+CACHE, JOB, SWEEP = ACTIVATION_CACHE.kind, SAE_TRAINING_JOB.kind, SAE_SWEEP.kind
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
 
 
@@ -77,13 +77,16 @@ def resources(control_plane: ControlPlane) -> Resources:
     return Resources(control_plane, name)
 
 
-def test_both_kinds_are_served_under_all_their_names(control_plane: ControlPlane, namespace: str) -> None:
+def test_all_kinds_are_served_under_all_their_names(control_plane: ControlPlane, namespace: str) -> None:
     control_plane.apply({**manifest(CACHE), "metadata": {"name": "c", "namespace": namespace}})
     control_plane.apply({**manifest(JOB), "metadata": {"name": "j", "namespace": namespace}})
+    control_plane.apply({**manifest(SWEEP), "metadata": {"name": "s", "namespace": namespace}})
     cache, job = "activationcache.sae-operator.dev/c", "saetrainingjob.sae-operator.dev/j"
+    sweep = "saesweep.sae-operator.dev/s"
     names = {key: [cache] for key in ("actcache", "actcaches", "activationcache")}
     names |= {key: [job] for key in ("saejob", "saejobs", "saetrainingjob")}
-    for word, expected in (names | {"sae": [cache, job]}).items():
+    names |= {key: [sweep] for key in ("sweep", "sweeps", "saesweep", "saesweeps")}
+    for word, expected in (names | {"sae": [cache, sweep, job]}).items():
         assert control_plane.kubectl("get", word, "-n", namespace, "-o", "name").split() == expected
 
 
@@ -164,6 +167,9 @@ class TestRules:
             "nodeSelector": labels,
             "env": [{"name": f"{'V' * 120}{index}", "value": "x" * 1024} for index in range(32)],
             "tolerations": [{"key": f"key{index}", "operator": "Exists"} for index in range(16)],
+            "volumes": [
+                {"claimName": f"{'c' * 250}{index}", "mountPath": f"/{'d' * 250}{index}"} for index in range(8)
+            ],
         }
         long = {"saes": saes, "run": run, "output.uri": "s3://saes/" + "o/" * 500}
         cached = {"activations.cache.hooks": hooks, "activations.cache.run": run}
@@ -172,6 +178,12 @@ class TestRules:
             assert created.code == 201, created.body
             replaced = resources.replace({**created.body, "spec": edited(created.body["spec"], {"retry": 1})})
             assert replaced.code == 200, replaced.body
+        parameters = [{"path": f"saes[{i}].{'a' * 180}", "values": ["v" * 100] * 64} for i in range(16)]
+        template = edited(SPECS[JOB], {**long, **cached})
+        created = resources.create(manifest(SWEEP, {"template": template, "space.parameters": parameters}))
+        assert created.code == 201, created.body
+        replaced = resources.replace({**created.body, "spec": edited(created.body["spec"], {"retry": 1})})
+        assert replaced.code == 200, replaced.body
 
 
 def _problems(resource: dict[str, Any]) -> list[Any]:
@@ -386,6 +398,11 @@ REFUSED_UPDATES = [
     _immutable(JOB, "training.batchSize", {"training.batchSize": REMOVED}, {"training.batchSize": 64}),
     Update(JOB, {"training.tokens": 9}, {"spec.training.tokens": _RAISED}, {"training.tokens": 10}),
     Update(JOB, {"training.tokens": REMOVED}, {"spec.training.tokens": _RAISED}, {"training.tokens": 10}),
+    _immutable(JOB, "medianStop", {"medianStop": {"afterTokens": 10}}),
+    _immutable(SWEEP, "medianStop", {"medianStop": {"afterTokens": 11}}, {"medianStop": {"afterTokens": 10}}),
+    _immutable(SWEEP, "template.saes", {"template.saes.0.dSae": 2048}),
+    _immutable(SWEEP, "template.output", {"template.output.uri": "s3://saes/other"}),
+    Update(SWEEP, {"retry": 0}, {"spec.retry": "retry can only be raised"}, {"retry": 1}),
 ]
 ALLOWED_UPDATES = [
     Update(CACHE, {"tokens": 1001}),
@@ -404,6 +421,9 @@ ALLOWED_UPDATES = [
     Update(JOB, {"run.resources.limits": {"nvidia.com/gpu": 2}, "suspend": True, "retry": 1}),
     Update(JOB, {"training.batchSize": 64}, start={"training.batchSize": 64}),
     Update(JOB, {"parallelism": 4, "wandb": {"project": "saes"}}),
+    Update(SWEEP, {"space.parameters.0.values": [16, 64], "maxParallel": 1, "trialsPerJob": 2}),
+    Update(SWEEP, {"space": {"method": "random", "count": 3, "parameters": SPECS[SWEEP]["space"]["parameters"]}}),
+    Update(SWEEP, {"template.training.tokens": 11, "template.run.image": "job:2", "suspend": True, "retry": 1}),
 ]
 
 

@@ -236,7 +236,7 @@ class CpuStepSettings(ApiModel):
 class RunSettings(ApiModel):
     RULES = (
         Rule(
-            "self.volumes.all(v, self.volumes.exists_one(w, w.mountPath == v.mountPath))",
+            "!has(self.volumes) || self.volumes.all(v, self.volumes.exists_one(w, w.mountPath == v.mountPath))",
             lambda run: len({volume.mount_path for volume in run.volumes}) == len(run.volumes),
             "mountPath of volumes must be unique",
             "volumes",

@@ -22,7 +22,7 @@ from sae_operator.api.base import MAX_NAME_LENGTH
 from sae_operator.api.identity import cache_identity, canonical_hash
 from sae_operator.api.problems import Problem, describe_errors
 from sae_operator.api.sae import SaeSpec
-from sae_operator.api.sweep import MAX_TRIALS, Parameter, Range, SAESweepSpec
+from sae_operator.api.sweep import MAX_TRIALS, Parameter, Range, SAESweepSpec, Space
 from sae_operator.api.training_job import SAETrainingJobSpec
 
 # 40 bits: among 5,000 trials two share a name with probability 1e-5, which is told as a duplicate.
@@ -116,7 +116,7 @@ def expand(spec: SAESweepSpec) -> list[Trial]:
         SweepInvalid: a path names nothing, a trial's spec is not valid, two trials are the same, or there are too many.
     """
     paths = [parameter.path for parameter in spec.space.parameters]
-    problems = list(_path_problems(paths))
+    problems = [*_path_problems(paths), *_value_problems(spec.space)]
     if problems:
         raise SweepInvalid(problems)
     _check_number(spec)
@@ -210,6 +210,20 @@ def _path_problems(paths: Sequence[str]) -> Iterator[Problem]:
         for other in paths:
             if other != path and _segments(other)[: len(segments)] == segments:
                 yield Problem("", "", field, f"{path} holds {other}, which varies, too; vary only one of them")
+
+
+def _value_problems(space: Space) -> Iterator[Problem]:
+    """Which parameters must have values, and which a range, is the method's to say."""
+    words = {
+        "grid": "needs values with method grid; a range is only for method random",
+        "random": "needs either values or a range with method random",
+        "list": "takes neither values nor a range with method list, whose trials hold the values",
+    }
+    for i, parameter in enumerate(space.parameters):
+        given = (parameter.values is not None, parameter.range is not None)
+        right = {"grid": given == (True, False), "random": given.count(True) == 1, "list": given == (False, False)}
+        if not right[space.method]:
+            yield Problem("", "", f"spec.space.parameters[{i}]", words[space.method])
 
 
 def _segments(path: str) -> list[str | int]:

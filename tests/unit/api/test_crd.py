@@ -44,6 +44,9 @@ def test_every_node_is_structural_and_bounded(kind: str) -> None:
 def _is_bounded(node: dict[str, Any]) -> bool:
     if node.get("x-kubernetes-int-or-string"):
         return "type" not in node and node["maxLength"] <= 32
+    if node.get("x-kubernetes-preserve-unknown-fields"):
+        # Whatever a field of a sweep's template takes: bounded by what a request may hold, and in no rule.
+        return list(node) == ["x-kubernetes-preserve-unknown-fields"]
     match node["type"]:
         case "string":
             return "enum" in node or node["maxLength"] <= 32768
@@ -123,18 +126,18 @@ def test_each_field_may_be_changed_or_has_a_rule_that_says_how(kind: str) -> Non
         }
         for name, child in schema["properties"].items():
             inner = f"{path}.{name}"
-            if name in ("activations", "training", "cache", "live"):
+            if name in ("activations", "training", "cache", "live", "template"):
                 yield from free(child, inner)
             elif name not in ruled:
                 yield inner
 
     cache = {"parallelism", "run", "suspend"}
+    job = {"parallelism", "run", "suspend", "wandb", *(f"activations.cache.{name}" for name in cache)}
+    sweep = {"space", "trialsPerJob", "maxParallel", "maxFailedTrials", "objective", "report", "suspend"}
     expected = {
         "ActivationCache": {f"spec.{name}" for name in cache},
-        "SAETrainingJob": {
-            *(f"spec.{name}" for name in ("parallelism", "run", "suspend", "wandb")),
-            *(f"spec.activations.cache.{name}" for name in cache),
-        },
+        "SAETrainingJob": {f"spec.{name}" for name in job},
+        "SAESweep": {*(f"spec.{name}" for name in sweep), *(f"spec.template.{name}" for name in job)},
     }
     assert set(free(schema_of(kind)["properties"]["spec"], "spec")) == expected[kind]
 
