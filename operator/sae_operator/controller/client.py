@@ -117,8 +117,11 @@ class ApiClient:
         query = {"fieldManager": field_manager, "force": "true"}
         return await self.request("PATCH", path, query=query, body=manifest, content_type=APPLY_PATCH)
 
-    async def delete(self, path: str, uid: str, *, propagation: str) -> dict[str, Any]:
-        options = {"propagationPolicy": propagation, "preconditions": {"uid": uid}}
+    async def delete(self, path: str, uid: str | None = None, *, propagation: str = "Background") -> dict[str, Any]:
+        """Deletes an object; with `uid` only if it is still that one."""
+        options: dict[str, Any] = {"propagationPolicy": propagation}
+        if uid is not None:
+            options["preconditions"] = {"uid": uid}
         return await self.request("DELETE", path, body=options)
 
     async def pages(

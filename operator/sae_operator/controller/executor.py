@@ -69,6 +69,8 @@ class Executor:
             await self._events.post(
                 stored.key, stored.metadata.uid, EventWanted("Warning", "CreateRefused", refused.message)
             )
+        for kind, name in wanted.delete_objects:
+            await self._delete_object(stored, kind, name)
         for name in wanted.delete_jobs:
             await self._delete_job(stored, name)
         if refused is not None:
@@ -129,6 +131,14 @@ class Executor:
                 return
             raise
         self._look_at(self._store.put_resource(key.kind, answer) - {key})
+
+    async def _delete_object(self, stored: StoredResource, kind: str, name: str) -> None:
+        """Deletes a child by its name, which no other resource's child can have."""
+        try:
+            await self._client.delete(f"{CHILDREN[kind](stored.key.namespace)}/{name}")
+        except ApiError as error:
+            if error.status != 404:
+                raise
 
     async def _delete_job(self, stored: StoredResource, name: str) -> None:
         job = self._store.children(stored.metadata.uid).jobs.get(name)

@@ -28,6 +28,7 @@ def observe_cache(store: Store, stored: StoredResource, defaults: Defaults) -> O
         pods=children.pods,
         progress=dict(children.progress),
         unreachable=dict(children.unreachable),
+        pods_listed=children.pods_listed,
     )
 
 
@@ -44,6 +45,7 @@ def observe_training_job(store: Store, stored: StoredResource, defaults: Default
         pods=children.pods,
         progress=dict(children.progress),
         unreachable=dict(children.unreachable),
+        pods_listed=children.pods_listed,
     )
 
 

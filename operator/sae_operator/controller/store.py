@@ -59,7 +59,12 @@ class StoredResource:
 
 @dataclass(slots=True)
 class Offspring:
-    """Children of one UID. `pods_due`: a pod has ended since the pods were listed last."""
+    """Children of one UID.
+
+    Attributes:
+        pods_due: a pod has ended since the pods were listed last.
+        pods_listed: they have been listed at all.
+    """
 
     jobs: dict[str, JobFacts] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
@@ -67,6 +72,7 @@ class Offspring:
     progress: dict[str, Progress] = field(default_factory=dict)
     unreachable: dict[str, str] = field(default_factory=dict)
     pods_due: bool = False
+    pods_listed: bool = False
 
 
 class Store:
@@ -200,7 +206,7 @@ class Store:
         changed = [pod for pod in fresh if not _merely_waits(pod)] != [
             pod for pod in family.pods if not _merely_waits(pod)
         ]
-        family.pods, family.pods_due = fresh, False
+        family.pods, family.pods_due, family.pods_listed = fresh, False, True
         names = {pod.name for pod in fresh}
         family.progress = {name: value for name, value in family.progress.items() if name in names}
         family.unreachable = {name: value for name, value in family.unreachable.items() if name in names}

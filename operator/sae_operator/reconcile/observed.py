@@ -225,12 +225,14 @@ class Children:
         pods: every pod with the resource's uid label, as last listed; pods of a Job that is gone included.
         progress: last answer of `GET /progress` by pod name; kept after a pod ended.
         unreachable: pods whose last poll failed, with the error.
+        pods_listed: pods have been listed at all; until then, that there are none means nothing.
     """
 
     jobs: tuple[JobFacts, ...] = ()
     pods: tuple[PodFacts, ...] = ()
     progress: Mapping[str, Progress] = field(default_factory=dict)
     unreachable: Mapping[str, str] = field(default_factory=dict)
+    pods_listed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

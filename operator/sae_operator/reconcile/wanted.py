@@ -42,6 +42,8 @@ class Wanted:
             fed back into the store.
         status: the whole status; it replaces the stored one, and is written only when it differs.
         events: to post on the resource, after the status.
+        delete_objects: kind and name of ConfigMaps and Services to delete, before the Jobs: as long as a Job is there,
+            an operator that starts anew knows that something is left to delete.
         delete_jobs: names of Jobs to delete with propagationPolicy Foreground (the Job stays until its pods have ended,
             so that two attempts never write at once).
         requeue_after: seconds until the resource is looked at again in any case; None when only a change can matter.
@@ -52,6 +54,7 @@ class Wanted:
     create: tuple[dict[str, Any], ...] = ()
     status: dict[str, Any] = field(default_factory=dict)
     events: tuple[EventWanted, ...] = ()
+    delete_objects: tuple[tuple[str, str], ...] = ()
     delete_jobs: tuple[str, ...] = ()
     requeue_after: float | None = None
     poll_pods: bool = False
