@@ -74,8 +74,9 @@ def reconcile_cache(observed: ObservedCache, settings: OperatorSettings, now: da
     else:
         _work(scene, draft, _of_round(spec, work), inline=bool(observed.owners))
     wanted = compose(scene, draft)
-    if draft.standing.kind == "done" and asked.exceeds(work):
-        # More is asked for already: it is never told to be ready for a spec that it is not ready for.
+    failed = draft.standing.kind == "failed"
+    if (draft.standing.kind == "done" or failed) and (asked.exceeds(work) or (failed and asked.retry > work.retry)):
+        # Another round is asked for already: it is never told to have ended for a spec that it has not ended for.
         reached = ActivationCacheStatus.model_validate(wanted.status)
         following = reconcile_cache(replace(observed, status=reached), settings, now)
         return replace(following, events=(*wanted.events, *following.events))

@@ -6,6 +6,7 @@ pod (after a checkpoint) and go on from there: finishing first would only decay 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from typing import Literal
 
@@ -82,7 +83,13 @@ def reconcile_training_job(observed: ObservedTrainingJob, settings: OperatorSett
         suspend(scene, draft)
     else:
         _work(scene, draft, spec, observed)
-    return compose(scene, draft)
+    wanted = compose(scene, draft)
+    if draft.standing.kind == "failed" and spec.retry > work.retry:
+        # Asked for again while it still worked: it is never told to have failed for a spec that it has not failed for.
+        reached = SAETrainingJobStatus.model_validate(wanted.status)
+        following = reconcile_training_job(replace(observed, status=reached), settings, now)
+        return replace(following, events=(*wanted.events, *following.events))
+    return wanted
 
 
 def _asked_for(spec: SAETrainingJobSpec) -> int:
