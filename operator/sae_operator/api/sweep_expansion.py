@@ -11,7 +11,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,29 +115,54 @@ def expand(spec: SAESweepSpec) -> list[Trial]:
     Raises:
         SweepInvalid: a path names nothing, a trial's spec is not valid, two trials are the same, or there are too many.
     """
+    return list(walk(spec))
+
+
+def walk(spec: SAESweepSpec) -> Iterator[Trial]:
+    """The same one by one, for who keeps less of them than their specs. All have to be walked before any is made: what
+    is wrong with some is told at the end.
+
+    Raises:
+        SweepInvalid: as `expand`.
+    """
     paths = [parameter.path for parameter in spec.space.parameters]
-    problems = [*_path_problems(paths), *_value_problems(spec.space)]
+    problems = list(_path_problems(paths))
     if problems:
         raise SweepInvalid(problems)
     _check_number(spec)
-    text = json.dumps(spec.template.to_manifest())
-    trials: list[Trial] = []
+    text = template_text(spec)
+    names: set[str] = set()
     # A problem that many trials have is told once.
     found: dict[tuple[str, str], Problem] = {}
     for values in _assignments(spec):
         parameters = dict(zip(paths, values, strict=True))
         result = _trial(parameters, text)
-        if isinstance(result, Trial):
-            trials.append(result)
-        for problem in () if isinstance(result, Trial) else result:
-            where = f" (in the trial {describe_parameters(parameters)})"
-            found.setdefault((problem.field, problem.message), replace(problem, message=problem.message + where))
+        if isinstance(result, list):
+            for problem in result:
+                where = f" (in the trial {describe_parameters(parameters)})"
+                found.setdefault((problem.field, problem.message), replace(problem, message=problem.message + where))
+            continue
+        if result.name in names:
+            message = f"holds the trial {result.describe()} twice; remove one"
+            raise SweepInvalid([Problem("", "", "spec.space", message)])
+        names.add(result.name)
+        if not found:
+            yield result
     if found:
         raise SweepInvalid(list(found.values())[:SHOWN_PROBLEMS])
-    repeated = _first_repeated(trials)
-    if repeated is not None:
-        raise SweepInvalid([Problem("", "", "spec.space", f"holds the trial {repeated.describe()} twice; remove one")])
-    return trials
+
+
+def template_text(spec: SAESweepSpec) -> str:
+    """The template as `trial_with` takes it."""
+    return json.dumps(spec.template.to_manifest())
+
+
+def trial_with(parameters: Mapping[str, Any], template: str) -> Trial:
+    """One trial of a space that has been walked before."""
+    result = _trial(parameters, template)
+    if isinstance(result, list):
+        raise SweepInvalid(result)
+    return result
 
 
 def _check_number(spec: SAESweepSpec) -> None:
@@ -308,15 +333,6 @@ def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _first_repeated(trials: Sequence[Trial]) -> Trial | None:
-    seen: set[str] = set()
-    for trial in trials:
-        if trial.name in seen:
-            return trial
-        seen.add(trial.name)
-    return None
-
-
 # Packing
 
 
@@ -327,24 +343,42 @@ def pack(spec: SAESweepSpec, trials: Sequence[Trial], taken: Collection[str] = (
     `trialsPerJob` of them and 16 SAEs. Inline caches with the same contexts ask for the hooks of all trials, so that
     the model runs once.
     """
-    hooks = _hooks_by_cache(trials)
-    open_jobs: dict[str, list[tuple[str, SAETrainingJobSpec]]] = {}
-    packed: list[list[tuple[str, SAETrainingJobSpec]]] = []
-    for trial in trials:
-        if trial.name in taken:
-            continue
-        single = _as_job(spec, trial, hooks)
-        kind = json.dumps(_shared(single), sort_keys=True)
-        job = open_jobs.get(kind)
-        if job is None or not _fits(job, single, spec.trials_per_job):
-            job = open_jobs[kind] = []
-            packed.append(job)
-        job.append((trial.name, single))
-    return [_job(spec, members) for members in packed]
+    hooks = hooks_by_cache(trial.spec for trial in trials)
+    singles = [as_job(spec, trial, hooks) for trial in trials if trial.name not in taken]
+    sizes = [len(single.saes) for single in singles]
+    names = [trial.name for trial in trials if trial.name not in taken]
+    kinds = [json.dumps(shared_part(single), sort_keys=True) for single in singles]
+    groups = group(kinds, sizes, spec.trials_per_job)
+    return [join(spec, [(names[i], singles[i]) for i in members]) for members in groups]
 
 
-def _as_job(spec: SAESweepSpec, trial: Trial, hooks: Mapping[str, list[Hook]]) -> SAETrainingJobSpec:
-    """A trial as a training job of its own, whose shared part is as little its own as possible."""
+def group(kinds: Sequence[Hashable], sizes: Sequence[int], trials_per_job: int) -> list[list[int]]:
+    """Which trials share a job: their positions, in order.
+
+    Args:
+        kinds: what must be equal for two trials to share one.
+        sizes: SAEs of each trial.
+        trials_per_job: how many may share one.
+    """
+    groups: list[list[int]] = []
+    # The job of a kind that may take more, and its SAEs.
+    open_jobs: dict[Hashable, tuple[list[int], int]] = {}
+    for i, (kind, size) in enumerate(zip(kinds, sizes, strict=True)):
+        members, saes = open_jobs.get(kind, ([], 0))
+        if not members or len(members) >= trials_per_job or saes + size > MAX_SAES:
+            members, saes = [], 0
+            groups.append(members)
+        members.append(i)
+        open_jobs[kind] = members, saes + size
+    return groups
+
+
+def as_job(spec: SAESweepSpec, trial: Trial, hooks: Mapping[str, list[Hook]]) -> SAETrainingJobSpec:
+    """A trial as a training job of its own, whose shared part is as little its own as possible.
+
+    Args:
+        hooks: those that an inline cache asks for, by its identity; its own where it is not named.
+    """
     made = trial.spec
     cache = made.activations.cache
     saes = made.saes
@@ -381,29 +415,25 @@ def _with_hook(sae: SaeSpec, cache: ActivationCacheSpec) -> SaeSpec:
     return sae if sae.hook is not None else sae.model_copy(update={"hook": cache.hooks[0].key})
 
 
-def _hooks_by_cache(trials: Sequence[Trial]) -> dict[str, list[Hook]]:
+def hooks_by_cache(specs: Iterable[SAETrainingJobSpec]) -> dict[str, list[Hook]]:
     """The hooks of all trials, by the identity of their cache; a cache with too many is left to each trial."""
     found: dict[str, dict[str, Hook]] = {}
-    for trial in trials:
-        cache = trial.spec.activations.cache
+    for made in specs:
+        cache = made.activations.cache
         if cache is not None:
             found.setdefault(cache_identity(cache), {}).update({hook.key: hook for hook in cache.hooks})
     return {identity: list(hooks.values()) for identity, hooks in found.items() if len(hooks) <= MAX_HOOKS}
 
 
-def _shared(job: SAETrainingJobSpec) -> dict[str, Any]:
-    """What trials of one job have in common."""
+def shared_part(job: SAETrainingJobSpec) -> dict[str, Any]:
+    """What trials must have in common to share a job."""
     manifest = job.to_manifest()
     del manifest["saes"]
     return manifest
 
 
-def _fits(job: Sequence[tuple[str, SAETrainingJobSpec]], more: SAETrainingJobSpec, trials_per_job: int) -> bool:
-    saes = sum(len(spec.saes) for _, spec in job) + len(more.saes)
-    return len(job) < trials_per_job and saes <= MAX_SAES
-
-
-def _job(spec: SAESweepSpec, members: Sequence[tuple[str, SAETrainingJobSpec]]) -> TrialJob:
+def join(spec: SAESweepSpec, members: Sequence[tuple[str, SAETrainingJobSpec]]) -> TrialJob:
+    """The training job of trials that share one, each with its name."""
     names = tuple(name for name, _ in members)
     folder = canonical_hash(list(names))[:HASH_LENGTH]
     first = members[0][1]
