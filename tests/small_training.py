@@ -144,7 +144,8 @@ class Job:
         folders = {"file://cache": self.cache, "file://out": self.output}
 
         def open_store(location: StoreLocation) -> ObjectStore:
-            return faults.wrap(FileStore(folders[location.uri], location.uri))
+            path = folders.get(location.uri) or Path(location.uri.removeprefix("file://"))
+            return faults.wrap(FileStore(path, location.uri))
 
         context = StepContext(
             reporter=ProgressReporter("train", listeners=(listener,)),

@@ -20,6 +20,7 @@ from sae_job.steps.activation_sources import model_of
 from sae_job.steps.advice import advice_for_job
 from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
+from sae_job.steps.figure_folder import check_figure_folder
 from sae_job.steps.hook_groups import shape_of
 from sae_job.steps.memory import has_gpu, training_processes
 from sae_job.steps.model_evaluation import evaluates_model
@@ -61,6 +62,7 @@ def run_preflight(step: TrainStep | CacheStep, context: StepContext) -> StepResu
         logger.info("finished results are there already below %s", output.uri)
         return result_of("preflight", finished, adopted=True)
     check_wandb(spec.wandb, os.environ)
+    check_figure_folder(step, output, context)
     store = context.open_store(step.activations)
     surveyed = survey(step, store, context)
     plan, memory = surveyed.plan, surveyed.memory

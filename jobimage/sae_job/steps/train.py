@@ -16,6 +16,7 @@ from sae_job.evaluation.metrics import HeldOutRows
 from sae_job.steps.activation_sources import ActivationSource, OpenActivations, open_source
 from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
+from sae_job.steps.figure_folder import comparison_of
 from sae_job.steps.model_evaluation import ModelEvaluation, evaluates_model
 from sae_job.steps.observers import observed, remove_metrics_parts
 from sae_job.steps.output_marker import RESULTS_KEY, claim_output, finished_results, result_of
@@ -209,6 +210,7 @@ def _begin(step: TrainStep, context: StepContext, ranks: Peers, device: torch.de
             ranks=ranks,
             starts=starts,
         )
+        trainer.comparison = comparison_of(step, plan, output, context, ranks)
         if snapshot is None:
             if left_over is not None:
                 logger.info("the results there are of %d tokens: training again from the start", left_over)

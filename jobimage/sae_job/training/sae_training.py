@@ -267,9 +267,15 @@ class SaeTraining:
         self.failure = f"{what} (learning rate {self._rate(step):.3g}): lower {field}, e.g. to {peak / 10:.1g}"
         logger.warning("SAE %r is trained no further: %s", self.name, self.failure)
 
-    def stop_if_hopeless(self, figures: Mapping[str, float | None], *, tokens: int) -> None:
-        """Freeze the SAE where these figures of an evaluation are worse than its `stopEarly` allows."""
-        self.stopped = reason_to_stop(self.plan.spec.stop_early, figures, tokens=tokens)
+    def stop_if_hopeless(
+        self, figures: Mapping[str, float | None], *, tokens: int, otherwise: str | None = None
+    ) -> None:
+        """Freeze the SAE where these figures of an evaluation are worse than its `stopEarly` allows.
+
+        Args:
+            otherwise: another reason to freeze it.
+        """
+        self.stopped = reason_to_stop(self.plan.spec.stop_early, figures, tokens=tokens) or otherwise
         if self.stopped is not None:
             logger.info("SAE %r: %s", self.name, self.stopped)
 

@@ -21,6 +21,7 @@ from sae_job.saes.step_memory import StepMemory
 from sae_job.saes.trainable import ONE_PROCESS, Ranks
 from sae_job.training.bad_rows import LocatedStream, check_held_out, check_rows
 from sae_job.training.checkpoints import Snapshot, random_states, restore_random_states
+from sae_job.training.median_stop import Comparison
 from sae_job.training.metric_lines import MetricLines
 from sae_job.training.observer import Moment, SparsityWindow, TrainingObserver
 from sae_job.training.plan import SaePlan, TrainingPlan
@@ -83,6 +84,7 @@ class Trainer:
         record: the lines of metrics.jsonl so far.
         observers: as given; may be set until `begin`.
         of_model: what SAEs cost the language model, where it is evaluated during the training; on the first rank only.
+        comparison: with SAEs of other jobs, where the job asks for it; on all ranks.
         should_stop: looked at within an evaluation, of a training in one process: what is left of it is done by the
             next `step`, or, after a snapshot in between, by the next attempt.
     """
@@ -122,6 +124,7 @@ class Trainer:
         # Step -> where the stream stood before it, of steps whose losses nobody has looked at yet.
         self._places: dict[int, dict[str, Any]] = {}
         self.of_model: ModelFigures | None = None
+        self.comparison: Comparison | None = None
         self.should_stop: Callable[[], bool] = lambda: False
         # Whether an evaluation that is due after the last step was interrupted.
         self._unevaluated = False
@@ -309,13 +312,16 @@ class Trainer:
             self._unevaluated = True
             return
         self._unevaluated = False
+        reasons: Mapping[str, str] = {}
+        if self.comparison is not None and self.comparison.due_after(self.steps_done):
+            reasons = self.comparison.reasons(found)
         for sae in self.running():
             if sae.name in of_model:
                 self.record.add(sae.name, self.moment, {"model_evaluation": of_model[sae.name]})
                 for observer in self.observers:
                     observer.evaluated(sae.name, self.moment, of_model[sae.name], sae.inference())
             if sae.name in found:
-                self._tell_evaluation(sae, found[sae.name])
+                self._tell_evaluation(sae, found[sae.name], worse_than_others=reasons.get(sae.name))
 
     def tell_of_model(self, figures: Mapping[str, Mapping[str, float | None]]) -> None:
         """Tell observers what the SAEs cost the language model at the end, which no line of metrics has."""
@@ -359,7 +365,9 @@ class Trainer:
         if self._ranks.size == 1 and self.should_stop():
             raise _Interrupted
 
-    def _tell_evaluation(self, sae: SaeTraining, figures: dict[str, float | None]) -> None:
+    def _tell_evaluation(
+        self, sae: SaeTraining, figures: dict[str, float | None], *, worse_than_others: str | None
+    ) -> None:
         kept = {name: value for name, value in figures.items() if name in self._metrics or name not in METRICS}
         self.record.add(sae.name, self.moment, {"evaluation": kept})
         told = ", ".join(
@@ -371,7 +379,7 @@ class Trainer:
             for observer in self.observers:
                 observer.evaluated(sae.name, self.moment, kept, inference)
         if self.steps_done < self.plan.steps:
-            sae.stop_if_hopeless(figures, tokens=self.tokens)
+            sae.stop_if_hopeless(figures, tokens=self.tokens, otherwise=worse_than_others)
         if sae.stopped is not None:
             window = sae.last_window()
             if window is not None:
