@@ -12,6 +12,10 @@ from collections.abc import Sequence
 DEFAULT_JOB_IMAGE = "ghcr.io/sae-operator/job:0.1.0"
 ENV_JOB_IMAGE = "SAE_OPERATOR_JOB_IMAGE"
 ENV_NAMESPACE = "SAE_OPERATOR_NAMESPACE"
+# Patterns, separated by commas.
+ENV_ALLOWED_IMAGES = "SAE_OPERATOR_ALLOWED_IMAGES"
+ENV_ALLOWED_SERVICE_ACCOUNTS = "SAE_OPERATOR_ALLOWED_SERVICE_ACCOUNTS"
+ENV_ALLOW_TRUST_REMOTE_CODE = "SAE_OPERATOR_ALLOW_TRUST_REMOTE_CODE"
 
 
 def _seconds(text: str) -> float:
@@ -25,10 +29,34 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _pattern(text: str) -> str:
+    """A pattern of the command line; an empty one would allow nothing and look as if it allowed all."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError('must be a pattern such as "ghcr.io/team/*", not empty')
+    return text.strip()
+
+
+def _patterns(given: Sequence[str] | None, variable: str) -> tuple[str, ...]:
+    """What the command line gives, else what the environment does."""
+    if given:
+        return tuple(given)
+    return tuple(part.strip() for part in os.environ.get(variable, "").split(",") if part.strip())
+
+
+def _address(text: str) -> str:
+    from sae_operator.controller.endpoints import parse_address
+
+    try:
+        parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="sae-operator",
-        description="Kubernetes operator for ActivationCache and SAETrainingJob resources.",
+        description="Kubernetes operator for ActivationCache, SAETrainingJob and SAESweep resources.",
         epilog="The cluster is that of --kubeconfig, of KUBECONFIG, of the pod's ServiceAccount, or of ~/.kube/config.",
     )
     made.add_argument(
@@ -48,6 +76,35 @@ def parser() -> argparse.ArgumentParser:
         help="namespace of the heartbeat's Lease (default: the served one, else the operator's own)",
     )
     made.add_argument("--liveness", metavar="URL", help="serve health there, e.g. http://0.0.0.0:8081/healthz")
+    made.add_argument(
+        "--metrics",
+        metavar="URL",
+        type=_address,
+        help="serve Prometheus metrics there, e.g. http://0.0.0.0:8082/metrics, and readiness at /readyz",
+    )
+    made.add_argument(
+        "--allowed-image",
+        metavar="PATTERN",
+        action="append",
+        type=_pattern,
+        help="images that resources and namespaces' defaults may name, e.g. 'ghcr.io/team/*'; may be repeated"
+        f" (default: ${ENV_ALLOWED_IMAGES}, separated by commas, else all)",
+    )
+    made.add_argument(
+        "--allowed-service-account",
+        metavar="PATTERN",
+        action="append",
+        type=_pattern,
+        help="ServiceAccounts that resources may name, beside `default`; may be repeated"
+        f" (default: ${ENV_ALLOWED_SERVICE_ACCOUNTS}, separated by commas, else all)",
+    )
+    made.add_argument(
+        "--allow-trust-remote-code",
+        action="store_true",
+        default=os.environ.get(ENV_ALLOW_TRUST_REMOTE_CODE, "").lower() in ("1", "true", "yes"),
+        help=f"let resources run code that a model's repository brings (default: ${ENV_ALLOW_TRUST_REMOTE_CODE}, else"
+        " refused)",
+    )
     made.add_argument(
         "--poll-seconds",
         type=_seconds,
@@ -88,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from sae_operator.controller import app, logs
     from sae_operator.controller.credentials import CredentialsError
+    from sae_operator.controller.endpoints import AddressUnusable
 
     logs.configure(json_lines=options.log_format == "json", verbose=options.verbose)
     try:
@@ -101,9 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 poll_seconds=options.poll_seconds,
                 progress_seconds=options.progress_seconds,
                 result_grace_seconds=options.result_grace_seconds,
+                metrics=options.metrics,
+                allowed_images=_patterns(options.allowed_image, ENV_ALLOWED_IMAGES),
+                allowed_service_accounts=_patterns(options.allowed_service_account, ENV_ALLOWED_SERVICE_ACCOUNTS),
+                allow_trust_remote_code=options.allow_trust_remote_code,
             )
         )
-    except CredentialsError as error:
+    except (AddressUnusable, CredentialsError) as error:
         logging.getLogger(__name__).error("%s", error)
         return 2
     return 0

@@ -10,8 +10,8 @@ import re
 from functools import lru_cache
 
 HIDDEN = "***"
-# The operator looks at the same few messages again and again.
-REMEMBERED = 512
+# The operator looks at the same few messages again and again; long ones are seldom the same.
+REMEMBERED, LONGEST_REMEMBERED = 512, 400
 
 # Names, in snake_case, kebab-case or camelCase, whose value is a secret. Not `token` alone, which counts text here.
 _NAMES = (
@@ -59,12 +59,18 @@ _PATTERNS: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = (
 )
 
 
-@lru_cache(maxsize=REMEMBERED)
 def redact(text: str) -> str:
     """The text with `***` in place of what looks like a credential. JSON stays JSON."""
+    return _remembered(text) if len(text) <= LONGEST_REMEMBERED else _redacted(text)
+
+
+def _redacted(text: str) -> str:
     # "tokens" is the commonest word of our messages, and no secret's name.
     small = text.lower().replace("tokens", "")
     for words, pattern, replacement in _PATTERNS:
         if any(word in small for word in words):
             text = pattern.sub(replacement, text)
     return text
+
+
+_remembered = lru_cache(maxsize=REMEMBERED)(_redacted)

@@ -17,6 +17,7 @@ import uvloop
 
 from sae_operator.api.base import API_VERSION
 from sae_operator.api.resources import ACTIVATION_CACHE, KINDS
+from sae_operator.controller import endpoints, logs
 from sae_operator.controller import heartbeat as heartbeats
 from sae_operator.controller.census import Sweeper
 from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable, connection_info
@@ -27,6 +28,7 @@ from sae_operator.controller.executor import Executor
 from sae_operator.controller.faults import CallFaults
 from sae_operator.controller.framework import kopf
 from sae_operator.controller.handlers import register
+from sae_operator.controller.metrics import Metrics
 from sae_operator.controller.observe import observe_cache, observe_training_job
 from sae_operator.controller.progress import PodPoller
 from sae_operator.controller.queue import Key, RetryAfter, WorkQueue
@@ -56,6 +58,8 @@ class Options:
         progress_seconds: time between two updates of live progress in a status.
         result_grace_seconds: how long the message of a pod that has ended is waited for.
         liveness: where health is served, e.g. `http://0.0.0.0:8081/healthz`; not at all when None.
+        metrics: where metrics are, e.g. `http://0.0.0.0:8082/metrics`, and `/readyz` beside them; the same.
+        allowed_images, allowed_service_accounts, allow_trust_remote_code: see `OperatorSettings`.
     """
 
     job_image: str
@@ -66,6 +70,10 @@ class Options:
     poll_seconds: float = 5.0
     progress_seconds: float = 10.0
     result_grace_seconds: float = 30.0
+    metrics: str | None = None
+    allowed_images: tuple[str, ...] = ()
+    allowed_service_accounts: tuple[str, ...] = ()
+    allow_trust_remote_code: bool = False
 
 
 def _utc_now() -> datetime:
@@ -100,9 +108,13 @@ class Operator:
             poll_seconds=options.poll_seconds,
             progress_interval_seconds=options.progress_seconds,
             result_grace_seconds=options.result_grace_seconds,
+            allowed_images=options.allowed_images,
+            allowed_service_accounts=options.allowed_service_accounts,
+            allow_trust_remote_code=options.allow_trust_remote_code,
         )
+        self.metrics = Metrics(clock)
         own_namespace = options.lease_namespace or options.namespace or self._load().namespace
-        self.client = client or ApiClient(self._load, faults=CallFaults.from_environment())
+        self.client = client or ApiClient(self._load, faults=CallFaults.from_environment(), called=self.metrics.called)
         self.store = Store()
         self.queue = WorkQueue(self.process, clock=clock, uniform=nature.uniform)
         self.defaults = NamespaceDefaults(self.client, clock=clock)
@@ -114,6 +126,7 @@ class Operator:
             self.look_at,
             namespace=options.namespace,
             poll_seconds=options.poll_seconds,
+            metrics=self.metrics,
             clock=clock,
         )
         self.sweeper = Sweeper(self.client, self.store, self.look_at, namespace=options.namespace, clock=clock)
@@ -122,9 +135,14 @@ class Operator:
         self._started = False
         self._stopping = False
         self._parts: list[asyncio.Task[None]] = []
+        self.metrics.show(self)
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT; any part that fails ends all."""
+        async with endpoints.serving(self._options.metrics, self.metrics.registry, self.not_ready):
+            await self._run()
+
+    async def _run(self) -> None:
         await self._wait_for_definitions()
         self._parts = [
             asyncio.create_task(self._work(), name="work"),
@@ -145,12 +163,25 @@ class Operator:
     async def process(self, key: Key) -> float | None:
         """One look at one resource."""
         await self.client.breaker.wait_closed()
+        begun, result = time.perf_counter(), "error"
+        try:
+            after = await self._process(key)
+            result = "ok"
+            return after
+        except RetryAfter as retry:
+            result = "unavailable" if isinstance(retry.__cause__, ServerUnavailable) else "refused"
+            raise
+        finally:
+            self.metrics.reconciled(key.kind, result, time.perf_counter() - begun)
+
+    async def _process(self, key: Key) -> float | None:
         stored = self.store.get(key)
         if stored is None or stored.metadata.deleting:
             # Children go with their owner.
             self.poller.watch(key, False)
             self.queue.forget(key)
             return None
+        logs.identify(stored.metadata.uid)
         try:
             if self.store.children(stored.metadata.uid).pods_due:
                 await self.poller.list_pods(stored)
@@ -167,7 +198,7 @@ class Operator:
                 wanted = reconcile_training_job(observe_training_job(self.store, stored, defaults), settings, now)
             await self.executor.execute(stored, wanted)
         except ServerUnavailable as error:
-            logger.info("%s %s/%s waits: %s", *key, error)
+            logger.info("waits: %s", error)
             raise RetryAfter(error.retry_after or self._nature.uniform(0.5, 1.5)) from error
         self.poller.watch(key, wanted.poll_pods)
         if wanted.poll_pods and wanted.requeue_after is not None and wanted.requeue_after < settings.poll_seconds:
@@ -217,6 +248,39 @@ class Operator:
         except heartbeats.Unhealthy as error:
             raise kopf.PermanentError(str(error)) from error
 
+    # What the metrics show
+
+    def not_ready(self) -> str | None:
+        """Why the operator does not serve; None when it does."""
+        if not self._started:
+            return "not everything is listed yet"
+        if self.client.breaker.open:
+            return "the API server is away"
+        if self.heartbeat.is_silent:
+            return f"the heartbeat has not come back through the watch for {self.heartbeat.age:.0f} s"
+        return None
+
+    def ready(self) -> bool:
+        return self.not_ready() is None
+
+    def queue_depth(self) -> int:
+        return self.queue.pending
+
+    def oldest_key_seconds(self) -> float:
+        return self.queue.oldest_age()
+
+    def heartbeat_age_seconds(self) -> float:
+        return self.heartbeat.age
+
+    def breaker_open(self) -> bool:
+        return self.client.breaker.open
+
+    def phases(self) -> Mapping[tuple[str, str], int]:
+        return self.store.phases()
+
+    def active_jobs(self) -> Mapping[str, int]:
+        return self.store.active_jobs()
+
     async def stop(self) -> None:
         """Ends everything but the watches; kopf, which is told to stop, waits five seconds for tasks that go on."""
         self._stopping = True
@@ -229,6 +293,7 @@ class Operator:
     def _note_listing(self, event_type: str | None) -> None:
         # kopf gives listed objects no type.
         if event_type is None and self._started:
+            self.metrics.relisted()
             self.sweeper.relisted()
 
     async def watch(self) -> None:

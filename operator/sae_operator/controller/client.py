@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 from pydantic_core import from_json, to_json
 
+from sae_operator.api.redaction import redact
 from sae_operator.controller.breaker import CircuitBreaker
 from sae_operator.controller.credentials import Credentials, CredentialsError
 from sae_operator.controller.faults import CallFaults
@@ -79,16 +80,20 @@ def connection_info(credentials: Credentials) -> kopf.ConnectionInfo:
 
 
 class ApiClient:
-    """One session per set of credentials; a 401 or a rotated token makes a new one."""
+    """One session per set of credentials; a 401 or a rotated token makes a new one.
+
+    `called` hears of every call: method, path, the answer's HTTP status (None without an answer), and seconds.
+    """
 
     def __init__(
         self,
         load: Callable[[], Credentials],
         *,
         faults: CallFaults | None = None,
+        called: Callable[[str, str, int | None, float], None] = lambda method, path, code, seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._load, self._faults, self._clock = load, faults, clock
+        self._load, self._faults, self._called, self._clock = load, faults, called, clock
         self._credentials: Credentials | None = None
         self._session: aiohttp.ClientSession | None = None
         # Replaced sessions, on which requests may still be in flight; by the time of the next one they have ended.
@@ -162,6 +167,7 @@ class ApiClient:
         for attempt in (1, 2):
             session, credentials = await self._current(expired=False)
             call = self._faults.sending(method, path) if self._faults else None
+            begun = time.perf_counter()
             try:
                 async with session.request(
                     method, credentials.server.rstrip("/") + path, params=query, data=data, headers=headers
@@ -169,12 +175,15 @@ class ApiClient:
                     payload = await response.read()
                     status, answer_headers = response.status, response.headers
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                self._called(method, path, None, time.perf_counter() - begun)
                 # A kept-alive connection that the server had closed says nothing about the server. Names are
                 # deterministic and writes idempotent, so trying once more does no harm.
                 if attempt == 1 and isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError):
                     continue
                 self.breaker.failure()
-                raise ServerUnavailable(f"{method} {path}: {type(error).__name__} {error}".rstrip()) from error
+                what = redact(f"{method} {path}: {type(error).__name__} {error}".rstrip())
+                raise ServerUnavailable(what) from error
+            self._called(method, path, status, time.perf_counter() - begun)
             if self._faults and call:
                 self._faults.answered(call)
             if status == 401 and attempt == 1:
@@ -193,7 +202,7 @@ class ApiClient:
         if status < 400:
             self.breaker.success()
             return answer
-        message = answer.get("message") or f"{method} {path}: HTTP {status}"
+        message = redact(answer.get("message") or f"{method} {path}: HTTP {status}")
         if status == 429 or status >= 500:
             if status != 429:
                 self.breaker.failure()

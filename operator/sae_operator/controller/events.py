@@ -7,10 +7,11 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from sae_operator.api.base import API_VERSION
+from sae_operator.api.redaction import redact
 from sae_operator.controller import paths
 from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable
 from sae_operator.controller.queue import Key
@@ -46,14 +47,15 @@ class EventRecorder:
 
     async def post(self, key: Key, uid: str, event: EventWanted) -> None:
         """Posts one event on a resource. Events are a courtesy: one that cannot be written is logged and forgotten."""
+        event = replace(event, message=redact(event.message))
         level = logging.WARNING if event.type == "Warning" else logging.INFO
-        logger.log(level, "%s %s/%s: %s: %s", *key, event.reason, event.message)
+        logger.log(level, "%s: %s", event.reason, event.message)
         digest = hashlib.sha256(f"{uid}/{event.type}/{event.reason}/{event.message}".encode()).hexdigest()[:16]
         name = f"{key.name}.{digest}"
         try:
             await self._write(key, uid, event, name)
         except (ApiError, ServerUnavailable) as error:
-            logger.warning("Event %s on %s %s/%s was not written: %s", event.reason, *key, error)
+            logger.warning("Event %s was not written: %s", event.reason, error)
 
     async def _write(self, key: Key, uid: str, event: EventWanted, name: str) -> None:
         path, index = paths.events(key.namespace), (key.namespace, name)

@@ -78,13 +78,23 @@ class Heartbeat:
         if (raw.get("spec") or {}).get("renewTime") == self._sent and self._sent is not None:
             self._seen_at = self._clock()
 
+    @property
+    def age(self) -> float:
+        """Seconds since a renewal came back through the watch; since the start before the first one has."""
+        return self._clock() - self._seen_at
+
+    @property
+    def is_silent(self) -> bool:
+        """Writes or watches do not work."""
+        return self.age > LONGEST_SILENCE_SECONDS
+
     def check(self, oldest_key_age: float) -> dict[str, float]:
         """Figures for the liveness probe.
 
         Raises:
             Unhealthy: something stands still although the API server is there.
         """
-        silence = self._clock() - self._seen_at
+        silence = self.age
         if self._client.breaker.open:
             # A restart would not bring the API server back, and the clock starts when it does.
             self._seen_at = self._clock()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import aiohttp
 from pydantic import ValidationError
 
+from sae_operator.api.redaction import redact
 from sae_operator.api.steps import PROGRESS_PORT, Progress
 from sae_operator.controller import paths
 from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable
+from sae_operator.controller.metrics import Metrics, gpus_of
 from sae_operator.controller.queue import Key
 from sae_operator.controller.store import Store, StoredResource
 from sae_operator.reconcile import projection
@@ -45,10 +47,11 @@ class PodPoller:
         *,
         namespace: str | None,
         poll_seconds: float,
+        metrics: Metrics | None = None,
         progress_port: int = PROGRESS_PORT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._client, self._store, self._look_at = client, store, look_at
+        self._client, self._store, self._look_at, self._metrics = client, store, look_at, metrics or Metrics(clock)
         self._namespace, self._poll_seconds, self._port, self._clock = namespace, poll_seconds, progress_port, clock
         self._watched: set[Key] = set()
         self._soon = asyncio.Event()
@@ -84,7 +87,9 @@ class PodPoller:
             while True:
                 await self._client.breaker.wait_closed()
                 begun = self._clock()
-                if self._watched:
+                if not self._watched:
+                    self._metrics.saw_gpus({})
+                else:
                     self._soon.clear()
                     try:
                         await self._tick(session)
@@ -106,6 +111,7 @@ class PodPoller:
 
     async def _tick(self, session: aiohttp.ClientSession) -> None:
         live: dict[str, list[PodFacts]] = defaultdict(list)
+        gpus: Counter[str] = Counter()
         query = {"labelSelector": f"{LABEL_MANAGED_BY}={MANAGED_BY}", "fieldSelector": LIVE}
         uids = {stored.metadata.uid: key for key in self._watched if (stored := self._store.get(key))}
         async for page in self._client.pages(paths.pods(self._namespace), query):
@@ -113,7 +119,11 @@ class PodPoller:
                 uid = (raw["metadata"].get("labels") or {}).get(LABEL_UID)
                 # Anybody can label a pod, but only in a namespace of theirs.
                 if uid in uids and uids[uid].namespace == raw["metadata"]["namespace"]:
-                    live[uid].append(projection.pod_facts(raw))
+                    pod = projection.pod_facts(raw)
+                    live[uid].append(pod)
+                    if pod.running:
+                        gpus[uids[uid].namespace] += gpus_of(raw)
+        self._metrics.saw_gpus(gpus)
         changed: set[Key] = set()
         for uid, key in uids.items():
             if self._merge(uid, live.get(uid, [])):
@@ -142,6 +152,7 @@ class PodPoller:
     async def _poll(self, session: aiohttp.ClientSession, uid: str, key: Key, pod: PodFacts, changed: set[Key]) -> None:
         family = self._store.children(uid)
         answer = await ask(session, pod.ip or "", self._port)
+        self._metrics.polled("ok" if isinstance(answer, Progress) else "failed")
         if isinstance(answer, Progress):
             family.unreachable.pop(pod.name, None)
             if family.progress.get(pod.name) != answer:
@@ -160,7 +171,7 @@ async def ask(session: aiohttp.ClientSession, ip: str, port: int) -> Progress | 
             if response.status != 200:
                 return f"GET /progress on {ip}: HTTP {response.status}"
             body: Any = await response.content.read(ANSWER_LIMIT_BYTES)
-        return Progress.model_validate_json(body)
+        return Progress.model_validate_json(redact(body.decode(errors="replace")))
     except TimeoutError:
         return f"GET /progress on {ip}: no answer within {POLL_TIMEOUT_SECONDS:g} s"
     except (aiohttp.ClientError, OSError) as error:

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+from sae_operator.controller import logs
+
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 0.25
@@ -101,7 +103,8 @@ class WorkQueue:
             key = self._ready.popleft()
             self._active.add(key)
             try:
-                after = await self._attempt(key)
+                with logs.about(*key):
+                    after = await self._attempt(key)
             finally:
                 self._active.discard(key)
                 self._added_at.pop(key, None)
@@ -120,7 +123,7 @@ class WorkQueue:
             failures = self._failures.get(key, 0) + 1
             self._failures[key] = failures
             delay = min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), LONGEST_BACKOFF_SECONDS) * self._uniform(0.5, 1.0)
-            logger.exception("%s %s/%s failed (%d in a row); again in %.1f s", *key, failures, delay)
+            logger.exception("failed (%d in a row); again in %.1f s", failures, delay)
             # What arrived meanwhile must not shorten the delay, or a failing key would spin.
             self._again.discard(key)
             return delay

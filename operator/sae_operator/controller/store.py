@@ -6,7 +6,7 @@ than what is known, and returns the keys that should be looked at because of it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -213,6 +213,19 @@ class Store:
         return changed
 
     # Census
+
+    def phases(self) -> Counter[tuple[str, str]]:
+        """How many resources there are of each kind and phase."""
+        return Counter((key.kind, stored.phase or "Pending") for key, stored in self._resources.items())
+
+    def active_jobs(self) -> Counter[str]:
+        """How many Jobs have a pod that is pending or running, by the kind of their resource."""
+        found: Counter[str] = Counter()
+        for uid, family in self._offspring.items():
+            key = self._keys.get(uid)
+            if key is not None:
+                found[key.kind] += sum(job.active > 0 and not job.finished for job in family.jobs.values())
+        return found
 
     def resource_uids(self, kind: str) -> set[str]:
         return {stored.metadata.uid for key, stored in self._resources.items() if key.kind == kind}
