@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # A refused create (a quota, say) is tried again after this; nothing tells us when its cause is gone.
 REFUSED_RETRY_SECONDS = 15.0
+# What was written was not up to date, or another write came in between.
+CONFLICT_RETRY_SECONDS = 0.5
 # Where objects that reconciles want are created.
 CHILDREN = {"ConfigMap": paths.config_maps, "Service": paths.services, "Job": paths.jobs}
 
@@ -48,10 +50,12 @@ class Executor:
         """Applies `wanted`.
 
         Raises:
-            RetryAfter: an object was refused; status and an event say why.
+            RetryAfter: an object was refused (status and an event say why), or what was observed was out of date.
             ServerUnavailable: the rest is to be applied by a later reconcile.
         """
         refused: Refused | None = None
+        if any(manifest["kind"] == "Job" for manifest in wanted.create):
+            await self._confirm_absence(stored)
         try:
             if wanted.apply_cache is not None:
                 await self._apply_cache(stored, wanted.apply_cache)
@@ -76,6 +80,41 @@ class Executor:
         if refused is not None:
             raise RetryAfter(REFUSED_RETRY_SECONDS)
 
+    async def _confirm_absence(self, stored: StoredResource) -> None:
+        """Before a Job is made in place of one that the status tells of: that one must really be gone. The watch of
+        resources may be ahead of that of Jobs, where another operator works, too.
+
+        Raises:
+            RetryAfter: it is there, or the resource has changed.
+        """
+        told, uid = stored.status_manifest().get("jobName"), stored.metadata.uid
+        if told is None or told in self._store.children(uid).jobs:
+            return
+        try:
+            job = await self._client.get(f"{paths.jobs(stored.key.namespace)}/{told}")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+        else:
+            if self._store.put_job(job) != (None, False):
+                raise RetryAfter(0.0)
+        before = self._store.get(stored.key)
+        await self._refresh(stored)
+        if self._store.get(stored.key) is not before:
+            raise RetryAfter(0.0)
+
+    async def _refresh(self, stored: StoredResource) -> None:
+        """Looks the resource up, without waiting for its watch."""
+        key = stored.key
+        try:
+            found = await self._client.get(paths.resource(key.kind, key.namespace, key.name))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            self._look_at({*self._store.drop_resource(stored.metadata.uid), key})
+        else:
+            self._look_at(self._store.put_resource(key.kind, found) - {key})
+
     async def _apply_cache(self, stored: StoredResource, application: CacheApplication) -> None:
         name = application.manifest["metadata"]["name"]
         path = paths.resource(ACTIVATION_CACHE.kind, stored.key.namespace, name)
@@ -99,14 +138,21 @@ class Executor:
 
     async def _adopt(self, stored: StoredResource, manifest: Mapping[str, Any], path: str) -> dict[str, Any]:
         """What has the wanted name already, if it is ours: made by this operator before it died, or by another one."""
-        there = await self._client.get(path)
         kind, name = manifest["kind"], manifest["metadata"]["name"]
+        try:
+            there = await self._client.get(path)
+        except ApiError as error:
+            # It was deleted in between.
+            raise RetryAfter(CONFLICT_RETRY_SECONDS) if error.status == 404 else error from error
         if not is_controlled_by(there["metadata"], stored.metadata.uid):
             raise Refused(
                 f"{kind} {name} exists already and belongs to something else; delete it or rename this resource"
             )
         if kind == "ConfigMap" and there.get("data") != manifest.get("data"):
-            return await self._client.merge_patch(path, {"data": manifest.get("data")})
+            try:
+                return await self._client.merge_patch(path, {"data": manifest.get("data")})
+            except ApiError as error:
+                raise _refusal(error, f"{kind} {name}") from error
         return there
 
     def _latest(self, stored: StoredResource) -> StoredResource | None:
@@ -123,13 +169,20 @@ class Executor:
             return
         path = paths.resource(key.kind, key.namespace, key.name) + "/status"
         try:
-            # With the UID, a patch never lands on a new resource of the same name.
-            answer = await self._client.merge_patch(path, {"metadata": {"uid": latest.metadata.uid}, "status": patch})
+            # With the version, a patch never lands on a status that another operator has written since, nor on a new
+            # resource of the same name.
+            answer = await self._client.merge_patch(
+                path,
+                {"metadata": {"uid": latest.metadata.uid, "resourceVersion": str(latest.version)}, "status": patch},
+            )
         except ApiError as error:
-            if error.status in (404, 409):
-                logger.info("%s %s/%s is gone; its status is not written", *key)
+            if error.status not in (404, 409):
+                raise
+            logger.info("%s %s/%s has changed or is gone; its status is not written", *key)
+            await self._refresh(stored)
+            if self._latest(stored) is None:
                 return
-            raise
+            raise RetryAfter(CONFLICT_RETRY_SECONDS) from error
         self._look_at(self._store.put_resource(key.kind, answer) - {key})
 
     async def _delete_object(self, stored: StoredResource, kind: str, name: str) -> None:
@@ -148,10 +201,10 @@ class Executor:
         try:
             answer = await self._client.delete(path, job.uid, propagation="Foreground")
         except ApiError as error:
-            # Gone, or another one by now: the watch tells.
-            if error.status in (404, 409):
+            # Gone: the watch tells.
+            if error.status == 404:
                 return
-            raise
+            raise RetryAfter(CONFLICT_RETRY_SECONDS) if error.status == 409 else error from error
         if answer.get("kind") == "Job":
             self._store.put_job(answer)
 
@@ -160,7 +213,10 @@ def _refusal(error: ApiError, what: str) -> Exception:
     if error.has_cause("NamespaceTerminating"):
         # Nothing to tell and nothing to do: the resource goes with its namespace.
         return RetryAfter(REFUSED_RETRY_SECONDS)
-    if error.status in (400, 403, 404, 409, 413, 422):
+    if error.status == 409:
+        # Two writes at once, e.g. to a quota.
+        return RetryAfter(CONFLICT_RETRY_SECONDS)
+    if error.status in (400, 403, 404, 413, 422):
         return Refused(f"{what} was refused by the API server: {error.message}")
     return error
 

@@ -10,12 +10,13 @@ import pytest
 from sae_operator.controller.client import ApiError
 from sae_operator.controller.executor import Executor
 from sae_operator.controller.queue import Key, RetryAfter
-from sae_operator.controller.store import Store
+from sae_operator.controller.store import Store, StoredResource
 from sae_operator.reconcile.wanted import EventWanted, Wanted
 
 KEY = Key("SAETrainingJob", "ns", "a")
 JOBS, MAPS = "/apis/batch/v1/namespaces/ns/jobs", "/api/v1/namespaces/ns/configmaps"
-STATUS = "/apis/sae-operator.dev/v1alpha1/namespaces/ns/saetrainingjobs/a/status"
+RESOURCE = "/apis/sae-operator.dev/v1alpha1/namespaces/ns/saetrainingjobs/a"
+STATUS = f"{RESOURCE}/status"
 
 
 class Server:
@@ -65,13 +66,25 @@ def child(kind: str, name: str, *, parent: str = "uid-a", data: Any = None) -> d
 
 
 async def execute(server: Server, wanted: Wanted, status: dict[str, Any] | None = None) -> tuple[Store, Events]:
-    store, events = Store(), Events()
-    store.put_resource(KEY.kind, {"metadata": meta(1), "spec": {}, "status": status or {}})
+    store, events = stored_with(status or {}), Events()
+    await executor_of(server, store, events).execute(the(store), wanted)
+    return store, events
+
+
+def stored_with(status: dict[str, Any]) -> Store:
+    store = Store()
+    store.put_resource(KEY.kind, {"metadata": meta(1), "spec": {}, "status": status})
+    return store
+
+
+def the(store: Store) -> StoredResource:
     stored = store.get(KEY)
     assert stored is not None
-    executor = Executor(server, store, events, lambda keys: None)  # type: ignore[arg-type]
-    await executor.execute(stored, wanted)
-    return store, events
+    return stored
+
+
+def executor_of(server: Server, store: Store, events: Events | None = None) -> Executor:
+    return Executor(server, store, events or Events(), lambda keys: None)  # type: ignore[arg-type]
 
 
 EXISTS = ApiError(409, "AlreadyExists", "exists")
@@ -87,7 +100,10 @@ async def test_children_come_before_the_status_that_tells_of_them_and_deletions_
     server = Server()
     store, events = await execute(server, wanted)
     assert server.calls == [f"POST {MAPS}", f"POST {JOBS}", f"PATCH {STATUS}", f"DELETE {JOBS}/j"]
-    assert server.bodies[2] == {"metadata": {"uid": "uid-a"}, "status": {"phase": "Queued"}}
+    assert server.bodies[2] == {
+        "metadata": {"uid": "uid-a", "resourceVersion": "1"},
+        "status": {"phase": "Queued"},
+    }
     assert server.bodies[3] == ("uid-j", "Foreground")
     assert "j" in store.children("uid-a").jobs
     assert [event.reason for event in events.posted] == ["Queued"]
@@ -152,9 +168,60 @@ async def test_a_namespace_that_is_being_deleted_is_left_alone() -> None:
 
 
 async def test_the_status_of_a_resource_that_is_gone_is_no_failure() -> None:
-    server = Server({f"PATCH {STATUS}": ApiError(404, "NotFound", "gone")})
-    await execute(server, Wanted(status={"phase": "Pending"}))
-    assert server.calls == [f"PATCH {STATUS}"]
+    gone = ApiError(404, "NotFound", "gone")
+    server = Server({f"PATCH {STATUS}": gone, f"GET {RESOURCE}": gone})
+    store, _ = await execute(server, Wanted(status={"phase": "Pending"}))
+    assert server.calls == [f"PATCH {STATUS}", f"GET {RESOURCE}"]
+    assert store.get(KEY) is None
+
+
+async def test_a_status_that_another_operator_has_written_since_is_read_and_judged_anew() -> None:
+    newer = {"metadata": meta(7), "spec": {}, "status": {"phase": "Succeeded"}}
+    server = Server({f"PATCH {STATUS}": ApiError(409, "Conflict", "modified"), f"GET {RESOURCE}": newer})
+    store = stored_with({})
+    with pytest.raises(RetryAfter):
+        await executor_of(server, store).execute(the(store), Wanted(status={"phase": "Running"}, delete_jobs=("j",)))
+    assert server.calls == [f"PATCH {STATUS}", f"GET {RESOURCE}"]
+    assert the(store).phase == "Succeeded"
+
+
+async def test_a_job_that_the_status_tells_of_is_looked_up_before_it_is_replaced() -> None:
+    server = Server({f"GET {JOBS}/j-1": child("Job", "j-1")})
+    store = stored_with({"jobName": "j-1"})
+    with pytest.raises(RetryAfter):
+        await executor_of(server, store).execute(the(store), Wanted(create=(child("Job", "j-2"),)))
+    assert server.calls == [f"GET {JOBS}/j-1"]
+    assert list(store.children("uid-a").jobs) == ["j-1"]
+
+
+async def test_a_job_is_replaced_when_it_is_gone_and_the_status_is_the_latest() -> None:
+    same = {"metadata": meta(1), "spec": {}, "status": {"jobName": "j-1"}}
+    server = Server({f"GET {JOBS}/j-1": ApiError(404, "NotFound", "gone"), f"GET {RESOURCE}": same})
+    store = stored_with({"jobName": "j-1"})
+    await executor_of(server, store).execute(
+        the(store), Wanted(create=(child("Job", "j-2"),), status={"jobName": "j-1"})
+    )
+    assert server.calls == [f"GET {JOBS}/j-1", f"GET {RESOURCE}", f"POST {JOBS}"]
+
+
+async def test_a_job_is_not_replaced_on_a_status_that_has_changed_since() -> None:
+    newer = {"metadata": meta(7), "spec": {}, "status": {"jobName": "j-2"}}
+    server = Server({f"GET {JOBS}/j-1": ApiError(404, "NotFound", "gone"), f"GET {RESOURCE}": newer})
+    store = stored_with({"jobName": "j-1"})
+    with pytest.raises(RetryAfter):
+        await executor_of(server, store).execute(the(store), Wanted(create=(child("Job", "j-2"),)))
+    assert f"POST {JOBS}" not in server.calls
+
+
+@pytest.mark.parametrize("call", [f"POST {JOBS}", f"DELETE {JOBS}/j"])
+async def test_a_conflict_is_tried_again_and_told_to_nobody(call: str) -> None:
+    server = Server({call: ApiError(409, "Conflict", "two writes at once")})
+    store = stored_with({})
+    wanted = Wanted(create=(child("Job", "j"),)) if call.startswith("POST") else Wanted(delete_jobs=("j",))
+    store.put_job(child("Job", "j"))
+    with pytest.raises(RetryAfter):
+        await executor_of(server, store).execute(the(store), wanted)
+    assert not [made for made in server.calls if made.startswith("PATCH")]
 
 
 async def test_a_new_resource_of_the_same_name_never_gets_the_old_ones_status() -> None:
