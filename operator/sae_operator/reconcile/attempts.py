@@ -13,6 +13,7 @@ from sae_operator.reconcile.observed import PodFacts
 
 KEPT = 10
 MAX_MESSAGE = 300
+KEPT_BEGINNING = 80
 JOB_DELETED = "JobDeleted"
 # A Job that somebody (or something) keeps deleting is not made for ever.
 MAX_RECREATIONS = 3
@@ -44,7 +45,7 @@ def merge_failed_pods(
             step=pod.step,
             job_name=pod.job_name,
             reason=failure.reason,
-            message=failure.message[:MAX_MESSAGE],
+            message=_shortened(failure.message),
             time=rfc3339(pod.finish_time) if pod.finish_time is not None else None,
         )
         key = (entry.job_name, entry.reason, entry.time)
@@ -52,6 +53,13 @@ def merge_failed_pods(
             known.add(key)
             found.append(entry)
     return sorted(found, key=lambda entry: (entry.time or "", entry.job_name, entry.reason))
+
+
+def _shortened(message: str) -> str:
+    """Begin and end of a message: what ended, and the last words of its log, which tell why."""
+    if len(message) <= MAX_MESSAGE:
+        return message
+    return f"{message[:KEPT_BEGINNING]}...{message[KEPT_BEGINNING + 3 - MAX_MESSAGE :]}"
 
 
 def with_deleted_job(previous: Sequence[AttemptStatus], step: str, job_name: str, now: datetime) -> list[AttemptStatus]:

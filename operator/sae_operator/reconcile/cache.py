@@ -27,6 +27,7 @@ from sae_operator.reconcile.progress import finished_progress, latest_by_index, 
 from sae_operator.reconcile.rounds import Round, current_round
 from sae_operator.reconcile.scene import (
     Draft,
+    Expiry,
     Scene,
     at_rest,
     compose,
@@ -61,13 +62,13 @@ def reconcile_cache(observed: ObservedCache, settings: OperatorSettings, now: da
     asked = Round(spec.retry, spec.tokens, tuple(hook.key for hook in spec.hooks))
     work = current_round(stored, ended, asked, observed_hooks=stored.observed_hooks, more_interrupts=False)
     if ended is not None and not work.begins:
-        return at_rest(metadata, stored, observed)
+        return at_rest(metadata, stored, observed, Expiry(spec.run.ttl_seconds_after_finished, STEPS), now)
     refusal = admission.check_cache(spec, observed.defaults, settings)
     if refusal is not None and not admission.is_let_on(observed.jobs, work.key, STEPS[-1]):
         again = admission.again_after(refusal)
         return refuse_invalid(metadata, stored, refusal, now, reason=admission.NOT_ALLOWED, again_after=again)
     previous = forget_round(stored, ("shards",)) if work.begins else stored
-    scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now)
+    scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now, spec.run)
     draft = Draft(updates={"observed_hooks": list(work.hooks)})
     if is_suspended(observed, spec):
         suspend(scene, draft)
@@ -206,10 +207,10 @@ def _recall_preparation(scene: CacheScene, draft: Draft) -> None:
 
 
 def _plan(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec, step: CacheStepName, inline: bool) -> StepPlan:
-    completions = _completions(scene, draft, spec) if step == "cache" else None
     plan = draft.updates.get("plan") or scene.previous.plan
 
     def build(attempt: int) -> StepWanted:
+        completions = _completions(scene, draft, spec, attempt) if step == "cache" else None
         return StepWanted(
             kind=KIND,
             metadata=scene.metadata,
@@ -231,7 +232,7 @@ def _plan(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec, step: Cach
         run_field=run_field,
         resources_field=resources_field(step, run_field),
         limits=resources_of(spec.run, step).limits,
-        secrets=lambda: secret_names(_given(scene, spec, step, completions or 1).to_manifest()),
+        secrets=lambda: secret_names(_given(scene, spec, step, 1).to_manifest()),
     )
     waiting, running = PHASES[step]
     # The shards themselves say that the cache step is done; nothing waits for its pods' messages.
@@ -252,8 +253,12 @@ def _given(scene: CacheScene, spec: ActivationCacheSpec, step: CacheStepName, co
     )
 
 
-def _completions(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec) -> int:
-    """Pods of the cache step: as many as asked for, but no more than there are shards to write."""
+def _completions(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec, attempt: int) -> int:
+    """Pods of an attempt at the cache step: those of its Job or, while there is none, as many as asked for, but no more
+    than there are shards to write."""
+    jobs = [job for job in scene.round_jobs if job.step == "cache" and job.attempt == attempt]
+    if jobs and jobs[0].completions is not None:
+        return jobs[0].completions
     shards = _shards(scene, draft)
     if shards.total is None:
         return spec.parallelism

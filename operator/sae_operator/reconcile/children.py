@@ -25,6 +25,7 @@ from sae_operator.api.steps import (
 from sae_operator.reconcile.names import (
     ANNOTATION_ATTEMPT,
     ANNOTATION_WORK,
+    LABEL_QUEUE,
     LABEL_STEP,
     LABEL_UID,
     STEP_CONTAINER,
@@ -37,7 +38,7 @@ from sae_operator.reconcile.names import (
 from sae_operator.reconcile.observed import Defaults, Metadata
 
 # Steps that load no model; they take none of the GPU pods' resources and selectors.
-CPU_STEPS = frozenset({"preflight", "prepare", "finalize"})
+CPU_STEPS = frozenset({"preflight", "prepare", "finalize", "report"})
 
 USER = 65532
 HOME = "/home/job"
@@ -46,7 +47,7 @@ CPU_REQUEST, MEMORY_REQUEST = "500m", "1Gi"
 CPU_STEP_CPU_REQUEST = "250m"
 MIB = 2**20
 # Processes on several GPUs of a pod exchange data through it; the 64 MiB that a container has by itself are too few.
-SHARED_MEMORY = {"medium": "Memory", "sizeLimit": "2Gi"}
+SHARED_MEMORY = "2Gi"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def step_objects(wanted: StepWanted) -> tuple[dict[str, Any], ...]:
     created."""
     manifest = wanted.spec.to_manifest()
     service = [_service(wanted)] if wanted.pods > 1 else []
-    return _config_map(wanted), *service, _job(wanted, secret_names(manifest))
+    return config_map(wanted), *service, _job(wanted, secret_names(manifest))
 
 
 def secret_names(manifest: Any) -> list[str]:
@@ -124,7 +125,8 @@ def _metadata(wanted: StepWanted) -> dict[str, Any]:
     }
 
 
-def _config_map(wanted: StepWanted) -> dict[str, Any]:
+def config_map(wanted: StepWanted) -> dict[str, Any]:
+    """The ConfigMap that the attempt's pods mount."""
     # Ten times as fast as json.dumps with an indent, which is pure Python.
     text = wanted.spec.model_dump_json(by_alias=True, exclude_none=True, indent=1)
     return {
@@ -161,10 +163,16 @@ def _job(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
         },
         "spec": _pod_spec(wanted, secrets),
     }
+    metadata = _metadata(wanted)
+    queue = wanted.run.queue_name or wanted.defaults.queue_name
+    if queue is not None:
+        metadata["labels"][LABEL_QUEUE] = queue
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(wanted),
+        "metadata": metadata,
+        # No activeDeadlineSeconds: the Job's own counts the time in which its pods wait for a node and between retries,
+        # starts again with each step and attempt, and keeps nothing of what pods say as they end.
         "spec": {
             **_retries(wanted),
             # A pod is replaced when it has ended, not when it begins to: two never write at once.
@@ -218,7 +226,7 @@ def _retries(wanted: StepWanted) -> dict[str, Any]:
 
 
 def _pod_spec(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
-    run = wanted.run
+    run, shared, on_gpu = wanted.run, _shared_memory(wanted), wanted.step not in CPU_STEPS
     spec: dict[str, Any] = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -236,11 +244,12 @@ def _pod_spec(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
             {"name": "spec", "configMap": {"name": wanted.name}},
             {"name": "home", "emptyDir": {}},
             {"name": "tmp", "emptyDir": {}},
-            *([{"name": "shm", "emptyDir": SHARED_MEMORY}] if _shares_memory(wanted) else []),
+            *([{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shared}}] if shared else []),
             *(
                 {"name": f"secret-{i}", "secret": {"secretName": name, "optional": False}}
                 for i, name in enumerate(secrets)
             ),
+            *_claims(run),
         ],
     }
     selector, tolerations = _placement(wanted)
@@ -249,6 +258,8 @@ def _pod_spec(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
         "tolerations": tolerations,
         "priorityClassName": run.priority_class_name,
         "serviceAccountName": run.service_account_name,
+        "runtimeClassName": run.runtime_class_name if on_gpu else None,
+        "affinity": run.affinity.to_manifest() if on_gpu and run.affinity is not None else None,
         "imagePullSecrets": [reference.to_manifest() for reference in run.image_pull_secrets],
         # With it, the names that the Job controller gives its pods are known to DNS.
         "subdomain": service_name(wanted.metadata) if wanted.pods > 1 else None,
@@ -256,11 +267,44 @@ def _pod_spec(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
     return spec | {key: value for key, value in optional.items() if value}
 
 
-def _shares_memory(wanted: StepWanted) -> bool:
-    """Whether several processes train in one pod: one per GPU."""
+def _shared_memory(wanted: StepWanted) -> str | None:
+    """Size of a GPU pod's shared memory: as asked for, or where several processes train in it (one per GPU) a default;
+    None where the container's own serves."""
+    if wanted.step in CPU_STEPS:
+        return None
+    if wanted.run.shm_size is not None:
+        return str(wanted.run.shm_size)
     limits = wanted.run.resources.limits
     gpus = [str(count) for name, count in limits.items() if name.endswith("/gpu")]
-    return wanted.step == "train" and any(count not in ("0", "1") for count in gpus)
+    return SHARED_MEMORY if wanted.step == "train" and any(count not in ("0", "1") for count in gpus) else None
+
+
+def _claim_volumes(run: RunSettings) -> dict[str, str]:
+    """Name of the volume of each claim: one, however many folders it is mounted at."""
+    claims = dict.fromkeys(volume.claim_name for volume in run.volumes)
+    return {claim: f"claim-{i}" for i, claim in enumerate(claims)}
+
+
+def _claims(run: RunSettings) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "persistentVolumeClaim": {
+                "claimName": claim,
+                # Only then can a claim that many nodes may read serve pods on several of them.
+                "readOnly": all(volume.read_only for volume in run.volumes if volume.claim_name == claim),
+            },
+        }
+        for claim, name in _claim_volumes(run).items()
+    ]
+
+
+def _claim_mounts(run: RunSettings) -> list[dict[str, Any]]:
+    names = _claim_volumes(run)
+    return [
+        {"name": names[volume.claim_name], "mountPath": volume.mount_path, "readOnly": volume.read_only}
+        for volume in run.volumes
+    ]
 
 
 def _placement(wanted: StepWanted) -> tuple[dict[str, str], list[Any]]:
@@ -296,11 +340,12 @@ def _container(wanted: StepWanted, secrets: Sequence[str]) -> dict[str, Any]:
             {"name": "spec", "mountPath": str(PurePosixPath(STEP_SPEC_PATH).parent), "readOnly": True},
             {"name": "home", "mountPath": HOME},
             {"name": "tmp", "mountPath": "/tmp"},
-            *([{"name": "shm", "mountPath": "/dev/shm"}] if _shares_memory(wanted) else []),
+            *([{"name": "shm", "mountPath": "/dev/shm"}] if _shared_memory(wanted) else []),
             *(
                 {"name": f"secret-{i}", "mountPath": f"{SECRETS_DIRECTORY}/{name}", "readOnly": True}
                 for i, name in enumerate(secrets)
             ),
+            *_claim_mounts(run),
         ],
     }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
+from sae_operator.api.redaction import redact
 from sae_operator.api.status import Condition
 
 Truth = Literal["True", "False", "Unknown"]
@@ -26,6 +27,7 @@ POD_NOT_STARTING = "PodNotStarting"
 OOM_KILLED = "OOMKilled"
 METRICS_UNAVAILABLE = "MetricsUnavailable"
 PROGRESS_UNREACHABLE = "ProgressUnreachable"
+NODE_UNREACHABLE = "NodeUnreachable"
 DEFAULTS_INVALID = "DefaultsInvalid"
 INVALID = "Invalid"
 
@@ -93,7 +95,7 @@ def _condition(finding: Finding, before: Condition | None, generation: int, now:
         type=finding.type,
         status=finding.status,
         reason=finding.reason,
-        message=finding.message[:MAX_MESSAGE],
+        message=redact(finding.message)[:MAX_MESSAGE],
         observed_generation=generation,
         last_transition_time=since or rfc3339(now),
     )

@@ -9,6 +9,7 @@ from datetime import datetime
 from sae_operator.api.steps import PEER_LOST, ExitCode
 from sae_operator.reconcile.conditions import (
     IMAGE_PULL_FAILED,
+    NODE_UNREACHABLE,
     OOM_KILLED,
     POD_NOT_STARTING,
     PROGRESS_UNREACHABLE,
@@ -30,6 +31,10 @@ IMAGE_REASONS = frozenset(
 )
 # Reasons of a container that is on its way and has nothing to complain of.
 STARTING_REASONS = frozenset({"ContainerCreating", "PodInitializing"})
+# Reason of a finding about a container that takes long to be created.
+SLOW_START = "ContainerCreating"
+# A pod that is still there so long after it should be gone is on a node that does not end it.
+STUCK_AFTER_SECONDS = 30.0
 # An OOM kill may be bad luck (a neighbour on the node); the second one is the job's own size.
 OOM_KILLS_ALLOWED = 1
 
@@ -77,6 +82,8 @@ def find_ailments(
     for pod in pods:
         if not pod.finished and not pod.deleting:
             findings.extend(_not_starting(pod, surroundings, settings, now))
+        if pod.lost:
+            findings.append(_lost(pod))
         if pod.oom_killed:
             findings.append(Finding(OOM_KILLED, "OOMKilled", _oom_message(pod, surroundings)))
         if pod.running and pod.name in unreachable and _age(pod.start_time, now) > settings.unreachable_after_seconds:
@@ -89,6 +96,37 @@ def find_ailments(
                 )
             )
     return findings
+
+
+def find_stuck(pods: Sequence[PodFacts], now: datetime) -> list[Finding]:
+    """Pods that were told to end and are still there: nothing else may work before they are gone."""
+    return [
+        Finding(
+            NODE_UNREACHABLE,
+            "PodNotEnding",
+            f"pod {pod.name} was told to end and is still there: node {pod.node} does not answer; work goes on when it"
+            f" does, or when the Node is deleted (kubectl delete node {pod.node}, only if it is really gone)",
+        )
+        for pod in pods
+        if not pod.finished and _age(pod.deletion_time, now) > STUCK_AFTER_SECONDS
+    ]
+
+
+def _lost(pod: PodFacts) -> Finding:
+    return Finding(
+        NODE_UNREACHABLE,
+        "NodeNotReady",
+        f"node {pod.node} of pod {pod.name} does not answer; Kubernetes ends the pod after its tolerationSeconds (5"
+        " minutes by default), and another one goes on from the last checkpoint when it is gone",
+    )
+
+
+def late_start(pod: PodFacts, deadline_seconds: int, found: Sequence[Finding], surroundings: Surroundings) -> Failure:
+    """The failure of a pod that had a node and did not start in time, with what ails it."""
+    ailment = found[0] if found else Finding(POD_NOT_STARTING, "", f"pod {pod.name} did not start on node {pod.node}")
+    reason = ailment.type if ailment.status == "True" else POD_NOT_STARTING
+    waited = f"not started within {surroundings.run_field}.startupDeadlineSeconds ({deadline_seconds} s)"
+    return Failure(reason, f"{waited}: {ailment.message}; raise spec.retry to try again")
 
 
 def _not_starting(pod: PodFacts, around: Surroundings, settings: OperatorSettings, now: datetime) -> list[Finding]:
@@ -134,7 +172,7 @@ def _slow_start(pod: PodFacts, around: Surroundings) -> Finding:
     if not secrets:
         return Finding(
             POD_NOT_STARTING,
-            "ContainerCreating",
+            SLOW_START,
             f"pod {pod.name} is still being created on node {pod.node}; its image may be large"
             f" (kubectl describe pod {pod.name})",
             "Unknown",
@@ -142,7 +180,7 @@ def _slow_start(pod: PodFacts, around: Surroundings) -> Finding:
     names = ", ".join(secrets)
     return Finding(
         SECRET_MISSING,
-        "ContainerCreating",
+        SLOW_START,
         f"pod {pod.name} is still being created on node {pod.node}: either its image is large, or a Secret that it"
         f" mounts is missing from namespace {around.namespace} ({names}; kubectl describe pod {pod.name} tells)",
         "Unknown",

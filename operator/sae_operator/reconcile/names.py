@@ -16,6 +16,8 @@ LABEL_KIND = f"{GROUP}/kind"
 LABEL_NAME = f"{GROUP}/name"
 LABEL_UID = f"{GROUP}/uid"
 LABEL_STEP = f"{GROUP}/step"
+# Kueue's: the LocalQueue that admits a Job.
+LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
 ANNOTATION_ATTEMPT = f"{GROUP}/attempt"
 ANNOTATION_WORK = f"{GROUP}/work"
 DEFAULTS_CONFIG_MAP = "sae-operator-defaults"

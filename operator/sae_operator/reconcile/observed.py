@@ -85,8 +85,11 @@ class PodFacts:
         phase: the pod's phase.
         ip: address where it serves progress.
         running: its container runs now (and the pod is not being deleted).
+        lost: its container ran when its node was last heard of, which does not answer any more.
         deleting: it is being deleted.
+        deletion_time: when it should be gone.
         start_time: when a kubelet took it.
+        begin_time: when its container started.
         finish_time: when its container ended.
         waiting_reason, waiting_message: why its container does not start yet, e.g. `ImagePullBackOff`.
         exit_code: of its ended container.
@@ -107,8 +110,11 @@ class PodFacts:
     ip: str | None = None
     node: str | None = None
     running: bool = False
+    lost: bool = False
     deleting: bool = False
+    deletion_time: datetime | None = None
     start_time: datetime | None = None
+    begin_time: datetime | None = None
     finish_time: datetime | None = None
     waiting_reason: str | None = None
     waiting_message: str | None = None

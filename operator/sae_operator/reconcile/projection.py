@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sae_operator.api.base import EndpointUrl, ObjectName, Region, ShortText
+from sae_operator.api.redaction import redact
 from sae_operator.api.run_settings import StringMap, Toleration
 from sae_operator.api.steps import StepResult
 from sae_operator.reconcile.names import ANNOTATION_ATTEMPT, ANNOTATION_WORK, LABEL_STEP, STEP_CONTAINER, attempt_of
@@ -31,6 +32,7 @@ _TEXTS = {
     "region": TypeAdapter[str](Region),
     "secretName": TypeAdapter[str](ObjectName),
     "image": TypeAdapter[str](ShortText),
+    "queueName": TypeAdapter[str](ObjectName),
 }
 
 
@@ -98,7 +100,8 @@ def pod_facts(raw: Mapping[str, Any]) -> PodFacts:
     container = _named(status.get("containerStatuses"))
     state = container.get("state") or {}
     waiting, terminated = state.get("waiting") or {}, state.get("terminated") or {}
-    message = terminated.get("message") or ""
+    running, lost = status.get("phase") == "Running" and "running" in state, _is_lost(status)
+    message = redact(terminated.get("message") or "")
     result = step_result(message)
     deleting = bool(found.get("deletionTimestamp"))
     index = (found.get("annotations") or {}).get(ANNOTATION_COMPLETION_INDEX, "")
@@ -110,9 +113,12 @@ def pod_facts(raw: Mapping[str, Any]) -> PodFacts:
         phase=status.get("phase") or "Pending",
         ip=status.get("podIP") or None,
         node=(raw.get("spec") or {}).get("nodeName") or None,
-        running=status.get("phase") == "Running" and "running" in state and not deleting,
+        running=running and not lost and not deleting,
+        lost=running and lost and not deleting,
         deleting=deleting,
+        deletion_time=parse_time(found.get("deletionTimestamp")),
         start_time=parse_time(status.get("startTime")),
+        begin_time=parse_time(((state.get("running") or terminated) or {}).get("startedAt")),
         finish_time=parse_time(terminated.get("finishedAt")),
         waiting_reason=waiting.get("reason"),
         waiting_message=_shortened(waiting.get("message")),
@@ -155,6 +161,7 @@ def defaults(raw: Mapping[str, Any] | None) -> Defaults:
         region=texts["region"],
         secret_name=texts["secretName"],
         image=texts["image"],
+        queue_name=texts["queueName"],
         node_selector=node_selector,
         tolerations=tuple(toleration.to_manifest() for toleration in tolerations),
         problem="; ".join(problems) or None,
@@ -190,6 +197,14 @@ def _condition(status: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     return found[0] if found else {}
 
 
+def _is_lost(status: Mapping[str, Any]) -> bool:
+    """Whether the node controller has taken the pod for not ready, since its node does not answer. A kubelet gives a
+    reason when it does so, and the node controller gives none."""
+    ready = _condition(status, "Ready")
+    says_nothing = ready.get("status") == "False" and not ready.get("reason")
+    return says_nothing and _condition(status, "ContainersReady").get("status") == "True"
+
+
 def _unschedulable(status: Mapping[str, Any]) -> str | None:
     condition = _condition(status, "PodScheduled")
     if condition.get("status") == "False" and condition.get("reason") == "Unschedulable":
@@ -206,5 +221,5 @@ def _shortened(text: str | None) -> str | None:
     """The end of a text, which in a log or an error is what matters, on one line."""
     if not text:
         return None
-    line = " ".join(text.split())
+    line = redact(" ".join(text.split()))
     return line if len(line) <= MAX_TEXT else f"...{line[-MAX_TEXT:]}"

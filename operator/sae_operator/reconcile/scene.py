@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
+from sae_operator.api.run_settings import RunSettings
 from sae_operator.api.status import AttemptStatus, CommonStatus, PlanStatus
 from sae_operator.api.steps import StepResult
 from sae_operator.reconcile.attempts import kept
@@ -20,7 +22,9 @@ from sae_operator.reconcile.conditions import (
     build_conditions,
     rfc3339,
 )
-from sae_operator.reconcile.names import DEFAULTS_CONFIG_MAP, step_of
+from sae_operator.reconcile.deadlines import ActiveTime, active_time, known_active_time, seconds_to_cleanup
+from sae_operator.reconcile.diagnosis import find_stuck
+from sae_operator.reconcile.names import DEFAULTS_CONFIG_MAP, attempt_of, child_name, service_name, step_of
 from sae_operator.reconcile.observed import (
     Children,
     Defaults,
@@ -39,8 +43,22 @@ StepName = TypeVar("StepName", bound=str)
 
 # Fields that change all the time while pods work; they are written no more often than an interval.
 LIVE_FIELDS = ("progress", "saes", "summary", "checkpoint", "shards")
+# Where no deadline depends on them, they are no reason to write: they go along with what is.
+ACTIVE_FIELDS = ("active_seconds", "active_since")
 # What a new round forgets of the one before.
-ROUND_FIELDS = ("phase", "plan", "progress", "job_name", "attempt", "attempts", "start_time", "completion_time")
+ROUND_FIELDS = (
+    "phase",
+    "plan",
+    "progress",
+    "job_name",
+    "attempt",
+    "attempts",
+    "start_time",
+    "completion_time",
+    *ACTIVE_FIELDS,
+)
+# A Job that is to be deleted may have to wait for its pods.
+CLEANUP_AGAIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,7 @@ class Scene(Generic[Status]):
         stored: its status as stored.
         previous: the same, without what belongs to an earlier round.
         round: the round that it is in.
+        run: its pods' settings, with their deadlines.
     """
 
     kind: str
@@ -62,6 +81,16 @@ class Scene(Generic[Status]):
     defaults: Defaults
     settings: OperatorSettings
     now: datetime
+    run: RunSettings = field(default_factory=RunSettings)
+
+    @cached_property
+    def active(self) -> ActiveTime:
+        """How long the round's pods have worked."""
+        known = known_active_time(self.previous)
+        if not self.children.pods_listed:
+            return known
+        names = {job.name for job in self.round_jobs}
+        return active_time(known, [pod for pod in self.children.pods if pod.job_name in names], self.now)
 
     @property
     def round_jobs(self) -> list[JobFacts]:
@@ -175,6 +204,7 @@ def compose(scene: Scene[Status], draft: Draft) -> Wanted:
     ended = draft.standing.kind in ("done", "failed")
     working = draft.standing.kind == "working"
     previous = scene.previous
+    active = scene.active.stopped(scene.now) if ended and scene.active.since is not None else scene.active
     begun = previous.start_time or (rfc3339(scene.now) if ended or working else None)
     status = previous.model_copy(
         update={
@@ -184,6 +214,8 @@ def compose(scene: Scene[Status], draft: Draft) -> Wanted:
             "start_time": begun,
             "attempts": kept(draft.attempts or previous.attempts or ()),
             "completion_time": rfc3339(scene.now) if ended else None,
+            "active_seconds": active.seconds or None,
+            "active_since": rfc3339(active.since) if active.since is not None else None,
             **draft.updates,
             "phase": draft.phase,
             "conditions": build_conditions(
@@ -192,8 +224,13 @@ def compose(scene: Scene[Status], draft: Draft) -> Wanted:
         }
     )
     hold = draft.hold and not scene.round.begins
-    if draft.live and _only_live_fields_differ(status, scene.stored):
+    free = ACTIVE_FIELDS if scene.run.active_deadline_seconds is None else ()
+    if free and _only_differ(status, scene.stored, free):
+        hold = True
+    elif draft.live and _only_differ(status, scene.stored, (*LIVE_FIELDS, *free)):
         hold = is_too_early(scene.stored.progress, scene.now, scene.settings.progress_interval_seconds)
+    if ended and scene.run.ttl_seconds_after_finished is not None:
+        draft.look_again(scene.run.ttl_seconds_after_finished)
     return Wanted(
         apply_cache=draft.apply_cache,
         create=tuple(draft.create),
@@ -205,8 +242,9 @@ def compose(scene: Scene[Status], draft: Draft) -> Wanted:
     )
 
 
-def _only_live_fields_differ(status: CommonStatus, stored: CommonStatus) -> bool:
-    fields = [name for name in LIVE_FIELDS if name in type(status).model_fields]
+def _only_differ(status: CommonStatus, stored: CommonStatus, names: Sequence[str]) -> bool:
+    """Whether two statuses are the same but for these fields."""
+    fields = [name for name in names if name in type(status).model_fields]
     return status.model_copy(update={name: getattr(stored, name) for name in fields}) == stored
 
 
@@ -225,17 +263,72 @@ def _events(scene: Scene[Any], draft: Draft) -> list[EventWanted]:
     return events
 
 
-def at_rest(metadata: Metadata, stored: CommonStatus, children: Children) -> Wanted:
-    """A finished resource: nothing is done but to end Jobs that should not be, and to tell that the spec was seen."""
+@dataclass(frozen=True)
+class Expiry:
+    """What a finished resource has left behind, and for how long it stays.
+
+    Attributes:
+        ttl_seconds: `spec.run.ttlSecondsAfterFinished`.
+        steps: of which there may be ConfigMaps.
+        service: there may be a Service.
+    """
+
+    ttl_seconds: int | None
+    steps: Sequence[str]
+    service: bool = False
+
+
+def at_rest(
+    metadata: Metadata,
+    stored: CommonStatus,
+    children: Children,
+    expiry: Expiry | None = None,
+    now: datetime | None = None,
+) -> Wanted:
+    """A finished resource: nothing is done but to end Jobs that should not be, to tell that the spec was seen, and to
+    delete what is left of its work when its time has come."""
     generation = metadata.generation
     conditions = [
         condition.model_copy(update={"observed_generation": generation}) for condition in stored.conditions or ()
     ]
     status = stored.model_copy(update={"observed_generation": generation, "conditions": conditions})
-    return Wanted(
+    wanted = Wanted(
         status=status.to_manifest(),
         delete_jobs=tuple(job.name for job in children.jobs if not job.finished and not job.deleting),
     )
+    left = seconds_to_cleanup(stored, expiry.ttl_seconds, now) if expiry is not None and now is not None else None
+    # A status that tells of no Job says that everything is deleted.
+    if expiry is None or left is None or (stored.job_name is None and not children.jobs):
+        return wanted
+    if left > 0:
+        return replace(wanted, requeue_after=left)
+    if not children.jobs:
+        status = status.model_copy(update={"job_name": None, "attempt": None})
+        wanted = replace(wanted, status=status.to_manifest())
+    elif all(job.deleting for job in children.jobs):
+        return replace(wanted, requeue_after=CLEANUP_AGAIN_SECONDS)
+    return replace(
+        wanted,
+        delete_objects=tuple(_leftovers(metadata, stored, children, expiry)),
+        delete_jobs=tuple(job.name for job in children.jobs if not job.deleting),
+        requeue_after=CLEANUP_AGAIN_SECONDS if children.jobs else None,
+    )
+
+
+def _leftovers(
+    metadata: Metadata, stored: CommonStatus, children: Children, expiry: Expiry
+) -> Iterator[tuple[str, str]]:
+    """Kind and name of what is there beside the Jobs; one of it may be gone. Jobs may have been deleted by anybody, so
+    each step's attempts are those up to the last one that anything tells of."""
+    told = [job.name for job in children.jobs]
+    told += [stored.job_name] if stored.job_name is not None else []
+    told += [entry.job_name for entry in stored.attempts or ()]
+    for step in expiry.steps:
+        attempts = max((attempt_of(name) for name in told if step_of(name, metadata) == step), default=1)
+        for attempt in range(1, attempts + 1):
+            yield "ConfigMap", child_name(metadata, step, attempt)
+    if expiry.service:
+        yield "Service", service_name(metadata)
 
 
 def refuse_invalid(
@@ -272,6 +365,7 @@ def suspend(scene: Scene[Any], draft: Draft) -> None:
         )
         return
     draft.delete(scene.unfinished_jobs)
+    draft.findings.extend(find_stuck(scene.children.pods, scene.now))
     phase = phase_of(scene.previous) or "Pending"
     if phase in ("Running", "Caching") and not any(pod.running for pod in scene.children.pods):
         phase = "Queued"

@@ -16,7 +16,7 @@ from sae_operator.reconcile.attempts import (
     with_deleted_job,
     without_peers,
 )
-from sae_operator.reconcile.children import StepWanted, step_objects
+from sae_operator.reconcile.children import StepWanted, config_map, step_objects
 from sae_operator.reconcile.conditions import (
     IMAGE_PULL_FAILED,
     OOM_KILLED,
@@ -24,12 +24,16 @@ from sae_operator.reconcile.conditions import (
     PROGRESS_UNREACHABLE,
     Finding,
 )
+from sae_operator.reconcile.deadlines import DEADLINE_EXCEEDED, seconds_to_start
 from sae_operator.reconcile.diagnosis import (
+    SLOW_START,
     Failure,
     Surroundings,
     describe_failed_job,
     describe_failed_pod,
     find_ailments,
+    find_stuck,
+    late_start,
     repeated_oom,
 )
 from sae_operator.reconcile.names import attempt_of, child_name, step_of
@@ -49,6 +53,7 @@ class StepPlan:
         build: the Job's manifest for an attempt.
         needs_result: the step's message carries what the next step or the status needs.
         checkpoint_time: when work was last made safe; what an OOM kill after it costs is not lost.
+        can_build: what the pods are given is known.
     """
 
     step: str
@@ -58,6 +63,7 @@ class StepPlan:
     surroundings: Surroundings
     needs_result: bool = True
     checkpoint_time: datetime | None = None
+    can_build: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,14 @@ class StepView:
     """What a step's newest Job in this round has come to.
 
     Attributes:
-        state: `absent` no Job; `ending` the Job is being deleted; `waiting` no pod lives; `running`; `settling` its
-            pods have ended, and the Job's end or the message is not there yet; `succeeded`; `failed`.
+        state: `absent` no Job; `ending` the Job is being deleted; `unseen` its pods have not been listed yet;
+            `waiting` no pod lives; `running`; `settling` its pods have ended, and the Job's end or the message is not
+            there yet; `succeeded`; `failed`.
         result: its message; None when there is none, even after the grace period.
         failure: why it failed.
     """
 
-    state: Literal["absent", "ending", "waiting", "running", "settling", "succeeded", "failed"]
+    state: Literal["absent", "ending", "unseen", "waiting", "running", "settling", "succeeded", "failed"]
     job: JobFacts | None = None
     pods: tuple[PodFacts, ...] = ()
     result: StepResult | None = None
@@ -98,6 +105,8 @@ def view_step(scene: Scene[Any], plan: StepPlan) -> StepView:
         return StepView("failed", job, pods, failure=describe_failed_job(job, pods, plan.surroundings))
     if job.deleting:
         return StepView("ending", job, pods)
+    if job.active > 0 and not scene.children.pods_listed:
+        return StepView("unseen", job)
     failure = repeated_oom(pods, plan.surroundings, plan.checkpoint_time)
     if failure is not None:
         return StepView("failed", job, pods, failure=failure)
@@ -136,11 +145,21 @@ def drive_step(scene: Scene[Any], draft: Draft, plan: StepPlan) -> StepView:
             found = find_ailments(view.pods, scene.children.unreachable, plan.surroundings, scene.settings, scene.now)
             draft.findings.extend(_steady(found, scene.previous.conditions or ()))
             draft.findings.extend(_without_pods(scene, view))
-    if view.state == "absent":
+    if view.state != "succeeded":
+        draft.findings.extend(find_stuck(scene.children.pods, scene.now))
+    overdue = _overdue(scene, draft, plan, view)
+    if overdue is not None:
+        fail(scene, draft, overdue)
+    elif view.state == "absent":
         _start(scene, draft, plan)
     elif view.state == "ending":
         phase = "Suspended" if phase_of(scene.previous) == "Suspended" else plan.waiting_phase
         draft.stand(phase, "working", "JobEnding", f"waits for Job {_name(view)} to be deleted")
+        draft.watch_pods(scene.settings)
+    elif view.state == "unseen":
+        # An operator that has just begun: what the last one told stays until there is something to compare it with.
+        draft.hold = True
+        draft.stand(plan.waiting_phase, "working", *_quiet_words(plan, _name(view)))
         draft.watch_pods(scene.settings)
     elif view.state == "settling":
         # What is told stays for this moment: going back to Queued would tell a lie.
@@ -152,9 +171,43 @@ def drive_step(scene: Scene[Any], draft: Draft, plan: StepPlan) -> StepView:
         failure = view.failure or Failure("Failed", f"Job {_name(view)} failed")
         fail(scene, draft, failure)
     elif view.state in ("waiting", "running"):
+        _renew_config_map(scene, draft, plan, view)
         _tell_of_work(scene, draft, plan, view)
     _end_strays(scene, draft, view)
     return view
+
+
+def _overdue(scene: Scene[Any], draft: Draft, plan: StepPlan, view: StepView) -> Failure | None:
+    """Why a deadline ends the round now; while none does, the draft is told when the next one is due."""
+    if view.state not in ("absent", "ending", "waiting", "running"):
+        return None
+    limit, active = scene.run.active_deadline_seconds, scene.active
+    if limit is not None:
+        left = limit - active.total(scene.now)
+        field = f"{plan.surroundings.run_field}.activeDeadlineSeconds"
+        if left <= 0:
+            message = f"pods have worked for {field} ({limit} s); raise it and spec.retry to go on from what is stored"
+            return Failure(DEADLINE_EXCEEDED, message)
+        if active.since is not None:
+            draft.look_again(left)
+    limit = scene.run.startup_deadline_seconds
+    for pod in view.pods:
+        left = seconds_to_start(pod, limit, scene.now)
+        if left is not None and left <= 0:
+            found = find_ailments([pod], {}, plan.surroundings, scene.settings, scene.now)
+            return late_start(pod, limit, _steady(found, scene.previous.conditions or ()), plan.surroundings)
+        if left is not None:
+            draft.look_again(left)
+    return None
+
+
+def _renew_config_map(scene: Scene[Any], draft: Draft, plan: StepPlan, view: StepView) -> None:
+    """Ask for the ConfigMap once more when its pod begins to take long: the kubelet, which waits for one that somebody
+    has deleted, tells so in an event alone."""
+    told = {condition.type for condition in scene.previous.conditions or ()}
+    slow = any(finding.reason == SLOW_START and finding.type not in told for finding in draft.findings)
+    if slow and plan.can_build and view.job is not None:
+        draft.create.append(config_map(plan.build(view.job.attempt)))
 
 
 def _without_pods(scene: Scene[Any], view: StepView) -> list[Finding]:

@@ -38,6 +38,7 @@ from sae_operator.reconcile.projection import parse_time
 from sae_operator.reconcile.rounds import Round, current_round
 from sae_operator.reconcile.scene import (
     Draft,
+    Expiry,
     Scene,
     at_rest,
     compose,
@@ -69,7 +70,9 @@ def reconcile_training_job(observed: ObservedTrainingJob, settings: OperatorSett
         return at_rest(metadata, stored, observed) if ended else refuse_invalid(metadata, stored, spec, now)
     work = current_round(stored, ended, Round(spec.retry, _asked_for(spec)), more_interrupts=True)
     if ended is not None and not work.begins:
-        return at_rest(metadata, stored, observed)
+        together = spec.parallelism > 1 or any((job.completions or 1) > 1 for job in observed.jobs)
+        expiry = Expiry(spec.run.ttl_seconds_after_finished, STEPS, service=together)
+        return at_rest(metadata, stored, observed, expiry, now)
     cache_spec = observed.cache.spec if observed.cache is not None else None
     refusal = admission.check_training_job(spec, cache_spec, observed.defaults, settings)
     if refusal is not None and not admission.is_let_on(observed.jobs, work.key, STEPS[-1]):
@@ -77,7 +80,7 @@ def reconcile_training_job(observed: ObservedTrainingJob, settings: OperatorSett
         return refuse_invalid(metadata, stored, refusal, now, reason=admission.NOT_ALLOWED, again_after=again)
     forgotten = ("saes", "summary", "report_uri", "log_uri")
     previous = forget_round(stored, forgotten) if work.begins else stored
-    scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now)
+    scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now, spec.run)
     draft = Draft(updates={"cache_name": cache_name_of(spec)})
     if spec.suspend:
         suspend(scene, draft)
@@ -196,7 +199,7 @@ def _plan(
     waiting, running = PHASES[step]
     checkpoint = _checkpoint(scene, spec)
     safe = parse_time(checkpoint.time) if checkpoint is not None and step == "train" else None
-    return StepPlan(step, waiting, running, build, surroundings, checkpoint_time=safe)
+    return StepPlan(step, waiting, running, build, surroundings, checkpoint_time=safe, can_build=source is not None)
 
 
 def _checkpoint(scene: TrainingScene, spec: SAETrainingJobSpec) -> CheckpointStatus | None:

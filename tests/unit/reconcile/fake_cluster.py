@@ -31,13 +31,13 @@ from sae_operator.reconcile.observed import (
 )
 from sae_operator.reconcile.training_job import reconcile_training_job
 from sae_operator.reconcile.wanted import Wanted
+from tests.unit.reconcile.fake_store import FakeStore
 
 Spec = TypeVar("Spec", ActivationCacheSpec, SAETrainingJobSpec)
 
 CACHE, JOB = "ActivationCache", "SAETrainingJob"
 SETTINGS = OperatorSettings(job_image="sae-job:test")
 NAMESPACE = "lab"
-ROWS_PER_SHARD = 100
 
 
 class Died(Exception):
@@ -76,12 +76,11 @@ def everything_works(step: str, index: int, earlier: int) -> PodScript:
 
 
 @dataclass
-class FakeCluster:
+class FakeCluster(FakeStore):
     """Attributes:
     resources: raw resources by kind and name.
-    stored_rows: rows of each finished cache by location: the object store.
-    stored_hooks: hooks of each finished cache by location.
-    prepared_contexts: locations of live sources whose contexts are there.
+    only_when_due: the operator looks at a resource only when it asked to or something about it has changed; otherwise
+        every second.
     job_controller_away: no pods are made, and no Job ends.
     quota_used_up: the API server refuses Jobs.
     die_after: number of the operator's call after which it ends.
@@ -89,6 +88,7 @@ class FakeCluster:
     """
 
     script: Script = everything_works
+    only_when_due: bool = False
     defaults: Defaults = field(default_factory=Defaults)
     now: datetime = datetime(2026, 1, 1, tzinfo=UTC)
     resources: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
@@ -97,10 +97,6 @@ class FakeCluster:
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     pods: dict[str, dict[str, Any]] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=dict)
-    stored_rows: dict[str, int] = field(default_factory=dict)
-    stored_hooks: dict[str, set[str]] = field(default_factory=dict)
-    prepared_contexts: set[str] = field(default_factory=set)
-    finished_outputs: dict[str, int] = field(default_factory=dict)
     created_jobs: list[str] = field(default_factory=list)
     statuses: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     events: list[tuple[str, str, str]] = field(default_factory=list)
@@ -111,6 +107,10 @@ class FakeCluster:
     die_after: int | None = None
     die_after_changes: bool = False
     lose_messages: frozenset[str] = frozenset()
+    looks: int = 0
+    _due: dict[tuple[str, str], datetime] = field(default_factory=dict)
+    _seen: dict[tuple[str, str], object] = field(default_factory=dict)
+    _listed: set[str] = field(default_factory=set)
     _ages: dict[str, int] = field(default_factory=dict)
     _uids: int = 0
     _specs: dict[tuple[str, int], Any] = field(default_factory=dict)
@@ -219,27 +219,74 @@ class FakeCluster:
         """The shell's work; a dead operator starts again with nothing but what the cluster holds."""
         try:
             for kind, name in sorted(self.resources):
-                self._apply(kind, name, self.wanted(kind, name))
+                if not self.only_when_due or self._asks_for_a_look(kind, name):
+                    self._look(kind, name)
         except Died:
-            self.progress.clear()
-            self.unreachable.clear()
+            self.restart()
+
+    def restart(self) -> None:
+        """A new process of the operator: it knows what the API server holds, and has not yet asked for pods."""
+        self.progress.clear()
+        self.unreachable.clear()
+        self._due.clear()
+        self._seen.clear()
+        self._listed.clear()
+
+    def _asks_for_a_look(self, kind: str, name: str) -> bool:
+        due = self._due.get((kind, name))
+        return self._observe(kind, name) != self._seen.get((kind, name)) or (due is not None and due <= self.now)
+
+    def _look(self, kind: str, name: str) -> None:
+        self.looks += 1
+        wanted = self.wanted(kind, name)
+        self._apply(kind, name, wanted)
+        # Answers to own writes are known before the watch brings them.
+        self._seen[kind, name] = self._observe(kind, name)
+        self._due.pop((kind, name), None)
+        if wanted.requeue_after is not None:
+            self._due[kind, name] = self.now + timedelta(seconds=wanted.requeue_after)
+        if wanted.poll_pods:
+            self._listed.add(self.resources[kind, name]["metadata"]["uid"])
 
     def wanted(self, kind: str, name: str) -> Wanted:
+        """What the resource's reconcile answers now."""
+        return self._reconcile(self._observe(kind, name))
+
+    def _reconcile(self, observed: ObservedCache | ObservedTrainingJob) -> Wanted:
+        if isinstance(observed, ObservedCache):
+            return reconcile_cache(observed, SETTINGS, self.now)
+        return reconcile_training_job(observed, SETTINGS, self.now)
+
+    def _pods_are_listed(self, uid: str) -> bool:
+        """After a start they are when a Job has ended, a pod of it has failed, or a look asked for it."""
+        jobs = [job for job in self.jobs.values() if is_controlled_by(job["metadata"], uid)]
+        failed = any(
+            pod["status"]["phase"] == "Failed" for job in jobs for pod in self.pods_of(job["metadata"]["name"])
+        )
+        if failed or any(_ended(job) for job in jobs):
+            self._listed.add(uid)
+        return uid in self._listed
+
+    def _observe(self, kind: str, name: str) -> ObservedCache | ObservedTrainingJob:
         raw = self.resources[kind, name]
         uid = raw["metadata"]["uid"]
+        listed = self._pods_are_listed(uid)
         children: dict[str, Any] = {
             "jobs": tuple(
                 projection.job_facts(job) for job in self.jobs.values() if is_controlled_by(job["metadata"], uid)
             ),
             "pods": tuple(
-                projection.pod_facts(pod) for pod in self.pods.values() if pod["metadata"]["labels"][LABEL_UID] == uid
+                projection.pod_facts(pod)
+                for pod in self.pods.values()
+                if listed and pod["metadata"]["labels"][LABEL_UID] == uid
             ),
+            "pods_listed": listed,
             "progress": dict(self.progress),
             "unreachable": dict(self.unreachable),
         }
         found = projection.metadata(raw)
         if kind == CACHE:
-            observed = ObservedCache(
+            return ObservedCache(
                 metadata=found,
                 spec=self._spec(raw, ActivationCacheSpec),
                 status=ActivationCacheStatus.model_validate(raw["status"]),
@@ -247,9 +294,8 @@ class FakeCluster:
                 defaults=self.defaults,
                 **children,
             )
-            return reconcile_cache(observed, SETTINGS, self.now)
         spec = self._spec(raw, SAETrainingJobSpec)
-        job = ObservedTrainingJob(
+        return ObservedTrainingJob(
             metadata=found,
             spec=spec,
             status=SAETrainingJobStatus.model_validate(raw["status"]),
@@ -257,7 +303,6 @@ class FakeCluster:
             defaults=self.defaults,
             **children,
         )
-        return reconcile_training_job(job, SETTINGS, self.now)
 
     def _spec(self, raw: dict[str, Any], model: type[Spec]) -> Spec:
         """Parsed once per generation, as the shell does."""
@@ -308,6 +353,9 @@ class FakeCluster:
             self.statuses.append((name, raw["status"]))
             self._called()
         self.events.extend((name, event.reason, event.message) for event in wanted.events)
+        for kind_of_child, child in wanted.delete_objects:
+            existing = {"ConfigMap": self.config_maps, "Service": self.services}[kind_of_child]
+            self._called(changed=existing.pop(child, None) is not None)
         for job in wanted.delete_jobs:
             self.jobs[job]["metadata"]["deletionTimestamp"] = self._time()
             for pod in self.pods_of(job):
@@ -458,8 +506,9 @@ class FakeCluster:
             return
         status["conditions"] = []
         status.setdefault("startTime", self._time())
-        if script.waits is not None:
-            reason, message = script.waits
+        mounted = pod["spec"]["volumes"][0]["configMap"]["name"] in self.config_maps
+        if script.waits is not None or (self._ages[name] == 0 and not mounted):
+            reason, message = script.waits or ("ContainerCreating", "")
             status["containerStatuses"] = [
                 {"name": "step", "state": {"waiting": {"reason": reason, "message": message}}}
             ]
@@ -468,14 +517,16 @@ class FakeCluster:
         age = self._ages[name]
         if age <= script.seconds:
             status |= {"phase": "Running", "podIP": "127.1.0.1"}
-            status["containerStatuses"] = [{"name": "step", "state": {"running": {}}}]
+            status.setdefault("beganAt", self._time())
+            running = {"startedAt": status["beganAt"]}
+            status["containerStatuses"] = [{"name": "step", "state": {"running": running}}]
             if script.progress is not None:
                 said = script.progress(age) | {"step": step, "updatedAt": self._time()}
                 self.progress[name] = Progress.model_validate(said)
             return
         message = script.message
         if message is None:
-            message = json.dumps(self._result(step, job)) if script.exit_code == 0 else ""
+            message = json.dumps(self.step_result(self.step_spec(job))) if script.exit_code == 0 else ""
         if step in self.lose_messages:
             message = ""
         status["phase"] = "Succeeded" if script.exit_code == 0 else "Failed"
@@ -483,63 +534,12 @@ class FakeCluster:
             "exitCode": script.exit_code,
             "reason": script.reason,
             "message": message,
+            "startedAt": status.get("beganAt"),
             "finishedAt": self._time(),
         }
         status["containerStatuses"] = [{"name": "step", "state": {"terminated": terminated}}]
         if script.disrupted:
             status["conditions"] = [{"type": "DisruptionTarget", "status": "True"}]
-
-    def _result(self, step: str, job: str) -> dict[str, Any]:
-        """What a step that has worked says, given what the object store holds."""
-        given = self.step_spec(job)
-        result: dict[str, Any] = {"step": step, "exitCode": 0, "reason": "Completed"}
-        if isinstance(given, TrainStep):
-            source = given.spec.activations.cache or given.spec.activations.live
-            output = given.spec.output.uri
-            tokens = given.spec.training.tokens or (source.tokens if source is not None else 1000)
-            figures = [
-                {"name": sae.name, "phase": "Succeeded", "explainedVariance": 0.8 + i / 100, "l0": 32.04, "mse": 1.5}
-                for i, sae in enumerate(given.spec.saes)
-            ]
-            if step == "preflight":
-                if self.finished_outputs.get(output, 0) >= tokens:
-                    return result | {"adopted": True, "saes": figures, "tokens": tokens}
-                if given.spec.activations.live is not None:
-                    self.prepared_contexts.add(given.activations.uri)
-                return result | {"plan": {"memoryBytes": 2**30, "gpuSeconds": 12.4}}
-            self._check_activations(given)
-            self.finished_outputs[output] = tokens
-            return result | {"saes": figures, "tokens": tokens, "tokensPerSecond": 1234.5}
-        place, rows, asked = given.location.uri, self.stored_rows.get(given.location.uri, 0), given.spec.tokens
-        hooks = {hook.key for hook in given.spec.hooks}
-        if not hooks <= self.stored_hooks.get(place, set()):
-            rows = 0
-        shards = {"shardsTotal": -(-asked // ROWS_PER_SHARD), "shardsComplete": rows // ROWS_PER_SHARD}
-        facts = {"hooks": [{"name": hook.key, "dIn": 8, "meanNorm": 3.0} for hook in given.spec.hooks]}
-        if step == "prepare":
-            adopted = rows >= asked
-            plan = {"bytes": 16 * asked, "memoryBytes": 2**30, "gpuSeconds": None}
-            facts = facts | {"tokens": rows, "bytes": 16 * rows} if adopted else {}
-            return result | shards | facts | {"plan": plan, "adopted": adopted}
-        if step == "finalize":
-            self.stored_rows[place] = asked
-            self.stored_hooks[place] = self.stored_hooks.get(place, set()) | hooks
-            return (
-                result
-                | shards
-                | facts
-                | {"tokens": asked, "bytes": 16 * asked, "shardsComplete": shards["shardsTotal"]}
-            )
-        return result
-
-    def _check_activations(self, given: TrainStep) -> None:
-        """What the training reads is there."""
-        place, activations = given.activations.uri, given.spec.activations
-        if activations.live is not None:
-            assert place in self.prepared_contexts
-        elif not activations.uri:
-            assert self.stored_rows[place] > 0
-            assert {sae.hook for sae in given.spec.saes if sae.hook} <= self.stored_hooks[place]
 
 
 def _with_refusal(status: Mapping[str, Any]) -> dict[str, Any]:
