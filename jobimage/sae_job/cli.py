@@ -16,9 +16,13 @@ import typer
 
 from sae_job.commands import cache as cache_commands
 from sae_job.commands.convert import CONVERT_EPILOG, convert_configuration
+from sae_job.commands.get import GET_EPILOG, get
+from sae_job.commands.logs import LOGS_EPILOG, logs
 from sae_job.commands.pretokenize import PRETOKENIZE_EPILOG, pretokenize
+from sae_job.commands.pull import PULL_EPILOG, REPORT_EPILOG, pull, report
 from sae_job.commands.validate import Files, advice_for, validate
-from sae_job.errors import InvalidInput, Stopped
+from sae_job.commands.watch import WATCH_EPILOG, watch
+from sae_job.errors import ClusterUnavailable, InvalidInput, Stopped
 from sae_job.storage.base import StoreError
 from sae_operator import __version__
 from sae_operator.api.manifest import ManifestError, load_manifests
@@ -43,6 +47,14 @@ app.add_typer(cache_commands.app)
 app.command(epilog=PRETOKENIZE_EPILOG)(pretokenize)
 app.command()(validate)
 app.command("convert", epilog=CONVERT_EPILOG)(convert_configuration)
+for command, epilog in (
+    (get, GET_EPILOG),
+    (watch, WATCH_EPILOG),
+    (logs, LOGS_EPILOG),
+    (pull, PULL_EPILOG),
+    (report, REPORT_EPILOG),
+):
+    app.command(epilog=epilog, rich_help_panel="In a cluster")(command)
 
 
 def _version(wanted: bool) -> None:
@@ -104,7 +116,7 @@ def run(
 
 @app.command()
 def step(
-    name: Annotated[str, typer.Argument(help="preflight, prepare, cache, finalize or train.")],
+    name: Annotated[str, typer.Argument(help="preflight, prepare, cache, finalize, train or report.")],
     spec: Annotated[Path, typer.Argument(help="JSON file with the step's spec.")],
 ) -> None:
     """Run one step as a pod does; the operator writes its spec."""
@@ -163,6 +175,9 @@ def run_command_line(arguments: list[str]) -> int:
     except InvalidInput as error:
         print(f"sae-job: {error}", file=sys.stderr)
         return ExitCode.INVALID
+    except ClusterUnavailable as error:
+        print(f"sae-job: {error}", file=sys.stderr)
+        return ExitCode.FAILED
     except StoreError as error:
         print(f"sae-job: {error}; the same command continues", file=sys.stderr)
         return ExitCode.FAILED

@@ -35,3 +35,7 @@ class Stopped(Exception):
 
 class PeerLost(Exception):
     """Another process of the same training ended or cannot be reached: exit code 1, and all are started again."""
+
+
+class ClusterUnavailable(Exception):
+    """A cluster's API server cannot be reached, or failed: exit code 1, and the same command may work later."""

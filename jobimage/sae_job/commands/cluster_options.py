@@ -1,0 +1,34 @@
+"""The options that all commands share which talk to a cluster, and what they have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sae_job.cluster.connection import Cluster
+
+Namespace = Annotated[
+    str | None,
+    typer.Option("--namespace", "-n", help="Namespace; that of the kubeconfig's context.", show_default=False),
+]
+Kubeconfig = Annotated[
+    Path | None,
+    typer.Option("--kubeconfig", help="Kubeconfig file; KUBECONFIG, else ~/.kube/config.", show_default=False),
+]
+Context = Annotated[
+    str | None, typer.Option("--context", help="Context of the kubeconfig; the current one.", show_default=False)
+]
+Reference = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="Name of a resource; KIND/NAME, e.g. saejob/gpt2-l8, where it is not unique."),
+]
+
+
+def open_cluster(namespace: str | None, kubeconfig: Path | None, context: str | None) -> Cluster:
+    """The cluster that the options name."""
+    from sae_job.cluster.connection import connect
+
+    return connect(kubeconfig=kubeconfig, context=context, namespace=namespace)
