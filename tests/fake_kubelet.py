@@ -92,6 +92,7 @@ RESULTS: dict[str, str] = {
             {"name": "k2", "phase": "Succeeded", "explainedVariance": 0.81, "l0": 2.0, "mse": 0.1, "deadFraction": 0.0}
         ],
     ),
+    "report": result("report"),
 }
 
 

@@ -16,6 +16,7 @@ API = "/apis/sae-operator.dev/v1alpha1"
 PLURALS = {
     "SAETrainingJob": f"{API}/namespaces/{{}}/saetrainingjobs",
     "ActivationCache": f"{API}/namespaces/{{}}/activationcaches",
+    "SAESweep": f"{API}/namespaces/{{}}/saesweeps",
     "Job": "/apis/batch/v1/namespaces/{}/jobs",
     "Pod": "/api/v1/namespaces/{}/pods",
     "ConfigMap": "/api/v1/namespaces/{}/configmaps",

@@ -26,16 +26,23 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{- define "sae-operator.jobImage" -}}
+{{- default (printf "ghcr.io/sae-operator/job:%s" .Chart.AppVersion) .Values.jobImage -}}
+{{- end -}}
+
 {{- define "sae-operator.rules" -}}
+# Sweeps make training jobs, and training jobs make inline caches.
 - apiGroups: [sae-operator.dev]
   resources: [saetrainingjobs]
-  verbs: [get, list, watch]
-# Inline caches are made by server-side apply.
+  verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [sae-operator.dev]
   resources: [activationcaches]
   verbs: [get, list, watch, create, patch]
 - apiGroups: [sae-operator.dev]
-  resources: [activationcaches/status, saetrainingjobs/status]
+  resources: [saesweeps]
+  verbs: [get, list, watch]
+- apiGroups: [sae-operator.dev]
+  resources: [activationcaches/status, saesweeps/status, saetrainingjobs/status]
   verbs: [patch]
 - apiGroups: [batch]
   resources: [jobs]
@@ -46,11 +53,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 # Specs of steps, and the namespaces' defaults.
 - apiGroups: [""]
   resources: [configmaps]
-  verbs: [get, create, patch]
+  verbs: [get, create, patch, delete]
 # Names in DNS for pods that train together.
 - apiGroups: [""]
   resources: [services]
-  verbs: [get, create]
+  verbs: [get, create, delete]
 - apiGroups: [""]
   resources: [events]
   verbs: [create, patch]
@@ -58,4 +65,26 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [coordination.k8s.io]
   resources: [leases]
   verbs: [list, watch]
+{{- end -}}
+
+{{- define "sae-operator.kinds" -}}
+[activationcaches, saesweeps, saetrainingjobs]
+{{- end -}}
+
+{{- define "sae-operator.operatorPeer" -}}
+- namespaceSelector:
+    matchLabels:
+      kubernetes.io/metadata.name: {{ .Release.Namespace }}
+  podSelector:
+    matchLabels:
+      {{- include "sae-operator.selectorLabels" . | nindent 6 }}
+{{- end -}}
+
+{{- define "sae-operator.scrapePeer" -}}
+- namespaceSelector:
+    {{- if .Values.networkPolicy.scrapeFrom }}
+    matchLabels:
+      {{- toYaml .Values.networkPolicy.scrapeFrom | nindent 6 }}
+    {{- else }} {}
+    {{- end }}
 {{- end -}}

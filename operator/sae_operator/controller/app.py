@@ -16,7 +16,7 @@ from typing import Any
 import uvloop
 
 from sae_operator.api.base import API_VERSION
-from sae_operator.api.resources import ACTIVATION_CACHE, KINDS
+from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_SWEEP
 from sae_operator.controller import endpoints, logs
 from sae_operator.controller import heartbeat as heartbeats
 from sae_operator.controller.census import Sweeper
@@ -29,20 +29,26 @@ from sae_operator.controller.faults import CallFaults
 from sae_operator.controller.framework import kopf
 from sae_operator.controller.handlers import register
 from sae_operator.controller.metrics import Metrics
-from sae_operator.controller.observe import observe_cache, observe_training_job
+from sae_operator.controller.observe import observe_cache, observe_sweep, observe_training_job
+from sae_operator.controller.outlines import Outlines
 from sae_operator.controller.progress import PodPoller
 from sae_operator.controller.queue import Key, RetryAfter, WorkQueue
 from sae_operator.controller.settings import configure
-from sae_operator.controller.store import Store
+from sae_operator.controller.store import Store, StoredResource
 from sae_operator.reconcile.cache import reconcile_cache
-from sae_operator.reconcile.observed import OperatorSettings
+from sae_operator.reconcile.observed import Defaults, InvalidSpec, OperatorSettings
+from sae_operator.reconcile.sweep import reconcile_sweep
+from sae_operator.reconcile.sweep_observed import is_at_rest
 from sae_operator.reconcile.training_job import reconcile_training_job
+from sae_operator.reconcile.wanted import Wanted
 
 logger = logging.getLogger(__name__)
 
 CRD_RETRY_SECONDS = 2.0
 # A resource whose pods stay as they are is looked at only every third time that they are listed.
 LOOKS_PER_POLL = 3
+# Training jobs of a sweep change all the time: it is looked at once for all that happens within this.
+SWEEP_SECONDS = 1.0
 # Objects live long here or die at once; with Python's defaults, collections cost a tenth of the CPU.
 GC_THRESHOLDS = (20_000, 20, 50)
 
@@ -116,6 +122,7 @@ class Operator:
         own_namespace = options.lease_namespace or options.namespace or self._load().namespace
         self.client = client or ApiClient(self._load, faults=CallFaults.from_environment(), called=self.metrics.called)
         self.store = Store()
+        self.outlines = Outlines()
         self.queue = WorkQueue(self.process, clock=clock, uniform=nature.uniform)
         self.defaults = NamespaceDefaults(self.client, clock=clock)
         events = EventRecorder(self.client, clock=clock, now=now)
@@ -192,10 +199,7 @@ class Operator:
             # The poller tells what changes; a look without a change only serves deadlines.
             settings = replace(self._settings, poll_seconds=LOOKS_PER_POLL * self.poller.interval)
             now = self._nature.now()
-            if key.kind == ACTIVATION_CACHE.kind:
-                wanted = reconcile_cache(observe_cache(self.store, stored, defaults), settings, now)
-            else:
-                wanted = reconcile_training_job(observe_training_job(self.store, stored, defaults), settings, now)
+            wanted = await self._reconcile(stored, defaults, settings, now)
             await self.executor.execute(stored, wanted)
         except ServerUnavailable as error:
             logger.info("waits: %s", error)
@@ -206,9 +210,29 @@ class Operator:
             self.store.children(stored.metadata.uid).pods_due = True
         return wanted.requeue_after
 
+    async def _reconcile(
+        self, stored: StoredResource, defaults: Defaults, settings: OperatorSettings, now: datetime
+    ) -> Wanted:
+        if stored.key.kind == ACTIVATION_CACHE.kind:
+            return reconcile_cache(observe_cache(self.store, stored, defaults), settings, now)
+        if stored.key.kind != SAE_SWEEP.kind:
+            return reconcile_training_job(observe_training_job(self.store, stored, defaults), settings, now)
+        spec, outline = self.store.spec_of(stored), None
+        if not isinstance(spec, InvalidSpec) and not is_at_rest(stored.metadata, self.store.status_of(stored)):
+            outline = await self.outlines.of(stored.metadata.uid, stored.metadata.generation, spec)
+            latest = self.store.get(stored.key)
+            if latest is None or latest.metadata != stored.metadata:
+                # Nothing is made of a space that has been edited meanwhile.
+                raise RetryAfter(0.0)
+        return reconcile_sweep(observe_sweep(self.store, stored, outline, defaults), settings, now)
+
     def look_at(self, keys: Iterable[Key]) -> None:
+        """Looks at what has changed, and soon at sweeps, of which as a rule a training job has."""
         for key in keys:
-            self.queue.add(key)
+            if key.kind == SAE_SWEEP.kind:
+                self.queue.add_within(key, SWEEP_SECONDS)
+            else:
+                self.queue.add(key)
 
     # What kopf's handlers call
 
@@ -217,9 +241,17 @@ class Operator:
         self._note_listing(event["type"])
         if event["type"] == "DELETED":
             key = Key(kind, raw["metadata"]["namespace"], raw["metadata"]["name"])
-            self.look_at(self.store.drop_resource(raw["metadata"]["uid"]) | {key})
+            self.look_at(self.store.drop_resource(raw["metadata"]["uid"]))
+            self.outlines.forget(raw["metadata"]["uid"])
+            self.queue.add(key)
+            return
+        keys = self.store.put_resource(kind, raw)
+        if kind == SAE_SWEEP.kind:
+            # Its own spec or status.
+            for key in keys:
+                self.queue.add(key)
         else:
-            self.look_at(self.store.put_resource(kind, raw))
+            self.look_at(keys)
 
     def job_event(self, event: Mapping[str, Any]) -> None:
         raw = event["object"]

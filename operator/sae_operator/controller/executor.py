@@ -6,11 +6,12 @@ creates tolerate what is there already, and nothing is written that is so alread
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sae_operator.api.resources import ACTIVATION_CACHE
+from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB
 from sae_operator.controller import paths
 from sae_operator.controller.client import ApiClient, ApiError
 from sae_operator.controller.events import EventRecorder
@@ -18,7 +19,7 @@ from sae_operator.controller.merge import merge_patch
 from sae_operator.controller.queue import Key, RetryAfter
 from sae_operator.controller.store import Store, StoredResource
 from sae_operator.reconcile.names import is_controlled_by
-from sae_operator.reconcile.wanted import CacheApplication, EventWanted, Wanted
+from sae_operator.reconcile.wanted import CacheApplication, EventWanted, TrainingJobPatch, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,12 @@ REFUSED_RETRY_SECONDS = 15.0
 # What was written was not up to date, or another write came in between.
 CONFLICT_RETRY_SECONDS = 0.5
 # Where objects that reconciles want are created.
-CHILDREN = {"ConfigMap": paths.config_maps, "Service": paths.services, "Job": paths.jobs}
+CHILDREN: dict[str, Callable[[str], str]] = {
+    "ConfigMap": paths.config_maps,
+    "Service": paths.services,
+    "Job": paths.jobs,
+    SAE_TRAINING_JOB.kind: functools.partial(paths.resources, SAE_TRAINING_JOB.kind),
+}
 
 
 class Refused(Exception):
@@ -59,6 +65,8 @@ class Executor:
         try:
             if wanted.apply_cache is not None:
                 await self._apply_cache(stored, wanted.apply_cache)
+            for patch in wanted.patch_training_jobs:
+                await self._patch_training_job(stored, patch)
             for manifest in wanted.create:
                 await self._create(stored, manifest)
         except Refused as error:
@@ -77,6 +85,8 @@ class Executor:
             await self._delete_object(stored, kind, name)
         for name in wanted.delete_jobs:
             await self._delete_job(stored, name)
+        for name, uid in wanted.delete_training_jobs:
+            await self._delete_training_job(stored, name, uid)
         if refused is not None:
             raise RetryAfter(REFUSED_RETRY_SECONDS)
 
@@ -128,13 +138,46 @@ class Executor:
         kind, name, namespace = manifest["kind"], manifest["metadata"]["name"], stored.key.namespace
         path = CHILDREN[kind](namespace)
         try:
-            answer = await self._client.create(path, manifest, metadata_only=kind != "Job")
+            answer = await self._client.create(path, manifest, metadata_only=kind in ("ConfigMap", "Service"))
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 raise _refusal(error, f"{kind} {name}") from error
             answer = await self._adopt(stored, manifest, f"{path}/{name}")
         if kind == "Job":
             self._store.put_job(answer)
+        elif kind == SAE_TRAINING_JOB.kind:
+            self._look_at(self._store.put_resource(kind, answer) - {stored.key})
+
+    async def _patch_training_job(self, stored: StoredResource, wanted: TrainingJobPatch) -> None:
+        """Changes a training job of a sweep; one that is gone by now, the watch tells of."""
+        key = Key(SAE_TRAINING_JOB.kind, stored.key.namespace, wanted.name)
+        job = self._store.get(key)
+        if job is None or job.metadata.uid != wanted.uid:
+            return
+        spec = changes_of(self._store.spec_manifest(job), wanted.changes)
+        body = {"metadata": {"uid": wanted.uid, "annotations": dict(wanted.annotations)}, "spec": spec}
+        try:
+            answer = await self._client.merge_patch(paths.resource(*key), body)
+        except ApiError as error:
+            if error.status == 404:
+                return
+            raise _refusal(error, f"a change of SAETrainingJob {wanted.name}") from error
+        self._look_at(self._store.put_resource(key.kind, answer) - {stored.key})
+
+    async def _delete_training_job(self, stored: StoredResource, name: str, uid: str) -> None:
+        """Deletes a training job of a sweep, and with it its Jobs and pods; what it wrote to the store stays."""
+        try:
+            answer = await self._client.delete(paths.resource(SAE_TRAINING_JOB.kind, stored.key.namespace, name), uid)
+        except ApiError as error:
+            # Gone, or another one by now: the watch tells.
+            if error.status not in (404, 409):
+                raise
+            return
+        if answer.get("kind") == SAE_TRAINING_JOB.kind:
+            # A finalizer of somebody's holds it.
+            self._store.put_resource(SAE_TRAINING_JOB.kind, answer)
+        else:
+            self._look_at(self._store.drop_resource(uid) - {stored.key})
 
     async def _adopt(self, stored: StoredResource, manifest: Mapping[str, Any], path: str) -> dict[str, Any]:
         """What has the wanted name already, if it is ours: made by this operator before it died, or by another one."""
@@ -207,6 +250,19 @@ class Executor:
             raise RetryAfter(CONFLICT_RETRY_SECONDS) if error.status == 409 else error from error
         if answer.get("kind") == "Job":
             self._store.put_job(answer)
+
+
+def changes_of(spec: Mapping[str, Any], changes: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    """The merge patch of a spec after which each path has its value; a mapping loses what the value does not have."""
+    patch: dict[str, Any] = {}
+    for (*parents, last), value in changes:
+        there: Any = spec
+        at = patch
+        for part in parents:
+            there = there.get(part) or {}
+            at = at.setdefault(part, {})
+        at.update(merge_patch({last: there[last]} if last in there else {}, {last: value}))
+    return patch
 
 
 def _refusal(error: ApiError, what: str) -> Exception:

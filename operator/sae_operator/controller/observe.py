@@ -14,6 +14,8 @@ from sae_operator.reconcile.observed import (
     ObservedTrainingJob,
     OwnerFacts,
 )
+from sae_operator.reconcile.sweep_observed import ObservedSweep
+from sae_operator.reconcile.sweep_trials import Outline
 
 
 def observe_cache(store: Store, stored: StoredResource, defaults: Defaults) -> ObservedCache:
@@ -40,6 +42,25 @@ def observe_training_job(store: Store, stored: StoredResource, defaults: Default
         spec=spec,
         status=store.status_of(stored),
         cache=_cache(store, stored.key.namespace, cache_name) if cache_name else None,
+        defaults=defaults,
+        jobs=tuple(children.jobs.values()),
+        pods=children.pods,
+        progress=dict(children.progress),
+        unreachable=dict(children.unreachable),
+        pods_listed=children.pods_listed,
+    )
+
+
+def observe_sweep(
+    store: Store, stored: StoredResource, outline: Outline | InvalidSpec | None, defaults: Defaults
+) -> ObservedSweep:
+    children = store.children(stored.metadata.uid)
+    return ObservedSweep(
+        metadata=stored.metadata,
+        spec=store.spec_of(stored),
+        status=store.status_of(stored),
+        outline=outline,
+        training_jobs=store.trial_jobs(stored.metadata.uid),
         defaults=defaults,
         jobs=tuple(children.jobs.values()),
         pods=children.pods,

@@ -77,6 +77,14 @@ class WorkQueue:
         self._cancel_timer(key)
         self._timers[key] = asyncio.get_running_loop().call_later(max(seconds, 0.0), self._timer_fired, key)
 
+    def add_within(self, key: Key, seconds: float) -> None:
+        """Asks for `key` after `seconds` at the latest: a look that is due earlier serves, too."""
+        if key in self._added_at and key not in self._active:
+            return
+        timer = self._timers.get(key)
+        if timer is None or timer.when() > asyncio.get_running_loop().time() + seconds:
+            self.add_after(key, seconds)
+
     def forget(self, key: Key) -> None:
         """The resource is gone: no timer and no memory of failures remains."""
         self._cancel_timer(key)
@@ -112,7 +120,8 @@ class WorkQueue:
                 self._again.discard(key)
                 self.add(key)
             elif after is not None:
-                self.add_after(key, after)
+                # Something may have asked for an earlier look meanwhile.
+                self.add_within(key, after)
 
     async def _attempt(self, key: Key) -> float | None:
         try:

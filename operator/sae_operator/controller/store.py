@@ -15,11 +15,12 @@ from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 
 from sae_operator.api.problems import describe_errors
-from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_TRAINING_JOB
+from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_SWEEP, SAE_TRAINING_JOB
 from sae_operator.api.steps import Progress
 from sae_operator.controller.queue import Key
 from sae_operator.reconcile import projection
 from sae_operator.reconcile.observed import InvalidSpec, JobFacts, Metadata, PodFacts, SpecProblem
+from sae_operator.reconcile.sweep_observed import TrialJobFacts, sweep_of, trial_job_facts
 
 # Parsed specs that are kept: a resource is read a few times while its Jobs are made, and hardly ever afterwards.
 PARSED_SPECS = 128
@@ -37,6 +38,7 @@ class StoredResource:
         owners: (name, UID) of the SAETrainingJobs in the ownerReferences.
         spec, status: as compact JSON; a tenth of the memory of the parsed objects.
         cache_ref: name of the cache that a training job reads.
+        sweep: UID of the sweep that a training job belongs to.
     """
 
     key: Key
@@ -48,6 +50,7 @@ class StoredResource:
     suspended: bool
     phase: str | None
     cache_ref: str | None
+    sweep: str | None
 
     @property
     def finished(self) -> bool:
@@ -84,6 +87,8 @@ class Store:
         self._offspring: dict[str, Offspring] = {}
         self._readers: dict[tuple[str, str], set[Key]] = {}
         self._caches_of: dict[str, set[Key]] = {}
+        # Training jobs of each sweep, by their names.
+        self._trial_jobs: dict[str, dict[str, TrialJobFacts]] = {}
         self._parsed: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._tombstones: OrderedDict[str, None] = OrderedDict()
 
@@ -119,7 +124,7 @@ class Store:
             keys |= self.readers_of(new)
         elif old is None or _seen_by_caches(old) != _seen_by_caches(new):
             keys |= self._caches_of.get(new.metadata.uid, set())
-        return keys
+        return keys | self._note_trials(old, new, raw)
 
     def drop_resource(self, uid: str) -> set[Key]:
         """The resource is gone; returns who should hear of it."""
@@ -132,7 +137,35 @@ class Store:
         self._unlink(old)
         del self._resources[key]
         self._offspring.pop(uid, None)
-        return keys
+        self._trial_jobs.pop(uid, None)
+        return keys | self._forget_trials(old)
+
+    def _note_trials(self, old: StoredResource | None, new: StoredResource, raw: Mapping[str, Any]) -> set[Key]:
+        """Keeps the facts of a sweep's training job; returns the sweep's key if they have changed."""
+        keys = self._forget_trials(old) if old is not None and old.sweep != new.sweep else set()
+        # A child that is told of after its sweep was deleted is deleted soon.
+        if new.sweep is None or new.sweep in self._tombstones:
+            return keys
+        jobs = self._trial_jobs.setdefault(new.sweep, {})
+        facts, before = trial_job_facts(raw), jobs.get(new.key.name)
+        jobs[new.key.name] = facts
+        return keys | (self._sweep_keys(new.sweep) if facts != before else set())
+
+    def _forget_trials(self, job: StoredResource) -> set[Key]:
+        jobs = self._trial_jobs.get(job.sweep) if job.sweep is not None else None
+        if job.sweep is None or jobs is None or jobs.pop(job.key.name, None) is None:
+            return set()
+        if not jobs:
+            del self._trial_jobs[job.sweep]
+        return self._sweep_keys(job.sweep)
+
+    def _sweep_keys(self, uid: str) -> set[Key]:
+        key = self._keys.get(uid)
+        return {key} if key is not None and key.kind == SAE_SWEEP.kind else set()
+
+    def trial_jobs(self, sweep_uid: str) -> tuple[TrialJobFacts, ...]:
+        """The training jobs of a sweep."""
+        return tuple(self._trial_jobs.get(sweep_uid, {}).values())
 
     def readers_of(self, cache: StoredResource) -> set[Key]:
         """Training jobs that read a cache: those that refer to it, and those that own it."""
@@ -158,6 +191,9 @@ class Store:
             while len(self._parsed) > PARSED_SPECS:
                 self._parsed.popitem(last=False)
         return parsed
+
+    def spec_manifest(self, stored: StoredResource) -> dict[str, Any]:
+        return from_json(stored.spec)
 
     def status_of(self, stored: StoredResource) -> Any:
         return KINDS[stored.key.kind].status.model_validate_json(stored.status)
@@ -310,6 +346,7 @@ def _resource(key: Key, raw: Mapping[str, Any], version: int, old: StoredResourc
         suspended=bool(spec.get("suspend")),
         phase=status.get("phase"),
         cache_ref=reference,
+        sweep=sweep_of(raw["metadata"]) if key.kind == SAE_TRAINING_JOB.kind else None,
     )
 
 

@@ -10,9 +10,9 @@ from sae_operator.controller.app import missing_definitions
 
 def test_it_waits_until_all_its_kinds_are_served() -> None:
     served = {"resources": [{"name": "activationcaches"}, {"name": "activationcaches/status"}]}
-    assert missing_definitions({}) == "activationcaches, saetrainingjobs"
-    assert missing_definitions(served) == "saetrainingjobs"
-    served["resources"].append({"name": "saetrainingjobs"})
+    assert missing_definitions({}) == "activationcaches, saetrainingjobs, saesweeps"
+    assert missing_definitions(served) == "saetrainingjobs, saesweeps"
+    served["resources"] += [{"name": "saetrainingjobs"}, {"name": "saesweeps"}]
     assert missing_definitions(served) == ""
 
 
