@@ -81,6 +81,8 @@ class FakeCluster(FakeStore):
     resources: raw resources by kind and name.
     only_when_due: the operator looks at a resource only when it asked to or something about it has changed; otherwise
         every second.
+    operator_away: nobody looks.
+    node_away: the kubelet does nothing: pods stay as they are, also those that are to end.
     job_controller_away: no pods are made, and no Job ends.
     quota_used_up: the API server refuses Jobs.
     die_after: number of the operator's call after which it ends.
@@ -102,6 +104,8 @@ class FakeCluster(FakeStore):
     events: list[tuple[str, str, str]] = field(default_factory=list)
     unreachable: dict[str, str] = field(default_factory=dict)
     calls: int = 0
+    operator_away: bool = False
+    node_away: bool = False
     job_controller_away: bool = False
     quota_used_up: bool = False
     die_after: int | None = None
@@ -190,10 +194,12 @@ class FakeCluster(FakeStore):
 
     def tick(self) -> None:
         """One second: the operator looks at everything, then Job controller and kubelet act."""
-        self.reconcile_all()
+        if not self.operator_away:
+            self.reconcile_all()
         if not self.job_controller_away:
             self._play_job_controller()
-        self._play_kubelet()
+        if not self.node_away:
+            self._play_kubelet()
         self.now += timedelta(seconds=1)
 
     def _unfinished(self) -> bool:
