@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from ruamel.yaml import YAML
 
-from tests.fake_kubelet import FakeKubelet
+from sae_operator import cli
+from sae_operator.api.steps import PROGRESS_PORT
+from sae_operator.controller.app import Operator, Options
+from sae_operator.controller.client import ApiClient
+from sae_operator.reconcile.names import labels
+from sae_operator.reconcile.observed import Metadata
+from tests.fake_kubelet import PLACEMENT, FakeKubelet
 from tests.operator_world import World, training_spec
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.node import OPERATOR_IMAGE, Node
@@ -80,6 +89,18 @@ def test_chart_and_kustomize_base_say_the_same(render: Any, control_plane: Contr
     assert only(chart, "ClusterRole")["rules"] == only(base, "ClusterRole")["rules"]
     heartbeat = "sae-operator-heartbeat"
     assert only(chart, "Role", heartbeat)["rules"] == only(base, "Role", heartbeat)["rules"]
+    for role in ("view", "edit", "admin"):
+        ours, theirs = (only(found, "ClusterRole", f"sae-operator-{role}") for found in (chart, base))
+        assert ours["rules"] == theirs["rules"]
+        label = f"rbac.authorization.k8s.io/aggregate-to-{role}"
+        assert ours["metadata"]["labels"][label] == theirs["metadata"]["labels"][label] == "true"
+    services = [only(found, "Service", "sae-operator-metrics")["spec"] for found in (chart, base)]
+    for service in services:
+        service["selector"].pop("app.kubernetes.io/instance", None)
+    assert services[0] == services[1]
+    kinds = [sorted((item["kind"], item["metadata"]["name"]) for item in found) for found in (chart, base)]
+    # The base makes its namespace, which Helm is told.
+    assert kinds[0] == [name for name in kinds[1] if name[0] != "Namespace"]
     of_chart, of_base = (only(found, "Deployment")["spec"] for found in (chart, base))
     for spec in (of_chart, of_base):
         spec["selector"]["matchLabels"].pop("app.kubernetes.io/instance", None)
@@ -112,11 +133,137 @@ def test_a_served_namespace_needs_no_cluster_wide_rights(render: Any) -> None:
         ("watchNamespace=Not_A_Name", "watchNamespace"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
         ("logFormat=xml", "logFormat"),
+        ("metrics.serviceMonitor.every=5s", "every"),
+        ("metrics.podMonitor.interval=often", "interval"),
+        ("networkPolicy.jobNamespaces={Team_A}", "jobNamespaces"),
+        ("networkPolicy.apiServerPorts={0}", "apiServerPorts"),
+        ("allowedImages={a b}", "allowedImages"),
+        ("allowTrustRemoteCode=maybe", "allowTrustRemoteCode"),
+        ("resources.limit.cpu=1", "limit"),
+        ("cacheGc.enabled=true", "uri"),
+        ("rbac.aggregated=true", "aggregated"),
     ],
 )
 def test_wrong_values_are_refused(render: Any, value: str, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
         render(value)
+
+
+EVERYTHING = (
+    "networkPolicy.enabled=true",
+    "networkPolicy.jobNamespaces={team-a,team-b}",
+    "networkPolicy.scrapeFrom.monitoring=yes",
+    "metrics.serviceMonitor.enabled=true",
+    "metrics.podMonitor.enabled=true",
+    "metrics.prometheusRule.enabled=true",
+    "metrics.dashboard.enabled=true",
+    "cacheGc.enabled=true",
+    "cacheGc.uri=s3://saes/caches",
+    "cacheGc.secretName=s3",
+    "cacheGc.delete=true",
+    "allowedImages={ghcr.io/team/*}",
+    "allowedServiceAccounts={sae-*}",
+    "allowTrustRemoteCode=true",
+)
+
+
+def test_every_value_is_in_the_schema_and_the_schema_knows_no_other(render: Any) -> None:
+    values = YAML(typ="safe").load((CHART / "values.yaml").read_text())
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def compare(value: Any, found: dict[str, Any], path: str) -> None:
+        if not isinstance(value, dict) or "properties" not in found:
+            return
+        known = set(found["properties"]) - ({"global"} if path == "" else set())
+        assert found["additionalProperties"] is False, path
+        if value:
+            assert set(value) <= known, path
+        if path not in (".resources", ".affinity"):
+            assert set(value) == known, path
+        for key, inner in value.items():
+            compare(inner, found["properties"][key], f"{path}.{key}")
+
+    compare(values, schema, "")
+
+
+def test_by_default_nothing_is_made_that_needs_another_operator(render: Any) -> None:
+    groups = {item["apiVersion"].split("/")[0] for item in render()}
+    assert groups == {"v1", "apps", "rbac.authorization.k8s.io", "apiextensions.k8s.io"}
+
+
+def test_everything_that_can_be_switched_on_is_taken_by_the_api_server(
+    render: Any, control_plane: ControlPlane, namespace: str
+) -> None:
+    found = render("crds.install=false", *EVERYTHING)
+    theirs = [item for item in found if item["apiVersion"].startswith("monitoring.coreos.com")]
+    assert sorted(item["kind"] for item in theirs) == ["PodMonitor", "PrometheusRule", "ServiceMonitor"]
+    rest = [item for item in found if item not in theirs]
+    for item in rest:
+        if "namespace" in item["metadata"]:
+            item["metadata"]["namespace"] = namespace
+    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": rest})
+    told = control_plane.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", input=text)
+    assert told.count("(server dry run)") == len(rest)
+
+
+def test_settings_of_what_is_allowed_reach_the_operator(render: Any) -> None:
+    found = render("crds.install=false", *EVERYTHING)
+    arguments = only(found, "Deployment")["spec"]["template"]["spec"]["containers"][0]["args"]
+    given = cli.parser().parse_args(arguments)
+    assert given.allowed_image == ["ghcr.io/team/*"]
+    assert given.allowed_service_account == ["sae-*"]
+    assert given.allow_trust_remote_code
+
+
+def test_the_cron_job_runs_a_command_that_exists(render: Any) -> None:
+    job = only(render(*EVERYTHING), "CronJob", "sae-operator-cache-gc")["spec"]["jobTemplate"]
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"] == ["sae-job"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("sae-job"), *container["args"], "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--unused-for" in done.stdout
+
+
+def test_monitors_name_ports_and_labels_that_pods_have(render: Any) -> None:
+    found = render(*EVERYTHING)
+    service = only(found, "Service", "sae-operator-metrics")
+    (endpoint,) = only(found, "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    container = only(found, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports["metrics"] == service["spec"]["ports"][0]["port"]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["port"] in ports
+    metadata = Metadata(name="a", namespace="b", uid="c", generation=1)
+    monitor = only(found, "PodMonitor", "sae-operator-jobs")["spec"]
+    of_pods = labels("SAETrainingJob", metadata, "train")
+    assert monitor["selector"]["matchLabels"].items() <= of_pods.items()
+    assert set(monitor["podTargetLabels"]) <= set(of_pods)
+    assert monitor["podMetricsEndpoints"][0]["port"] == "progress"
+    policy = only(found, "NetworkPolicy")["spec"]
+    assert policy["egress"][-1]["ports"] == [{"port": PROGRESS_PORT}]
+
+
+def test_alerts_and_dashboard_ask_for_metrics_that_there_are(render: Any) -> None:
+    found = render(*EVERYTHING)
+    rules = only(found, "PrometheusRule")["spec"]["groups"][0]["rules"]
+    board = json.loads(only(found, "ConfigMap", "sae-operator-dashboard")["data"]["sae-operator.json"])
+    asked = [rule["expr"] for rule in rules]
+    asked += [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    options = Options(job_image="x", namespace="team")
+    operator = Operator(options, client=ApiClient(lambda: pytest.fail("no call is made")))
+    there = {family.name for family in operator.metrics.registry.collect()}
+    suffixes = ("_total", "_bucket", "_count", "_sum")
+    for expression in asked:
+        for name in re.findall(r"\b(?:sae_operator|process)_[a-z_]+", expression):
+            plain = next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name)
+            assert plain in there, expression
+    assert all(rule["annotations"]["summary"] and rule["labels"]["severity"] for rule in rules)
 
 
 @pytest.fixture
@@ -153,6 +300,18 @@ def test_an_installed_operator_works_with_the_rights_it_is_given(
         assert world.status("SAETrainingJob", "first")["phase"] == "Succeeded"
         wait_for(lambda: world.get("Lease", "sae-operator"), what="the heartbeat")
         assert "forbidden" not in log().lower()
+        with urlopen(f"http://{pod['status']['podIP']}:8082/metrics", timeout=10) as answer:
+            said = answer.read().decode()
+        assert "sae_operator_ready 1.0" in said
+        assert 'sae_operator_resources{kind="SAETrainingJob",phase="Succeeded"} 1.0' in said
+        # An upgrade narrows what is allowed: what is finished stays, what is new is held to it.
+        upgraded = ("upgrade", release, str(CHART), f"--namespace={namespace}", "--wait", "--timeout=60s")
+        run_helm(*upgraded, "--reuse-values", "--set", "allowedImages={ghcr.io/team/*}")
+        world.create("SAETrainingJob", "second", training_spec(run={**PLACEMENT, "image": "docker.io/other:1"}))
+        told = world.wait_condition("SAETrainingJob", "second", "Stalled", timeout=60)
+        assert told["reason"] == "NotAllowed"
+        assert told["message"].startswith('spec.run.image: the operator does not allow image "docker.io/other:1"')
+        assert world.status("SAETrainingJob", "first")["phase"] == "Succeeded"
     finally:
         run_helm("uninstall", release, f"--namespace={namespace}", "--wait", "--timeout=60s")
     assert world.get("SAETrainingJob", "first") is not None, "resources stay"
