@@ -3,34 +3,52 @@
 #     docker build --target operator -t sae-operator/operator .
 #     docker build --target job      -t sae-operator/job .
 #
-# Both run as user 65532 with a read-only root file system; neither holds a compiler or pip's cache.
+# Both run as user 65532 with a read-only root file system; neither holds a compiler or pip. A package index of your own:
+# --secret id=pip.conf,src=FILE gives pip a configuration that stays out of the images. See docs/images.md.
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python3 -m venv /opt/sae-operator
-COPY pyproject.toml README.md LICENSE constraints.txt ./
-COPY operator operator
-COPY jobimage jobimage
 
-FROM build AS build-operator
-RUN /opt/sae-operator/bin/pip install --constraint constraints.txt . \
-    && /opt/sae-operator/bin/python -m compileall -q /opt/sae-operator \
-    && /opt/sae-operator/bin/pip uninstall --yes pip
+# The dependencies are a layer of their own, large and seldom changed, made from what names them alone: a new version of
+# the code is then a few MiB to build, to push and to pull.
+FROM build AS dependencies
+COPY pyproject.toml constraints.txt ./
+RUN mkdir -p operator/sae_operator jobimage/sae_job \
+    && touch README.md LICENSE operator/sae_operator/__init__.py jobimage/sae_job/__init__.py
 
-FROM build AS build-job
+FROM dependencies AS operator-dependencies
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    /opt/sae-operator/bin/pip install --constraint constraints.txt . \
+    && /opt/sae-operator/bin/pip uninstall --yes sae-operator pip
+
+FROM dependencies AS job-dependencies
 # The wheel of torch that the base image's platform gets from this index; set it for CPU-only images, say.
 ARG TORCH_INDEX_URL=
-RUN if [ -n "${TORCH_INDEX_URL}" ]; then /opt/sae-operator/bin/pip install --index-url "${TORCH_INDEX_URL}" torch; fi \
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    if [ -n "${TORCH_INDEX_URL}" ]; then /opt/sae-operator/bin/pip install --constraint constraints.txt --index-url "${TORCH_INDEX_URL}" torch; fi \
     && /opt/sae-operator/bin/pip install --constraint constraints.txt ".[job,transformerlens,wandb]" \
-    && /opt/sae-operator/bin/pip uninstall --yes pip
+    && /opt/sae-operator/bin/pip uninstall --yes sae-operator pip
+
+FROM build AS package
+COPY pyproject.toml README.md LICENSE ./
+COPY operator operator
+COPY jobimage jobimage
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    /opt/sae-operator/bin/pip install --no-deps --prefix /package .
+
 # Triton calls the driver through a small C module, which it would compile in the pod: it is compiled here instead.
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
-    && /opt/sae-operator/bin/python -m sae_job.saes.kernels.triton_driver
+FROM job-dependencies AS driver
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev
+COPY --from=package /package /opt/sae-operator
+RUN mkdir -p /opt/sae-operator/share/sae-job && /opt/sae-operator/bin/python -m sae_job.saes.kernels.triton_driver
 
 FROM ${PYTHON} AS base
-RUN groupadd --gid 65532 job && useradd --uid 65532 --gid 65532 --no-create-home --home-dir /home/job --shell /usr/sbin/nologin job
+# -l: without records of logins, which would make a sparse file of megabytes for so high a number.
+RUN groupadd --gid 65532 job \
+    && useradd -l --uid 65532 --gid 65532 --no-create-home --home-dir /home/job --shell /usr/sbin/nologin job
 ENV PATH=/opt/sae-operator/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 65532:65532
 WORKDIR /
@@ -38,9 +56,12 @@ WORKDIR /
 FROM base AS operator
 # Few threads, few arenas: 15 MiB less.
 ENV MALLOC_ARENA_MAX=2
-COPY --from=build-operator /opt/sae-operator /opt/sae-operator
+COPY --from=operator-dependencies /opt/sae-operator /opt/sae-operator
+COPY --from=package /package /opt/sae-operator
 ENTRYPOINT ["sae-operator"]
 
 FROM base AS job
-COPY --from=build-job /opt/sae-operator /opt/sae-operator
+COPY --from=job-dependencies /opt/sae-operator /opt/sae-operator
+COPY --from=driver /opt/sae-operator/share/sae-job /opt/sae-operator/share/sae-job
+COPY --from=package /package /opt/sae-operator
 ENTRYPOINT ["sae-job"]

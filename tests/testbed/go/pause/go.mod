@@ -1,0 +1,3 @@
+module example.local/tools/pause
+
+go 1.25.0
