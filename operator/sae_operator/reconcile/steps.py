@@ -110,8 +110,10 @@ def view_step(scene: Scene[Any], plan: StepPlan) -> StepView:
     failure = repeated_oom(pods, plan.surroundings, plan.checkpoint_time)
     if failure is not None:
         return StepView("failed", job, pods, failure=failure)
-    if job.active > 0 and any(pod.running for pod in pods):
-        return StepView("running", job, pods)
+    # Pods of a Job that a queue has taken back may still write a checkpoint: it runs no more.
+    if not job.suspended and any(pod.running for pod in pods):
+        # A Job without an active pod has seen them end; the listing of pods is older than that.
+        return StepView("running" if job.active > 0 else "settling", job, pods)
     return StepView("settling" if _will_end(scene, pods) else "waiting", job, pods)
 
 
