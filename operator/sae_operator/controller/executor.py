@@ -18,7 +18,9 @@ from sae_operator.controller.events import EventRecorder
 from sae_operator.controller.merge import merge_patch
 from sae_operator.controller.queue import Key, RetryAfter
 from sae_operator.controller.store import Store, StoredResource
-from sae_operator.reconcile.names import is_controlled_by
+from sae_operator.reconcile import projection
+from sae_operator.reconcile.names import LABEL_UID, is_controlled_by
+from sae_operator.reconcile.observed import PodFacts
 from sae_operator.reconcile.wanted import CacheApplication, EventWanted, TrainingJobPatch, Wanted
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,7 @@ class Executor:
         resources may be ahead of that of Jobs, where another operator works, too.
 
         Raises:
-            RetryAfter: it is there, or the resource has changed.
+            RetryAfter: it is there, or pods of it are, or the resource has changed.
         """
         told, uid = stored.status_manifest().get("jobName"), stored.metadata.uid
         if told is None or told in self._store.children(uid).jobs:
@@ -112,6 +114,21 @@ class Executor:
         await self._refresh(stored)
         if self._store.get(stored.key) is not before:
             raise RetryAfter(0.0)
+        await self._confirm_no_pod_lives(stored)
+
+    async def _confirm_no_pod_lives(self, stored: StoredResource) -> None:
+        """A Job that somebody deletes is gone before its pods are, which may never have been listed.
+
+        Raises:
+            RetryAfter: there are some.
+        """
+        uid, pods = stored.metadata.uid, list[PodFacts]()
+        query = {"labelSelector": f"{LABEL_UID}={uid}"}
+        async for page in self._client.pages(paths.pods(stored.key.namespace), query):
+            pods += [projection.pod_facts(raw) for raw in page]
+        if any(not pod.finished for pod in pods):
+            self._store.put_pods(uid, pods)
+            raise RetryAfter(CONFLICT_RETRY_SECONDS)
 
     async def _refresh(self, stored: StoredResource) -> None:
         """Looks the resource up, without waiting for its watch."""
@@ -191,6 +208,9 @@ class Executor:
             raise Refused(
                 f"{kind} {name} exists already and belongs to something else; delete it or rename this resource"
             )
+        if kind == "ConfigMap":
+            # So its Job may have been made, too, and been deleted since.
+            await self._confirm_no_pod_lives(stored)
         if kind == "ConfigMap" and there.get("data") != manifest.get("data"):
             try:
                 return await self._client.merge_patch(path, {"data": manifest.get("data")})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from sae_operator.reconcile.wanted import EventWanted, Wanted
 
 KEY = Key("SAETrainingJob", "ns", "a")
 JOBS, MAPS = "/apis/batch/v1/namespaces/ns/jobs", "/api/v1/namespaces/ns/configmaps"
+PODS = "/api/v1/namespaces/ns/pods"
 RESOURCE = "/apis/sae-operator.dev/v1alpha1/namespaces/ns/saetrainingjobs/a"
 STATUS = f"{RESOURCE}/status"
 
@@ -38,6 +39,9 @@ class Server:
 
     async def delete(self, path: str, uid: str, *, propagation: str) -> dict[str, Any]:
         return self._answer(f"DELETE {path}", (uid, propagation), {})
+
+    async def pages(self, path: str, query: Mapping[str, str]) -> AsyncIterator[list[dict[str, Any]]]:
+        yield self._answer(f"LIST {path}", query, {"items": []})["items"]
 
     def _answer(self, call: str, body: Any, usual: Any) -> dict[str, Any]:
         self.calls.append(call)
@@ -201,7 +205,29 @@ async def test_a_job_is_replaced_when_it_is_gone_and_the_status_is_the_latest() 
     await executor_of(server, store).execute(
         the(store), Wanted(create=(child("Job", "j-2"),), status={"jobName": "j-1"})
     )
-    assert server.calls == [f"GET {JOBS}/j-1", f"GET {RESOURCE}", f"POST {JOBS}"]
+    assert server.calls == [f"GET {JOBS}/j-1", f"GET {RESOURCE}", f"LIST {PODS}", f"POST {JOBS}"]
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_no_job_is_made_while_a_pod_of_one_that_was_deleted_lives(told: bool) -> None:
+    """Whether the status tells of that Job, or an operator died before it did, and only the ConfigMap is there."""
+    pod = {"metadata": meta(4, "p", "uid-p"), "status": {"phase": "Running"}}
+    status = {"jobName": "j-1"} if told else {}
+    config_map = child("ConfigMap", "j-1")
+    server = Server(
+        {
+            f"GET {JOBS}/j-1": ApiError(404, "NotFound", "gone"),
+            f"GET {RESOURCE}": {"metadata": meta(1), "spec": {}, "status": status},
+            f"POST {MAPS}": EXISTS,
+            f"GET {MAPS}/j-1": config_map,
+            f"LIST {PODS}": {"items": [pod]},
+        }
+    )
+    store = stored_with(status)
+    with pytest.raises(RetryAfter):
+        await executor_of(server, store).execute(the(store), Wanted(create=(config_map, child("Job", "j-2"))))
+    assert f"POST {JOBS}" not in server.calls
+    assert [found.name for found in store.children("uid-a").pods] == ["p"]
 
 
 async def test_a_job_is_not_replaced_on_a_status_that_has_changed_since() -> None:
