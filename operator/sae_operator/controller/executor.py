@@ -69,8 +69,12 @@ class Executor:
                 await self._apply_cache(stored, wanted.apply_cache)
             for patch in wanted.patch_training_jobs:
                 await self._patch_training_job(stored, patch)
+            known = False
             for manifest in wanted.create:
-                await self._create(stored, manifest)
+                if known and manifest["kind"] == "Job":
+                    # With the ConfigMap its Job may have been made, too, and been deleted since.
+                    await self._confirm_no_pod_lives(stored)
+                known = await self._create(stored, manifest) or known
         except Refused as error:
             refused = error
         if stored.metadata.deleting or self._latest(stored) is None:
@@ -151,7 +155,8 @@ class Executor:
             raise _refusal(error, f"ActivationCache {name}") from error
         self._look_at(self._store.put_resource(ACTIVATION_CACHE.kind, answer) - {stored.key})
 
-    async def _create(self, stored: StoredResource, manifest: Mapping[str, Any]) -> None:
+    async def _create(self, stored: StoredResource, manifest: Mapping[str, Any]) -> bool:
+        """Whether it was there already."""
         kind, name, namespace = manifest["kind"], manifest["metadata"]["name"], stored.key.namespace
         path = CHILDREN[kind](namespace)
         try:
@@ -159,11 +164,14 @@ class Executor:
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 raise _refusal(error, f"{kind} {name}") from error
-            answer = await self._adopt(stored, manifest, f"{path}/{name}")
+            answer, known = await self._adopt(stored, manifest, f"{path}/{name}"), True
+        else:
+            known = False
         if kind == "Job":
             self._store.put_job(answer)
         elif kind == SAE_TRAINING_JOB.kind:
             self._look_at(self._store.put_resource(kind, answer) - {stored.key})
+        return known
 
     async def _patch_training_job(self, stored: StoredResource, wanted: TrainingJobPatch) -> None:
         """Changes a training job of a sweep; one that is gone by now, the watch tells of."""
@@ -208,9 +216,6 @@ class Executor:
             raise Refused(
                 f"{kind} {name} exists already and belongs to something else; delete it or rename this resource"
             )
-        if kind == "ConfigMap":
-            # So its Job may have been made, too, and been deleted since.
-            await self._confirm_no_pod_lives(stored)
         if kind == "ConfigMap" and there.get("data") != manifest.get("data"):
             try:
                 return await self._client.merge_patch(path, {"data": manifest.get("data")})
