@@ -28,6 +28,8 @@ METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v
 REQUEST_TIMEOUT_SECONDS = 15
 # Tokens from files and plugins rotate; the kubelet renews its own well over ten minutes before they expire.
 RELOAD_CREDENTIALS_SECONDS = 60
+# How the API server begins to tell that an admission webhook does not answer.
+WEBHOOK_FAILED = "failed calling webhook"
 
 
 class ApiError(Exception):
@@ -57,6 +59,10 @@ class ServerUnavailable(Exception):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class WebhookUnavailable(ServerUnavailable):
+    """The API server works, but an admission webhook that it must ask does not."""
 
 
 def connection_info(credentials: Credentials) -> kopf.ConnectionInfo:
@@ -203,6 +209,9 @@ class ApiClient:
             self.breaker.success()
             return answer
         message = redact(answer.get("message") or f"{method} {path}: HTTP {status}")
+        if status == 500 and WEBHOOK_FAILED in message:
+            self.breaker.success()
+            raise WebhookUnavailable(message)
         if status == 429 or status >= 500:
             if status != 429:
                 self.breaker.failure()

@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB
 from sae_operator.controller import paths
-from sae_operator.controller.client import ApiClient, ApiError
+from sae_operator.controller.client import ApiClient, ApiError, WebhookUnavailable
 from sae_operator.controller.events import EventRecorder
 from sae_operator.controller.merge import merge_patch
 from sae_operator.controller.queue import Key, RetryAfter
@@ -77,6 +77,8 @@ class Executor:
                 known = await self._create(stored, manifest) or known
         except Refused as error:
             refused = error
+        except WebhookUnavailable as error:
+            refused = Refused(f"nothing can be created while an admission webhook does not answer: {error}")
         if stored.metadata.deleting or self._latest(stored) is None:
             return
         status = wanted.status if refused is None else _with_refusal(wanted.status, refused.message)

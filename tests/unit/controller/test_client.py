@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from aiohttp import web
 
-from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable
+from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable, WebhookUnavailable
 from sae_operator.controller.credentials import Credentials, CredentialsError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -110,6 +110,19 @@ async def test_being_asked_to_wait_is_not_being_away() -> None:
             with pytest.raises(ServerUnavailable) as caught:
                 await client.get("/x")
             assert caught.value.retry_after == 7
+        assert not client.breaker.open
+
+
+async def test_a_webhook_that_does_not_answer_is_not_the_server() -> None:
+    said = 'Internal error occurred: failed calling webhook "mjob.kb.io": failed to call webhook: connection refused'
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"reason": "InternalError", "message": said}, status=500)
+
+    async with served(handler, ["t"]) as client:
+        for _ in range(5):
+            with pytest.raises(WebhookUnavailable, match="mjob"):
+                await client.create("/x", {})
         assert not client.breaker.open
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sae_operator.controller.client import ApiError
+from sae_operator.controller.client import ApiError, WebhookUnavailable
 from sae_operator.controller.executor import Executor
 from sae_operator.controller.queue import Key, RetryAfter
 from sae_operator.controller.store import Store, StoredResource
@@ -259,3 +259,17 @@ async def test_a_new_resource_of_the_same_name_never_gets_the_old_ones_status() 
     executor = Executor(server, store, Events(), lambda keys: None)  # type: ignore[arg-type]
     await executor.execute(stored, Wanted(status={"phase": "Succeeded"}, delete_jobs=("j",)))
     assert server.calls == []
+
+
+async def test_a_webhook_that_does_not_answer_is_told_in_the_status() -> None:
+    conditions = [{"type": "Ready", "status": "False", "reason": "Queued", "message": "waits"}]
+    wanted = Wanted(create=(child("ConfigMap", "c"), child("Job", "j")), status={"conditions": conditions})
+    server = Server({f"POST {JOBS}": WebhookUnavailable('failed calling webhook "mjob.kb.io"')})
+    store, events = stored_with({}), Events()
+    with pytest.raises(RetryAfter) as caught:
+        await executor_of(server, store, events).execute(the(store), wanted)
+    assert caught.value.seconds == 15
+    (ready,) = the(store).status_manifest()["conditions"]
+    assert (ready["status"], ready["reason"]) == ("False", "CreateRefused")
+    assert 'while an admission webhook does not answer: failed calling webhook "mjob.kb.io"' in ready["message"]
+    assert [event.reason for event in events.posted] == ["CreateRefused"]
