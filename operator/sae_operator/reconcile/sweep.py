@@ -28,6 +28,7 @@ from sae_operator.reconcile.observed import InvalidSpec, OperatorSettings, SpecP
 from sae_operator.reconcile.rounds import Round
 from sae_operator.reconcile.scene import (
     Draft,
+    Expiry,
     Scene,
     at_rest,
     compose,
@@ -73,7 +74,7 @@ def reconcile_sweep(observed: ObservedSweep, settings: OperatorSettings, now: da
     if metadata.deleting:
         return Wanted(status=stored.to_manifest())
     if is_at_rest(metadata, stored):
-        return at_rest(metadata, stored, observed)
+        return _rest(observed, stored, now)
     if isinstance(spec, InvalidSpec):
         return refuse_invalid(metadata, stored, _short(spec), now)
     outline = observed.outline
@@ -83,14 +84,24 @@ def reconcile_sweep(observed: ObservedSweep, settings: OperatorSettings, now: da
         raise RuntimeError(f"the trials of {metadata.name} are not known")
     work = _round(stored, spec, outline, now)
     if stored.phase in ENDED_PHASES and not work.begins:
-        return at_rest(metadata, stored, observed)
+        return _rest(observed, stored, now)
     refusal = admission.check_sweep(spec, outline.samples, observed.defaults, settings)
     if refusal is not None and not admission.is_let_on(observed.jobs, work.key, REPORT):
         again = admission.again_after(refusal)
         return refuse_invalid(metadata, stored, _short(refusal), now, reason=admission.NOT_ALLOWED, again_after=again)
     previous = forget_round(stored, ("report_uri", "table_uri")) if work.begins else stored
-    scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now)
+    run = spec.template.run.model_copy(update={"cpu_steps": spec.report})
+    scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now, run)
     return _Sweep(scene, spec, outline, observed).wanted()
+
+
+def _rest(observed: ObservedSweep, stored: SAESweepStatus, now: datetime) -> Wanted:
+    """A sweep that has ended: its training jobs look after themselves, and after a time nothing is left of its report's
+    Job."""
+    expiry = None
+    if not isinstance(observed.spec, InvalidSpec):
+        expiry = Expiry(observed.spec.template.run.ttl_seconds_after_finished, (REPORT,))
+    return at_rest(observed.metadata, stored, observed, expiry, now)
 
 
 def _short(problem: InvalidSpec) -> InvalidSpec:
@@ -236,7 +247,6 @@ class _Sweep:
 
     def _plan(self) -> StepPlan:
         scene, spec = self.scene, self.spec
-        run = spec.template.run.model_copy(update={"cpu_steps": spec.report})
 
         def build(attempt: int) -> StepWanted:
             return StepWanted(
@@ -246,7 +256,7 @@ class _Sweep:
                 attempt=attempt,
                 work=scene.round.key,
                 spec=self._given(),
-                run=run,
+                run=scene.run,
                 defaults=scene.defaults,
                 default_image=scene.settings.job_image,
             )
