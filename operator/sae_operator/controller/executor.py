@@ -74,7 +74,8 @@ class Executor:
                 if known and manifest["kind"] == "Job":
                     # With the ConfigMap its Job may have been made, too, and been deleted since.
                     await self._confirm_no_pod_lives(stored)
-                known = await self._create(stored, manifest) or known
+                there = await self._create(stored, manifest)
+                known = known or (there and manifest["kind"] == "ConfigMap")
         except Refused as error:
             refused = error
         except WebhookUnavailable as error:
