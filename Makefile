@@ -39,6 +39,7 @@ lint: $(INSTALLED) ## Check style, types, import layers and generated files
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m sae_operator.api.crd --out manifests/crds --check
 	$(BIN)/python -m sae_operator.api.reference --out docs/reference --check
+	$(BIN)/python tools/argo_cd_config.py --out gitops/argo-cd --check
 
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix
@@ -47,6 +48,7 @@ format: $(INSTALLED) ## Format the code
 generate: $(INSTALLED) ## Write the CRDs and the reference documentation from the models
 	$(BIN)/python -m sae_operator.api.crd --out manifests/crds
 	$(BIN)/python -m sae_operator.api.reference --out docs/reference
+	$(BIN)/python tools/argo_cd_config.py --out gitops/argo-cd
 
 bench: $(INSTALLED) ## Run the benchmarks, quickly; each prints one line of JSON last
 	for name in operator text caching reading training many_saes quality storage_quality; do $(BIN)/python bench/$$name.py --quick || exit 1; done

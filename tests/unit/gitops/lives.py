@@ -58,24 +58,24 @@ class WatchedCluster(FakeCluster):
     # most once per resource between two looks.
 
     def create(self, kind: str, name: str, spec: Mapping[str, Any]) -> None:
-        self._look("operator")
+        self._record("operator")
         super().create(kind, name, spec)
-        self._look("creation")
+        self._record("creation")
 
     def edit(self, kind: str, name: str, **changes: Any) -> None:
-        self._look("operator")
+        self._record("operator")
         super().edit(kind, name, **changes)
-        self._look("edit")
+        self._record("edit")
 
     def reconcile_all(self) -> None:
         super().reconcile_all()
-        self._look("operator")
+        self._record("operator")
 
     def of(self, kind: str, name: str | None = None) -> list[Version]:
         """All versions of an object, or of all objects of a kind."""
         return [version for version in self.versions if version.kind == kind and name in (None, version.name)]
 
-    def _look(self, written_by: str) -> None:
+    def _record(self, written_by: str) -> None:
         for (kind, name), raw in self.resources.items():
             if self._shown.get((kind, name)) != raw:
                 self._shown[kind, name] = copy.deepcopy(raw)
