@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from sae_operator.api.base import EndpointUrl, ObjectName, Region, ShortText
 from sae_operator.api.redaction import redact
@@ -32,7 +32,8 @@ _TEXTS = {
     "region": TypeAdapter[str](Region),
     "secretName": TypeAdapter[str](ObjectName),
     "image": TypeAdapter[str](ShortText),
-    "queueName": TypeAdapter[str](ObjectName),
+    # It becomes a label's value.
+    "queueName": TypeAdapter[str](Annotated[ObjectName, StringConstraints(max_length=63)]),
 }
 
 

@@ -37,7 +37,8 @@ def lived(spec: dict[str, Any], kind: str = CACHE, **cluster: Any) -> FakeCluste
 
 @pytest.mark.parametrize("step", ["prepare", "cache", "finalize"])
 def test_pods_are_valid_under_pod_security_restricted(step: str) -> None:
-    cluster = lived(cache_spec())
+    volumes = [{"claimName": "hub", "mountPath": "/data"}]
+    cluster = lived(cache_spec(run={"volumes": volumes, "shmSize": "1Gi", "runtimeClassName": "nvidia"}))
     pod, container = pod_of(cluster, step), container_of(cluster, step)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == 65532
@@ -47,7 +48,8 @@ def test_pods_are_valid_under_pod_security_restricted(step: str) -> None:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert all(set(volume) - {"name"} <= {"configMap", "emptyDir", "secret"} for volume in pod["volumes"])
+    kinds = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
+    assert all(set(volume) - {"name"} <= kinds for volume in pod["volumes"])
     assert pod["automountServiceAccountToken"] is False
     assert pod["enableServiceLinks"] is False
     assert pod["restartPolicy"] == "Never"
@@ -113,6 +115,81 @@ def test_cpu_steps_take_none_of_the_gpu_pods_settings() -> None:
         "limits": {"nvidia.com/gpu": "1", "memory": "8Gi"},
         "requests": {"cpu": "500m"},
     }
+
+
+def test_gpu_pods_alone_have_a_runtime_class_affinity_and_the_shared_memory_asked_for() -> None:
+    term = {"matchExpressions": [{"key": "gpu", "operator": "In", "values": ["h100", "h200"]}]}
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
+    cluster = lived(cache_spec(run={"runtimeClassName": "nvidia", "affinity": affinity, "shmSize": "8Gi"}))
+    pod = pod_of(cluster, "cache")
+    assert pod["runtimeClassName"] == "nvidia"
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert required == {"nodeSelectorTerms": [term]}
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}} in pod["volumes"]
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container_of(cluster, "cache")["volumeMounts"]
+    for step in ("prepare", "finalize"):
+        pod = pod_of(cluster, step)
+        assert not pod.keys() & {"runtimeClassName", "affinity"}
+        assert "shm" not in {volume["name"] for volume in pod["volumes"]}
+
+
+def test_all_pods_mount_the_claims_each_once_however_many_folders_it_has() -> None:
+    volumes = [
+        {"claimName": "models", "mountPath": "/data/models", "readOnly": True},
+        {"claimName": "scratch", "mountPath": "/scratch"},
+        {"claimName": "models", "mountPath": "/mnt/models", "readOnly": True},
+    ]
+    cluster = lived(cache_spec(run={"volumes": volumes}))
+    for step in ("prepare", "cache", "finalize"):
+        claims = [volume for volume in pod_of(cluster, step)["volumes"] if "persistentVolumeClaim" in volume]
+        assert claims == [
+            {"name": "claim-0", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
+            {"name": "claim-1", "persistentVolumeClaim": {"claimName": "scratch", "readOnly": False}},
+        ]
+        mounts = [mount for mount in container_of(cluster, step)["volumeMounts"] if "claim" in mount["name"]]
+        assert mounts == [
+            {"name": "claim-0", "mountPath": "/data/models", "readOnly": True},
+            {"name": "claim-1", "mountPath": "/scratch", "readOnly": False},
+            {"name": "claim-0", "mountPath": "/mnt/models", "readOnly": True},
+        ]
+
+
+def test_a_claim_is_mounted_for_writing_where_one_of_its_folders_needs_it() -> None:
+    volumes = [
+        {"claimName": "data", "mountPath": "/data/in", "readOnly": True},
+        {"claimName": "data", "mountPath": "/data/out"},
+    ]
+    cluster = lived(cache_spec(run={"volumes": volumes}))
+    (claim,) = [volume for volume in pod_of(cluster, "cache")["volumes"] if "persistentVolumeClaim" in volume]
+    assert claim["persistentVolumeClaim"]["readOnly"] is False
+
+
+def test_jobs_carry_the_label_of_their_queue_and_nothing_else_does() -> None:
+    cluster = lived(job_spec({"cache": cache_spec(run={"queueName": "slow"})}, run={"queueName": "fast"}), JOB)
+    for step, queue in {"preflight": "fast", "train": "fast", "prepare": "slow", "cache": "slow"}.items():
+        job = job_of(cluster, step)
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue
+        # Kueue takes pods with the label for its own, and suspends the Job itself.
+        assert "kueue.x-k8s.io/queue-name" not in job["spec"]["template"]["metadata"]["labels"]
+        assert "suspend" not in job["spec"]
+        config_map = cluster.config_maps[job["metadata"]["name"]]
+        assert "kueue.x-k8s.io/queue-name" not in config_map["metadata"]["labels"]
+
+
+def test_the_queue_of_the_namespace_serves_where_none_is_named() -> None:
+    spec = job_spec({"cache": cache_spec(run={"queueName": "slow"})})
+    cluster = lived(spec, JOB, defaults=Defaults(queue_name="shared"))
+    assert job_of(cluster, "train")["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "shared"
+    assert job_of(cluster, "cache")["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "slow"
+    assert "kueue.x-k8s.io/queue-name" not in job_of(lived(cache_spec()), "cache")["metadata"]["labels"]
+
+
+def test_no_job_has_a_deadline_of_its_own() -> None:
+    run = {"activeDeadlineSeconds": 100, "startupDeadlineSeconds": 100, "ttlSecondsAfterFinished": 1000}
+    cluster = lived(cache_spec(run=run))
+    for job in cluster.jobs.values():
+        assert not job["spec"].keys() & {"activeDeadlineSeconds", "ttlSecondsAfterFinished"}
+        assert "activeDeadlineSeconds" not in job["spec"]["template"]["spec"]
 
 
 def test_memory_is_requested_as_the_plan_says() -> None:

@@ -175,6 +175,45 @@ class TestActiveDeadline:
         assert cluster.phase(JOB, "sae") == "Succeeded"
         assert 40 <= cluster.status(JOB, "sae")["activeSeconds"] <= 42
 
+    def test_a_wait_between_two_pods_while_the_operator_was_away_does_not_count(self) -> None:
+        waits = True
+
+        def script(step: str, index: int, earlier: int) -> PodScript:
+            if step != "train":
+                return PodScript(seconds=2)
+            if not earlier:
+                return PodScript(seconds=20, exit_code=1)
+            return PodScript(unschedulable="0/1 nodes are available") if waits else PodScript(seconds=40)
+
+        cluster = at_work(script, activeDeadlineSeconds=80)
+        cluster.run_until(lambda: cluster.phase(JOB, "sae") == "Running")
+        cluster.operator_away = True
+        cluster.wait(500)
+        waits = False
+        cluster.wait(20)
+        cluster.operator_away = False
+        cluster.restart()
+        cluster.run()
+        assert cluster.phase(JOB, "sae") == "Succeeded"
+
+    def test_a_node_that_is_silent_for_a_while_counts_once(self) -> None:
+        cluster = at_work(steps(train=60), activeDeadlineSeconds=100)
+        cluster.run_until(lambda: cluster.phase(JOB, "sae") == "Running")
+        (pod,) = [pod for name, pod in cluster.pods.items() if "train" in name]
+        cluster.wait(10)
+        cluster.node_away = True
+        pod["status"]["conditions"] = [
+            {"type": "ContainersReady", "status": "True"},
+            {"type": "Ready", "status": "False"},
+        ]
+        cluster.wait(20)
+        assert cluster.phase(JOB, "sae") == "Queued"
+        cluster.node_away = False
+        cluster.run()
+        assert cluster.phase(JOB, "sae") == "Succeeded"
+        # Preflight's, and sixty that the pod ran before and after the twenty.
+        assert 80 <= cluster.status(JOB, "sae")["activeSeconds"] <= 84
+
     def test_a_training_that_ends_well_is_not_thrown_away_for_a_second(self) -> None:
         cluster = at_work(steps(preflight=10, train=15), activeDeadlineSeconds=20)
         cluster.run_until(lambda: cluster.phase(JOB, "sae") == "Running")
@@ -419,6 +458,18 @@ class TestTtlAfterFinished:
         cluster.wait(5)
         assert not leftovers(cluster)
         assert cluster.phase(JOB, "sae") == "Succeeded"
+
+    def test_nothing_is_deleted_twice_while_pods_take_long_to_go(self) -> None:
+        cluster = self.finished()
+        cluster.node_away = True
+        cluster.wait(110)
+        assert all("deletionTimestamp" in job["metadata"] for job in cluster.jobs.values())
+        calls = cluster.calls
+        cluster.wait(200)
+        assert cluster.calls == calls
+        cluster.node_away = False
+        cluster.wait(5)
+        assert not leftovers(cluster)
 
     def test_zero_is_at_once(self) -> None:
         cluster = self.finished(run={"ttlSecondsAfterFinished": 0})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,7 +71,39 @@ def test_a_running_pod_and_one_that_is_being_deleted() -> None:
     }
     facts = pod_facts(pod(status, annotations={"batch.kubernetes.io/job-completion-index": "7"}))
     assert (facts.running, facts.ip, facts.index, facts.node, facts.image) == (True, "127.0.0.9", 7, "n1", "img")
-    assert not pod_facts(pod(status, deletionTimestamp="2026-01-01T00:00:00Z")).running
+    ending = pod_facts(pod(status, deletionTimestamp="2026-01-01T00:00:00Z"))
+    assert (ending.running, ending.deleting) == (False, True)
+    assert ending.deletion_time == datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def test_when_a_container_started_and_ended() -> None:
+    times = {"startedAt": "2026-01-01T00:00:05Z", "finishedAt": "2026-01-01T00:00:09Z"}
+    running = {"phase": "Running", "containerStatuses": [{"name": "step", "state": {"running": times}}]}
+    for status in (running, ended(exitCode=0, **times)):
+        assert pod_facts(pod(status)).begin_time == datetime(2026, 1, 1, 0, 0, 5, tzinfo=UTC)
+    assert pod_facts(pod(ended(exitCode=0, **times))).finish_time == datetime(2026, 1, 1, 0, 0, 9, tzinfo=UTC)
+    assert pod_facts(pod({"phase": "Pending"})).begin_time is None
+
+
+@pytest.mark.parametrize(
+    ("ready", "containers_ready", "lost"),
+    [
+        ({"status": "False"}, "True", True),
+        ({"status": "True"}, "True", False),
+        ({"status": "False", "reason": "ContainersNotReady"}, "False", False),
+        ({"status": "False", "reason": "ReadinessGatesNotReady"}, "True", False),
+        ({"status": "False"}, "False", False),
+    ],
+    ids=["node silent", "ready", "not ready", "readiness gate", "no reason"],
+)
+def test_a_pod_whose_node_does_not_answer(ready: dict[str, str], containers_ready: str, lost: bool) -> None:
+    status = {
+        "phase": "Running",
+        "conditions": [{"type": "Ready", **ready}, {"type": "ContainersReady", "status": containers_ready}],
+        "containerStatuses": [{"name": "step", "state": {"running": {}}}],
+    }
+    facts = pod_facts(pod(status))
+    assert (facts.lost, facts.running) == (lost, not lost)
 
 
 def test_a_pod_killed_for_memory() -> None:
@@ -124,6 +157,11 @@ def test_defaults_are_read_and_what_is_wrong_with_them_told() -> None:
     assert bad.problem is not None
     assert all(word in bad.problem for word in ("nodeSelector", "tolerations", "unknown keys endpoint"))
     assert (bad.region, bad.node_selector, bad.tolerations) == ("eu-1", {}, ())
+    assert defaults({"data": {"queueName": "team.gpu"}}).queue_name == "team.gpu"
+    # A label's value, which the API server would refuse.
+    too_long = defaults({"data": {"queueName": "q" * 64}})
+    assert too_long.queue_name is None
+    assert too_long.problem is not None
     texts = defaults({"data": {"endpointUrl": "s3.local:9000", "region": "a\nb", "secretName": "S_3", "image": "i:1"}})
     assert (texts.endpoint_url, texts.region, texts.secret_name, texts.image) == (None, None, None, "i:1")
     assert texts.problem is not None

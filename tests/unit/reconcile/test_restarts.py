@@ -97,7 +97,23 @@ def lose_a_job(cluster: FakeCluster) -> None:
     cluster.run()
 
 
+def clean_up(cluster: FakeCluster) -> None:
+    run = {"ttlSecondsAfterFinished": 30}
+    cluster.create(JOB, "sae", job_spec({"uri": "s3://saes/some/cache"}, run=run, parallelism=2))
+    cluster.run_until(lambda: cluster.phase(JOB, "sae") == "Succeeded")
+    cluster.wait(120)
+
+
+def exceed_a_deadline(cluster: FakeCluster) -> None:
+    cluster.script = lambda step, index, earlier: PodScript(seconds=100 if step == "train" else 1)
+    cluster.create(JOB, "sae", job_spec({"uri": "s3://saes/some/cache"}, run={"activeDeadlineSeconds": 10}))
+    cluster.run()
+    cluster.wait(5)
+
+
 LIVES = [
+    exceed_a_deadline,
+    clean_up,
     share_and_extend,
     add_a_hook,
     suspend_and_resume,
@@ -127,3 +143,25 @@ def test_dying_after_every_change_changes_nothing_either(life: Callable[[FakeClu
     cluster = FakeCluster(quickly, die_after_changes=True)
     life(cluster)
     assert outcome(cluster) == outcome(undisturbed)
+
+
+STATES = {
+    "runs its first step": ("prepare", PodScript(seconds=1000)),
+    "runs a later step": ("cache", PodScript(seconds=1000)),
+    "fits no node": ("prepare", PodScript(unschedulable="0/1 nodes are available")),
+    "has no image": ("prepare", PodScript(waits=("ErrImagePull", "manifest unknown"))),
+    "is slow": ("prepare", PodScript(waits=("ContainerCreating", ""))),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_restart_writes_nothing_while_nothing_has_changed(state: str) -> None:
+    slow, pod = STATES[state]
+    cluster = FakeCluster(lambda step, index, earlier: pod if step == slow else PodScript(seconds=1))
+    cluster.create(CACHE, "acts", cache_spec())
+    cluster.wait(60)
+    calls, events = cluster.calls, len(cluster.events)
+    for _ in range(5):
+        cluster.restart()
+        cluster.wait(3)
+    assert (cluster.calls, len(cluster.events)) == (calls, events)

@@ -72,6 +72,43 @@ def test_an_inline_cache_is_suspended_only_when_all_its_waiting_owners_are() -> 
     assert cluster.phase(JOB, "first") == cluster.phase(JOB, "second") == "Succeeded"
 
 
+def test_an_owner_that_has_finished_has_no_say_in_whether_its_cache_is_suspended() -> None:
+    cluster = FakeCluster(slow)
+    cluster.create(JOB, "first", job_spec())
+    cluster.run_until(lambda: cluster.phase(JOB, "first") == "Succeeded")
+    # A second one wants more of the same cache, which works again.
+    cluster.create(JOB, "second", job_spec({"cache": cache_spec(tokens=900)}, output={"uri": "s3://saes/second"}))
+    name = inline_cache_of(cluster)
+    cluster.run_until(lambda: cluster.phase(CACHE, name) == "Caching")
+    cluster.edit(JOB, "second", suspend=True)
+    cluster.run_until(lambda: cluster.phase(CACHE, name) == "Suspended")
+    cluster.edit(JOB, "second", suspend=False)
+    cluster.run()
+    assert cluster.phase(JOB, "second") == "Succeeded"
+
+
+def test_a_cache_goes_on_for_its_other_owners_when_the_first_one_is_deleted() -> None:
+    cluster = FakeCluster(slow)
+    for name in ("first", "second"):
+        cluster.create(JOB, name, job_spec(output={"uri": f"s3://saes/{name}"}))
+    cluster.run_until(lambda: cluster.phase(JOB, "second") == "WaitingForCache")
+    cache = inline_cache_of(cluster)
+    cluster.run_until(lambda: cluster.phase(CACHE, cache) == "Caching")
+    # The garbage collector takes the reference away some time after the owner is gone.
+    first = cluster.resources.pop((JOB, "first"))["metadata"]["uid"]
+    cluster.wait(3)
+    assert cluster.phase(CACHE, cache) == "Caching"
+    references = cluster.resources[CACHE, cache]["metadata"]["ownerReferences"]
+    references[:] = [reference for reference in references if reference["uid"] != first]
+    # Only the second one has a say now.
+    cluster.edit(JOB, "second", suspend=True)
+    cluster.run_until(lambda: cluster.phase(CACHE, cache) == "Suspended")
+    cluster.edit(JOB, "second", suspend=False)
+    cluster.run()
+    assert cluster.phase(JOB, "second") == "Succeeded"
+    assert steps_of(cluster, CACHE, cache) == ["prepare-1", "cache-1", "cache-2", "finalize-1"]
+
+
 def test_pods_of_a_job_deleted_by_hand_end_before_the_next_attempt_begins() -> None:
     cluster = FakeCluster(slow)
     cluster.create(CACHE, "acts", cache_spec())
