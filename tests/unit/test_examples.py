@@ -11,7 +11,9 @@ from sae_operator.api.manifest import load_manifests, read_yaml, validate_spec
 from sae_operator.api.training_job import SAETrainingJobSpec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FILES = sorted(EXAMPLES.rglob("*.yaml"))
+# What belongs to Kueue and Kubernetes there, tests/cluster/test_kueue.py applies.
+OTHERS = {EXAMPLES / "kueue" / name for name in ("cluster.yaml", "namespace.yaml")}
+FILES = sorted(path for path in EXAMPLES.rglob("*.yaml") if path not in OTHERS)
 
 
 def the_job(path: Path) -> SAETrainingJobSpec:
