@@ -16,10 +16,12 @@ import typer
 
 from sae_job.commands import cache as cache_commands
 from sae_job.commands.convert import CONVERT_EPILOG, convert_configuration
+from sae_job.commands.doctor import DOCTOR_EPILOG, doctor
 from sae_job.commands.get import GET_EPILOG, get
 from sae_job.commands.logs import LOGS_EPILOG, logs
 from sae_job.commands.pretokenize import PRETOKENIZE_EPILOG, pretokenize
 from sae_job.commands.pull import PULL_EPILOG, REPORT_EPILOG, pull, report
+from sae_job.commands.sweep_results import exit_code, show_sweep
 from sae_job.commands.validate import Files, advice_for, validate
 from sae_job.commands.watch import WATCH_EPILOG, watch
 from sae_job.errors import ClusterUnavailable, InvalidInput, Stopped
@@ -46,6 +48,7 @@ app = typer.Typer(
 app.add_typer(cache_commands.app)
 app.command(epilog=PRETOKENIZE_EPILOG)(pretokenize)
 app.command()(validate)
+app.command(epilog=DOCTOR_EPILOG)(doctor)
 app.command("convert", epilog=CONVERT_EPILOG)(convert_configuration)
 for command, epilog in (
     (get, GET_EPILOG),
@@ -91,7 +94,8 @@ def run(
 ) -> None:
     """Run manifests in this process, without a cluster.
 
-    Caches activations, then trains the SAEs from them. An interrupted run continues with the same command.
+    Caches activations, then trains the SAEs from them. An interrupted run continues with the same command. Of a sweep,
+    training jobs run one after the other; exit code 1 when some of its trials failed.
     """
     from rich.console import Console
 
@@ -110,8 +114,12 @@ def run(
     outcomes = run_resources(
         resources, store_root=store, display=partial(step_bar, console=console, clock=time.monotonic)
     )
-    for outcome in outcomes:
+    for outcome in outcomes.jobs:
         show_results(outcome, store, console)
+    for sweep in outcomes.sweeps:
+        show_sweep(sweep, _place(sweep.output.uri, store), console)
+    if code := max((exit_code(sweep) for sweep in outcomes.sweeps), default=ExitCode.DONE):
+        raise typer.Exit(code)
 
 
 @app.command()

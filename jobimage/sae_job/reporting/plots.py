@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 
+from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -17,11 +18,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 NEVER_FIRED = -10.0
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
+    """A figure as text to put into a page."""
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
-    # No date in the file: the same results give the same report.
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    # No date in the file, and no ids by chance: the same results give the same report.
+    with rc_context({"svg.hashsalt": "sae-job"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight", dpi=150)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -54,7 +57,7 @@ def line_plot(title: str, series: Series, *, y_label: str, log_y: bool = False, 
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def density_histogram(log_densities: Mapping[str, Sequence[float]]) -> str:
@@ -94,4 +97,4 @@ def _histogram(title: str, values: Mapping[str, Sequence[float]], *, x_label: st
     axes.spines[["top", "right"]].set_visible(False)
     if len(values) > 1:
         axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg_of(figure)

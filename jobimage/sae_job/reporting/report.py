@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_job.reporting.plots import Series, density_histogram, line_plot, threshold_histogram
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
@@ -126,7 +126,7 @@ def render_report(
     provenance = html.escape(json.dumps(results.get("provenance", {}), indent=2, ensure_ascii=False))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-        f"<style>{_STYLE}</style></head><body>"
+        f"<style>{STYLE}</style></head><body>"
         f'<h1>{name}</h1><p class="lead">{count}, {summary}</p>'
         f"<h2>Results on held-out activations</h2>{_results_table(results['saes'])}"
         f'<h2>Curves</h2><div class="plots">{plots}</div>'

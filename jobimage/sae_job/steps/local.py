@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +17,14 @@ from sae_job.reporting.log import kept_log
 from sae_job.reporting.progress import ProgressReporter
 from sae_job.steps.context import StepContext
 from sae_job.steps.fields import fields_of_activations
+from sae_job.steps.local_sweep import SweepOutcome, run_sweep, trials_of
 from sae_job.steps.step import step_function, store_log
 from sae_job.steps.stopping import stop_on_signals
-from sae_job.storage.base import StoreError
+from sae_job.storage.base import ObjectStore, StoreError
 from sae_job.storage.open import open_store
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.identity import cache_location, cache_of, live_location
-from sae_operator.api.resources import ACTIVATION_CACHE, SAE_TRAINING_JOB, Resource
+from sae_operator.api.resources import ACTIVATION_CACHE, SAE_SWEEP, SAE_TRAINING_JOB, Resource
 from sae_operator.api.steps import CacheStep, CacheStepName, Progress, StepResult, TrainStep, TrainStepName
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
@@ -62,33 +63,54 @@ class JobOutcome:
     result: StepResult
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """What resources have left, in the order of the files."""
+
+    jobs: list[JobOutcome] = field(default_factory=list)
+    sweeps: list[SweepOutcome] = field(default_factory=list)
+
+
 def in_dependency_order(resources: Sequence[Resource]) -> list[Resource]:
-    """Caches before the jobs that read them; otherwise as in the file.
+    """Caches before the jobs and sweeps that read them; otherwise as in the file.
 
     Raises:
         InvalidInput: a job's cacheRef names no cache of the file.
     """
     caches = [resource for resource in resources if resource.kind is ACTIVATION_CACHE]
-    jobs = [resource for resource in resources if resource.kind is SAE_TRAINING_JOB]
+    others = [resource for resource in resources if resource.kind is not ACTIVATION_CACHE]
     names = {(cache.namespace, cache.name) for cache in caches}
-    for job in jobs:
-        reference = job.spec.activations.cache_ref
+    for job in others:
+        reference = job.spec.activations.cache_ref if job.kind is SAE_TRAINING_JOB else None
         if reference is not None and (job.namespace, reference.name) not in names:
             raise InvalidInput(
                 "CacheNotFound",
                 f"no ActivationCache named {reference.name!r} in the given files; add it, or use cache or uri instead",
                 field=f"{job.name}: spec.activations.cacheRef.name",
             )
-    return caches + jobs
+    return caches + others
 
 
 class LocalRun:
     """Runs steps one after the other in this process."""
 
     def __init__(self, *, store_root: Path | None, display: Display, should_stop: Callable[[], bool]) -> None:
+        self._store_root = store_root
         self._open_store = partial(open_store, local_root=store_root)
         self._display = display
         self._should_stop = should_stop
+
+    def open_store(self, location: StoreLocation) -> ObjectStore:
+        return self._open_store(location)
+
+    def titled(self, prefix: str) -> LocalRun:
+        """The same, with its steps shown behind this text instead of the job's name."""
+        shown = self._display
+
+        def display(title: str) -> AbstractContextManager[Listener]:
+            return shown(f"{prefix}: {title.rpartition(' ')[2]}")
+
+        return LocalRun(store_root=self._store_root, display=display, should_stop=self._should_stop)
 
     def _run(self, step: CacheStep | TrainStep) -> StepResult:
         if self._should_stop():
@@ -143,6 +165,23 @@ class LocalRun:
         return JobOutcome(name=name, output=spec.output, result=result)
 
 
+@dataclass(frozen=True)
+class _SweepRunner:
+    """A local run as a sweep needs it."""
+
+    local: LocalRun
+    caches: dict[tuple[str, str], ActivationCacheSpec]
+
+    def step(self, name: str, namespace: str, spec: SAETrainingJobSpec) -> TrainStep:
+        return local_train_step("train", name, namespace, spec, self.caches)
+
+    def open(self, location: StoreLocation) -> ObjectStore:
+        return self.local.open_store(location)
+
+    def run(self, name: str, namespace: str, spec: SAETrainingJobSpec, *, title: str) -> None:
+        self.local.titled(title).training_job(name, namespace, spec, self.caches)
+
+
 def local_train_step(
     step: TrainStepName,
     name: str,
@@ -186,7 +225,7 @@ def read_results(output: StoreLocation, *, store_root: Path | None) -> dict[str,
 
 def run_resources(
     resources: Sequence[Resource], *, store_root: Path | None = None, display: Display = no_display
-) -> list[JobOutcome]:
+) -> Outcomes:
     """Run resources to their end, continuing where an earlier run was interrupted.
 
     Args:
@@ -195,18 +234,25 @@ def run_resources(
         display: shows each step's progress.
 
     Raises:
+        ManifestError: a sweep's space is not valid: nothing has been run.
         InvalidInput: the specification or the data is wrong.
         Stopped: SIGTERM or Ctrl-C; what was done is stored, and the same call continues.
         StoreError: the object store failed.
     """
-    outcomes: list[JobOutcome] = []
-    caches: dict[tuple[str, str], ActivationCacheSpec] = {}
+    outcomes = Outcomes()
+    ordered = in_dependency_order(resources)
+    caches: dict[tuple[str, str], ActivationCacheSpec] = {
+        (resource.namespace, resource.name): resource.spec for resource in ordered if resource.kind is ACTIVATION_CACHE
+    }
+    trials = [trials_of(resource, caches) if resource.kind is SAE_SWEEP else [] for resource in ordered]
     with stop_on_signals() as stop:
         local = LocalRun(store_root=store_root, display=display, should_stop=stop)
-        for resource in in_dependency_order(resources):
+        for resource, expanded in zip(ordered, trials, strict=True):
             if resource.kind is ACTIVATION_CACHE:
-                caches[resource.namespace, resource.name] = resource.spec
                 local.cache(resource.name, resource.namespace, resource.spec)
+            elif resource.kind is SAE_SWEEP:
+                sweep = run_sweep(resource, expanded, _SweepRunner(local, caches), uid=LOCAL_UID)
+                outcomes.sweeps.append(sweep)
             else:
-                outcomes.append(local.training_job(resource.name, resource.namespace, resource.spec, caches))
+                outcomes.jobs.append(local.training_job(resource.name, resource.namespace, resource.spec, caches))
     return outcomes

@@ -34,6 +34,7 @@ from sae_operator.api.steps import (
     CacheStep,
     ExitCode,
     StepResult,
+    SweepStep,
     TrainStep,
 )
 from sae_operator.api.store import StoreLocation
@@ -47,11 +48,14 @@ STEPS: dict[str, tuple[str, str]] = {
     "cache": ("sae_job.steps.cache", "run_cache"),
     "finalize": ("sae_job.steps.finalize", "run_finalize"),
     "train": ("sae_job.steps.train", "run_train"),
+    "report": ("sae_job.steps.sweep_report", "run_report"),
 }
 LOG_KEY = "log.txt"
 CACHE_STEPS = ("prepare", "cache", "finalize")
+SWEEP_STEPS = ("report",)
 
-StepFunction = Callable[[CacheStep | TrainStep, StepContext], StepResult]
+AnyStep = CacheStep | TrainStep | SweepStep
+StepFunction = Callable[[AnyStep, StepContext], StepResult]
 
 
 def step_function(name: str) -> StepFunction:
@@ -66,13 +70,13 @@ def step_function(name: str) -> StepFunction:
     return getattr(import_module(module), function)
 
 
-def read_step_spec(name: str, path: Path) -> CacheStep | TrainStep:
+def read_step_spec(name: str, path: Path) -> AnyStep:
     """The spec that a pod is given, validated by the models that the operator wrote it with.
 
     Raises:
         InvalidInput: the file cannot be read, is not valid, or is another step's.
     """
-    model = CacheStep if name in CACHE_STEPS else TrainStep
+    model = CacheStep if name in CACHE_STEPS else SweepStep if name in SWEEP_STEPS else TrainStep
     try:
         step = model.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -174,7 +178,7 @@ def run_rank(name: str, path: Path, place: Place, message: Path | None) -> int:
             completion_index=int(os.environ.get(ENV_COMPLETION_INDEX, "0")),
             place=place,
         )
-        steps: list[CacheStep | TrainStep] = []
+        steps: list[AnyStep] = []
 
         def run() -> StepResult:
             step = read_step_spec(name, path)

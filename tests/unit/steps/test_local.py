@@ -99,7 +99,7 @@ def outputs(store: Path, name: str = "job") -> dict[str, bytes]:
 
 def test_the_steps_run_in_order_and_leave_the_documented_layout(inputs: Path, tmp_path: Path) -> None:
     display = Recorded()
-    (outcome,) = run_resources(resources(job({"cache": cache(inputs)})), store_root=tmp_path, display=display)
+    (outcome,) = run_resources(resources(job({"cache": cache(inputs)})), store_root=tmp_path, display=display).jobs
     assert display.titles == ["job preflight", "job prepare", "job cache", "job finalize", "job train"]
     folder = tmp_path / "bucket" / "job"
     for path in ("k4/cfg.json", "k4/sae_weights.safetensors", "k4/sparsity.safetensors", "l1/cfg.json"):
@@ -136,7 +136,7 @@ def test_a_finished_job_is_adopted(inputs: Path, tmp_path: Path) -> None:
     run_resources(resources(manifest), store_root=tmp_path)
     before = outputs(tmp_path)
     display = Recorded()
-    (outcome,) = run_resources(resources(manifest), store_root=tmp_path, display=display)
+    (outcome,) = run_resources(resources(manifest), store_root=tmp_path, display=display).jobs
     assert display.titles == ["job preflight"]
     assert outcome.result.adopted
     assert outcome.result.saes is not None
@@ -174,7 +174,7 @@ def live(inputs: Path) -> dict[str, Any]:
 
 def test_a_live_job_has_no_cache_steps_and_stores_contexts_alone(inputs: Path, tmp_path: Path) -> None:
     display = Recorded()
-    (outcome,) = run_resources(resources(job({"live": live(inputs)})), store_root=tmp_path, display=display)
+    (outcome,) = run_resources(resources(job({"live": live(inputs)})), store_root=tmp_path, display=display).jobs
     assert display.titles == ["job preflight", "job train"]
     assert outcome.result.tokens == 8192
     folder = tmp_path / "bucket/job"
