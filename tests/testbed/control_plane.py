@@ -46,6 +46,17 @@ CONTROLLERS = (
     "validatingadmissionpolicy-status-controller",
 )
 JOB_CONTROLLER_TIMES = {"KUBE_JOB_POD_FAILURE_BACKOFF": "200ms", "KUBE_JOB_SYNC_BATCH_PERIOD": "100ms"}
+# What ServiceAccounts of namespaces ask for, without bodies; nothing of Kubernetes' own parts.
+AUDIT_POLICY = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived", "ResponseStarted"],
+    "rules": [
+        {"level": "None", "userGroups": ["system:serviceaccounts:kube-system"]},
+        {"level": "Metadata", "userGroups": ["system:serviceaccounts"]},
+        {"level": "None"},
+    ],
+}
 _START_SECONDS = 90.0
 _KUBECTL_SECONDS = 120.0
 
@@ -152,6 +163,19 @@ class ControlPlane:
         token = self.kubectl("create", "token", name, "--namespace", namespace, "--duration", "24h").strip()
         return self._write_kubeconfig(f"{namespace}-{name}", {"token": token})
 
+    def audited(self, namespace: str, account: str) -> list[dict[str, Any]]:
+        """What a ServiceAccount has asked of the API server so far, in order, as events of its audit log."""
+        user = f"system:serviceaccount:{namespace}:{account}"
+        found = []
+        with (self.directory / "audit.log").open() as log:
+            for line in log:
+                # The last line may be half written.
+                if user in line and line.endswith("\n"):
+                    event = json.loads(line)
+                    if event["user"]["username"] == user:
+                        found.append(event)
+        return found
+
     # Parts
 
     def _write_kubeconfig(self, name: str, user: Certificate | dict[str, str], namespace: str = "default") -> Path:
@@ -203,6 +227,8 @@ class ControlPlane:
         hosts = ["127.0.0.1", "10.0.0.1", "localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
         serving = pki.issue("apiserver", "kube-apiserver", hosts=hosts)
         node_client = pki.issue("apiserver-node-client", "kube-apiserver-node-client", ["system:masters"])
+        policy = self.directory / "audit-policy.json"
+        policy.write_text(json.dumps(AUDIT_POLICY))
         self._spawn(
             "kube-apiserver",
             f"--etcd-servers=http://127.0.0.1:{etcd_port}",
@@ -224,6 +250,8 @@ class ControlPlane:
             f"--kubelet-client-key={node_client.key}",
             f"--kubelet-certificate-authority={pki.certificate}",
             "--kubelet-preferred-address-types=InternalIP",
+            f"--audit-policy-file={policy}",
+            f"--audit-log-path={self.directory}/audit.log",
             "--profiling=false",
             "--shutdown-delay-duration=0s",
         )
