@@ -256,8 +256,9 @@ class FakeSweep:
     def _apply(self, wanted: Wanted) -> None:
         for patch in wanted.patch_training_jobs:
             self._patch(patch)
+        leaving = {name for name, _ in wanted.delete_training_jobs}
         for manifest in wanted.create:
-            self._create(manifest)
+            self._create(manifest, leaving)
         if wanted.status != self.status:
             self._check(wanted.status)
             self.status = json.loads(json.dumps(wanted.status))
@@ -286,7 +287,7 @@ class FakeSweep:
         self.patched.append(patch.name)
         self._called()
 
-    def _create(self, manifest: Mapping[str, Any]) -> None:
+    def _create(self, manifest: Mapping[str, Any], leaving: set[str]) -> None:
         name = manifest["metadata"]["name"]
         assert len(name) <= 63
         assert is_controlled_by(manifest["metadata"], UID)
@@ -298,9 +299,7 @@ class FakeSweep:
                 self.config_maps[name] = raw
             case "Job":
                 assert all(job["status"].get("conditions") for job in self.reports.values()), "two reports at once"
-                unfinished = [
-                    job for job in self.jobs.values() if job["status"]["phase"] not in ("Succeeded", "Failed")
-                ]
+                unfinished = set(self.unfinished()) - leaving
                 assert not unfinished, "a report before all has ended"
                 self.reports.setdefault(name, raw | {"status": {}})
             case _:

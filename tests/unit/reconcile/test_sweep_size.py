@@ -84,12 +84,12 @@ def test_a_look_at_2000_trials_is_cheap() -> None:
     # As it works: all is there, and one job is unfinished.
     sweep.run(sweep.created[0])
     observed = sweep.observed()
-    times = []
+    times: list[float] = []
     for _ in range(5):
         begun = time.process_time()
         wanted = reconcile_sweep(observed, SETTINGS, sweep.now)
         times.append(time.process_time() - begun)
-    assert wanted.create == ()
+        assert wanted.create == ()
     print(f"a look takes {1000 * min(times):.1f} ms")
     # A generous bound for a slow machine: expanding the space alone takes ten times as long.
     assert min(times) < 0.1
