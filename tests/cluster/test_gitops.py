@@ -18,7 +18,7 @@ from sae_operator.api.manifest import read_yaml, validate_manifest
 from sae_operator.api.resources import KINDS, Resource
 from sae_operator.api.sweep_expansion import expand, pack
 from tests.api_connection import ApiConnection
-from tests.fake_kubelet import PLACEMENT, Ends, FakeKubelet, Runs, result, step_of, succeed
+from tests.fake_kubelet import Ends, FakeKubelet, Runs, result, step_of, succeed
 from tests.object_watch import ObjectWatch
 from tests.operator_process import OperatorProcess, run_operator, start_operator
 from tests.operator_world import PLURALS, World, cache_spec, training_spec
@@ -28,7 +28,7 @@ from tests.testbed.waiting import wait_for
 from tests.unit.gitops.argo_cd import CUSTOMIZATIONS, act, action_scripts, health, health_script
 from tests.unit.gitops.kstatus import kstatus
 
-CACHE, JOB = "ActivationCache", "SAETrainingJob"
+CACHE, JOB, SWEEP = "ActivationCache", "SAETrainingJob", "SAESweep"
 EXAMPLES = CHECKOUT / "gitops" / "examples"
 OVERLAYS = ("small", "full")
 # The field manager of Argo CD's controller.
@@ -63,14 +63,19 @@ def operator(world: World) -> Iterator[OperatorProcess]:
 def watches(world: World) -> Iterator[dict[str, ObjectWatch]]:
     """A watch of each kind, begun before anything is created."""
     with ExitStack() as stack:
-        yield {
-            kind: stack.enter_context(ObjectWatch(world.control_plane, world.namespace, kind)) for kind in (CACHE, JOB)
-        }
+        yield {kind: stack.enter_context(ObjectWatch(world.control_plane, world.namespace, kind)) for kind in KINDS}
 
 
 def except_for(**behaviours: Any) -> Any:
     """A script: these steps do this, the others succeed."""
     return lambda pod: behaviours.get(step_of(pod)) or succeed(pod)
+
+
+def sweep_spec(*counts: int) -> dict[str, Any]:
+    """A sweep of k, one trial to a job, from a finished cache."""
+    template = training_spec({"uri": "s3://bucket/cache"}, output={"uri": "s3://bucket/sweep"})
+    space = {"parameters": [{"path": "saes[0].architecture.k", "values": list(counts)}]}
+    return {"template": template, "space": space, "maxParallel": 2, "report": template["run"]["cpuSteps"]}
 
 
 def story(versions: list[dict[str, Any]]) -> list[str]:
@@ -183,6 +188,43 @@ class TestKstatusInAWatch:
             assert story(watches[kind].of(name)) == ["InProgress", "Failed", "InProgress", "Current"]
             judge(watches[kind].of(name))
 
+    def test_a_sweep(
+        self, world: World, operator: OperatorProcess, kubelet: FakeKubelet, watches: dict[str, ObjectWatch]
+    ) -> None:
+        watch = watches[SWEEP]
+        kubelet.scripts[world.namespace] = except_for(preflight=Ends(2))
+        world.create(SWEEP, "sweep", sweep_spec(1, 2))
+        watch.caught_up(world.wait_phase(SWEEP, "sweep", "Failed"))
+        assert story(watch.of("sweep")) == ["InProgress", "Failed"]
+
+        kubelet.scripts[world.namespace] = except_for(train=Runs())
+        assert kstatus(world.patch(SWEEP, "sweep", {"spec": {"retry": 1}})) == "InProgress"
+        world.wait_phase(SWEEP, "sweep", "Running")
+        world.patch(SWEEP, "sweep", {"spec": {"suspend": True}})
+        world.wait_phase(SWEEP, "sweep", "Suspended")
+        world.patch(SWEEP, "sweep", {"spec": {"suspend": False}})
+        watch.caught_up(world.wait_phase(SWEEP, "sweep", "Running"))
+        kubelet.scripts[world.namespace] = except_for(report=Runs())
+        watch.caught_up(world.wait_phase(SWEEP, "sweep", "Reporting"))
+        assert story(watch.of("sweep")) == ["InProgress", "Failed", "InProgress"]
+        kubelet.scripts[world.namespace] = succeed
+        watch.caught_up(world.wait_phase(SWEEP, "sweep", "Succeeded"))
+        assert story(watch.of("sweep")) == ["InProgress", "Failed", "InProgress", "Current"]
+
+        # Another trial.
+        kubelet.scripts[world.namespace] = except_for(train=Runs())
+        edited = world.patch(SWEEP, "sweep", {"spec": {"space": sweep_spec(1, 2, 3)["space"]}})
+        assert kstatus(edited) == "InProgress"
+        watch.caught_up(world.wait_phase(SWEEP, "sweep", "Running"))
+        kubelet.scripts[world.namespace] = succeed
+        watch.caught_up(world.wait_phase(SWEEP, "sweep", "Succeeded"))
+        assert story(watch.of("sweep")) == ["InProgress", "Failed", "InProgress", "Current", "InProgress", "Current"]
+        judge(watch.of("sweep"))
+        trained = {version["metadata"]["name"] for version in watches[JOB].versions}
+        assert len(trained) == 3
+        for name in trained:
+            judge(watches[JOB].of(name))
+
     def test_what_is_being_deleted_is_terminating(
         self, world: World, operator: OperatorProcess, kubelet: FakeKubelet, watches: dict[str, ObjectWatch]
     ) -> None:
@@ -200,18 +242,6 @@ class TestKstatusInAWatch:
 
 def rendered(control_plane: ControlPlane, overlay: str) -> list[dict[str, Any]]:
     return read_yaml(control_plane.kubectl("kustomize", EXAMPLES / "experiments" / overlay))
-
-
-def on_the_fake_node(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest whose pods land on the fake node."""
-    placed = copy.deepcopy(manifest)
-    spec = placed["spec"]["template"] if placed["kind"] == "SAESweep" else placed["spec"]
-    spec["run"] |= PLACEMENT
-    if "cache" in spec.get("activations", {}):
-        spec["activations"]["cache"]["run"] = dict(PLACEMENT)
-    if placed["kind"] == "SAESweep":
-        placed["spec"]["report"] = dict(PLACEMENT["cpuSteps"])
-    return placed
 
 
 class TestDrift:
@@ -241,8 +271,8 @@ class TestDrift:
     def diff(self, world: World, *manifests: dict[str, Any]) -> str:
         """`kubectl diff`, which ends with 1 when anything differs."""
         text = "\n---\n".join(json.dumps(manifest) for manifest in manifests)
-        arguments = ("diff", "-n", world.namespace, "--server-side", f"--field-manager={GIT_TOOL}", "-f", "-")
-        return world.control_plane.kubectl(*arguments, input=text)
+        options = ("--server-side", "--force-conflicts", f"--field-manager={GIT_TOOL}")
+        return world.control_plane.kubectl("diff", "-n", world.namespace, *options, "-f", "-", input=text)
 
     def assert_only_status_is_ours(self, live: dict[str, Any], *users: str) -> None:
         entries = live["metadata"]["managedFields"]
@@ -265,6 +295,7 @@ class TestDrift:
                 (CACHE, "acts", cache_spec(storage={"uri": "s3://bucket/own"})),
                 (JOB, "first", training_spec()),
                 (JOB, "reader", training_spec({"cacheRef": {"name": "acts"}}, output={"uri": "s3://bucket/reader"})),
+                (SWEEP, "sweep", sweep_spec(1, 2, 3)),
             )
         ]
         kubelet.scripts[world.namespace] = except_for(train=Runs())
@@ -272,11 +303,13 @@ class TestDrift:
             self.apply(world, *manifests)
             for name in ("first", "reader"):
                 world.wait_phase(JOB, name, "Running")
+            world.wait_phase(SWEEP, "sweep", "Running")
             self.assert_no_drift(world, *manifests)
             self.assert_children_have_no_tracking(world)
             kubelet.scripts[world.namespace] = succeed
             for name in ("first", "reader"):
                 world.wait_phase(JOB, name, "Succeeded")
+            world.wait_phase(SWEEP, "sweep", "Succeeded")
         with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
             # The restarted one has done its work when another job has gone through.
             world.create(JOB, "later", training_spec(output={"uri": "s3://bucket/later"}))
@@ -297,9 +330,11 @@ class TestDrift:
     def assert_children_have_no_tracking(self, world: World) -> None:
         """Argo CD prunes what carries an application's mark and is not in Git."""
         (inline,) = [found for found in world.list(CACHE) if found["metadata"]["name"] != "acts"]
-        children = [inline, *(child for kind in ("Job", "Pod", "ConfigMap") for child in world.list(kind, ours=True))]
-        assert {child.get("kind", "item") for child in children}
-        assert len(children) > 10
+        trials = [found for found in world.list(JOB) if found["metadata"]["name"] not in ("first", "reader")]
+        assert len(trials) == 2
+        kinds = ("Job", "Pod", "ConfigMap")
+        children = [inline, *trials, *(child for kind in kinds for child in world.list(kind, ours=True))]
+        assert len(children) > 20
         for child in children:
             meta = child["metadata"]
             assert meta["ownerReferences"], "children go with what they belong to"
@@ -374,18 +409,32 @@ class TestExamples:
             assert found["metadata"]["name"].startswith("small-")
         name = small[CACHE]["metadata"]["name"]
         assert small[JOB]["spec"]["activations"]["cacheRef"]["name"] == name
-        assert small["SAESweep"]["spec"]["template"]["activations"]["cacheRef"]["name"] == name
+        assert small[SWEEP]["spec"]["template"]["activations"]["cacheRef"]["name"] == name
         full = {found["kind"]: found for found in rendered(control_plane, "full")}
         images = [found["spec"].get("template", found["spec"])["run"]["image"] for found in full.values()]
         assert set(images) == {"registry.example.com/sae-operator/job:0.1.0"}
 
     def test_the_sweep_trains_three_trials_from_each_read_of_the_cache(self, control_plane: ControlPlane) -> None:
-        (manifest,) = [found for found in rendered(control_plane, "full") if found["kind"] == "SAESweep"]
+        (manifest,) = [found for found in rendered(control_plane, "full") if found["kind"] == SWEEP]
         resource = validate_manifest(manifest)
         assert isinstance(resource, Resource)
         trials = expand(resource.spec)
         assert len(trials) == 12
         assert [len(job.trials) for job in pack(resource.spec, trials)] == [3, 3, 3, 3]
+
+    def test_flux_and_argo_cd_are_given_folders_that_there_are(self) -> None:
+        for name in ("wait-for-results", "wait-for-acceptance"):
+            (flux,) = read_yaml((EXAMPLES / "flux" / f"{name}.yaml").read_text())
+            assert (EXAMPLES / flux["spec"]["path"] / "kustomization.yaml").is_file()
+            assert flux["spec"]["wait"] is True
+            (source,) = read_yaml((EXAMPLES / "flux" / "source.yaml").read_text())
+            assert flux["spec"]["sourceRef"] == {"kind": source["kind"], "name": source["metadata"]["name"]}
+        (applications,) = read_yaml((EXAMPLES / "argo-cd" / "applicationset.yaml").read_text())
+        (generator,) = applications["spec"]["generators"]
+        taken, left_out = generator["git"]["directories"]
+        folders = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.glob(taken["path"])}
+        assert folders - {left_out["path"]} == {f"experiments/{overlay}" for overlay in OVERLAYS}
+        assert left_out["exclude"] is True
 
     def test_a_generated_secret_is_named_by_what_uses_it(self, control_plane: ControlPlane, tmp_path: Path) -> None:
         base = EXAMPLES / "experiments" / "base"
