@@ -16,7 +16,7 @@ import pytest
 from _pytest.capture import CaptureManager
 from hypothesis import settings
 
-from tests.testbed.binaries import HELM, KUBE, VERSITYGW, ensure_built
+from tests.testbed.binaries import HELM, KUBE, KUEUE, VERSITYGW, ensure_built
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.data import ensure_english_text, ensure_small_model, ensure_tiny_model, ensure_tiny_text
 from tests.testbed.node import Node
@@ -33,6 +33,7 @@ BUILDS: dict[str, Callable[[], Path]] = {
     "control_plane": partial(ensure_built, KUBE),
     "object_server": partial(ensure_built, VERSITYGW),
     "helm": partial(ensure_built, HELM),
+    "kueue": partial(ensure_built, KUEUE),
     "small_model_dir": ensure_small_model,
     "english_text_dir": ensure_english_text,
     "tiny_model_dir": ensure_tiny_model,
