@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import logging
 import random
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -45,6 +47,8 @@ from sae_operator.reconcile.wanted import Wanted
 logger = logging.getLogger(__name__)
 
 CRD_RETRY_SECONDS = 2.0
+# For the calls that are under way when the operator is told to stop; most take milliseconds.
+FINISH_SECONDS = 4.0
 # A resource whose pods stay as they are is looked at only every third time that they are listed.
 LOOKS_PER_POLL = 3
 # Training jobs of a sweep change all the time: it is looked at once for all that happens within this.
@@ -314,8 +318,12 @@ class Operator:
         return self.store.active_jobs()
 
     async def stop(self) -> None:
-        """Ends everything but the watches; kopf, which is told to stop, waits five seconds for tasks that go on."""
+        """Ends everything but the watches; kopf, which is told to stop, waits five seconds for tasks that go on.
+
+        What has been begun is finished, so that no call is cut off; while the API server is away, nothing can be.
+        """
         self._stopping = True
+        await self.queue.finish(0.0 if self.client.breaker.open else FINISH_SECONDS)
         for task in self._parts:
             task.cancel()
         await asyncio.gather(*self._parts, return_exceptions=True)
@@ -395,4 +403,9 @@ async def _run(options: Options) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    await Operator(options).run()
+    working = asyncio.create_task(Operator(options).run(), name="operator")
+    # Until kopf takes them over. Process 1 of a container would go on otherwise.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, working.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await working

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -59,6 +60,8 @@ class WorkQueue:
         self._timers: dict[Key, asyncio.TimerHandle] = {}
         self._failures: dict[Key, int] = {}
         self._wake = asyncio.Semaphore(0)
+        self._finishing = False
+        self._finished = asyncio.Event()
 
     def add(self, key: Key) -> None:
         """Asks for `key` to be processed as soon as possible."""
@@ -105,9 +108,18 @@ class WorkQueue:
             for number in range(self._workers):
                 group.create_task(self._work(), name=f"worker {number}")
 
+    async def finish(self, seconds: float) -> None:
+        """Begins nothing more, and returns when what is being processed has ended, or after `seconds`."""
+        self._finishing = True
+        if self._active:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._finished.wait(), seconds)
+
     async def _work(self) -> None:
         while True:
             await self._wake.acquire()
+            if self._finishing:
+                return
             key = self._ready.popleft()
             self._active.add(key)
             try:
@@ -116,6 +128,8 @@ class WorkQueue:
             finally:
                 self._active.discard(key)
                 self._added_at.pop(key, None)
+                if self._finishing and not self._active:
+                    self._finished.set()
             if key in self._again:
                 self._again.discard(key)
                 self.add(key)

@@ -142,3 +142,36 @@ async def test_oldest_age_is_the_time_since_the_longest_waiting_key_was_added() 
     queue.add(A)
     queue.add(B)
     assert queue.oldest_age() == 5.0
+
+
+async def test_what_has_been_begun_is_finished_and_nothing_else_is_begun() -> None:
+    process = Recorder()
+    process.gate.clear()
+    queue = WorkQueue(process, workers=1)
+    working = asyncio.create_task(queue.run())
+    queue.add(A)
+    queue.add(B)
+    async with asyncio.timeout(5):
+        while A not in process.running:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0)
+        finishing = asyncio.create_task(queue.finish(60.0))
+        await asyncio.sleep(0)
+        assert not finishing.done()
+        process.gate.set()
+        await finishing
+        await working
+    assert process.seen == [A]
+
+
+async def test_finishing_does_not_wait_for_ever() -> None:
+    process = Recorder()
+    process.gate.clear()
+    queue = WorkQueue(process)
+    working = asyncio.create_task(queue.run())
+    queue.add(A)
+    async with asyncio.timeout(5):
+        while A not in process.running:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0)
+        await queue.finish(0.01)
+    assert not process.seen
+    working.cancel()
