@@ -67,8 +67,7 @@ class Executor:
         try:
             if wanted.apply_cache is not None:
                 await self._apply_cache(stored, wanted.apply_cache)
-            for patch in wanted.patch_training_jobs:
-                await self._patch_training_job(stored, patch)
+            refused = await self._patch_training_jobs(stored, wanted.patch_training_jobs)
             known = False
             for manifest in wanted.create:
                 if known and manifest["kind"] == "Job":
@@ -175,6 +174,16 @@ class Executor:
         elif kind == SAE_TRAINING_JOB.kind:
             self._look_at(self._store.put_resource(kind, answer) - {stored.key})
         return known
+
+    async def _patch_training_jobs(self, stored: StoredResource, patches: Iterable[TrainingJobPatch]) -> Refused | None:
+        """Changes training jobs of a sweep; a refused change is no reason to leave out others."""
+        refused: Refused | None = None
+        for patch in patches:
+            try:
+                await self._patch_training_job(stored, patch)
+            except Refused as error:
+                refused = error
+        return refused
 
     async def _patch_training_job(self, stored: StoredResource, wanted: TrainingJobPatch) -> None:
         """Changes a training job of a sweep; one that is gone by now, the watch tells of."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
 from sae_operator.api.identity import canonical_hash
-from sae_operator.api.sweep import SAESweepSpec
+from sae_operator.api.sweep import SAESweepSpec, Space
 from sae_operator.api.sweep_expansion import SweepInvalid
 from sae_operator.reconcile.observed import InvalidSpec, SpecProblem
 from sae_operator.reconcile.sweep_trials import Outline, outline
 
 # Trials of all sweeps that are kept, some 500 bytes each.
 KEPT_TRIALS = 20_000
+# Spaces of so many trials are expanded at once, in some 20 ms.
+FEW_TRIALS = 50
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,15 @@ class Outlines:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
     async def of(self, uid: str, generation: int, spec: SAESweepSpec) -> Outline | InvalidSpec:
-        """The trials, or what is wrong with the space. A large space takes seconds, in a thread: the event loop goes on
+        """The trials, or what is wrong with the space. A large one takes seconds, in a thread: the event loop goes on
         meanwhile."""
         kept = self._kept.get(uid)
         if kept is None or kept.generation != generation:
             space = _space(spec)
             if kept is not None and kept.space == space:
                 found = kept.found
+            elif size_of(spec.space) <= FEW_TRIALS:
+                found = _outline(spec)
             else:
                 found = await asyncio.to_thread(_outline, spec)
             kept = self._kept[uid] = _Kept(generation, space, found)
@@ -59,6 +64,13 @@ class Outlines:
                 return
             if uid != but:
                 total -= self._kept.pop(uid).size
+
+
+def size_of(space: Space) -> int:
+    """Trials of a space, by its method; it may be refused for them."""
+    if space.method == "grid":
+        return math.prod(len(parameter.values or ()) for parameter in space.parameters)
+    return len(space.trials or ()) if space.method == "list" else space.count or 0
 
 
 def _space(spec: SAESweepSpec) -> str:

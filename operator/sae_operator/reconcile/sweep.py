@@ -62,6 +62,8 @@ REPORT_FILE, TABLE_FILE = "report.html", "trials.json"
 REPORT_FAILED = "ReportFailed"
 TOO_MANY_FAILED = "TooManyFailedTrials"
 ALL_FAILED = "AllTrialsFailed"
+# Writes of each kind that one look at a sweep makes; the next look goes on at once. Others wait no longer than that.
+WRITES_PER_LOOK = 50
 # What the report's ConfigMap holds of messages: with 5,000 jobs the rest takes half of the 1 MiB that it may have.
 REPORT_MESSAGE_BYTES = 100_000
 
@@ -147,7 +149,8 @@ class _Sweep:
         limit = spec.max_failed_trials
         self.given_up = limit is not None and (self.counts.failed or 0) > limit
         self.jobs: JobsWanted = jobs_wanted(scene.metadata, spec, outline, self.claims, again, given_up=self.given_up)
-        self.works = bool(self.jobs.unfinished or again or (self.jobs.groups and not self.given_up))
+        left = self.removed[WRITES_PER_LOOK:]
+        self.works = bool(self.jobs.unfinished or again or left or (self.jobs.groups and not self.given_up))
 
     @property
     def output(self) -> str:
@@ -167,11 +170,14 @@ class _Sweep:
             self._fail(ALL_FAILED, f"all {self.counts.total} trials failed; correct their cause and raise spec.retry")
         else:
             self._report()
-        draft.create += self.jobs.create
+        draft.create += self.jobs.create[:WRITES_PER_LOOK]
+        removed = [(job.name, job.uid) for job in self.removed if not job.deleting]
+        if max(len(self.jobs.create), len(self.jobs.patches), len(removed)) > WRITES_PER_LOOK:
+            draft.look_again(0.0)
         return replace(
             compose(self.scene, draft),
-            patch_training_jobs=tuple(self.jobs.patches),
-            delete_training_jobs=tuple((job.name, job.uid) for job in self.removed if not job.deleting),
+            patch_training_jobs=tuple(self.jobs.patches[:WRITES_PER_LOOK]),
+            delete_training_jobs=tuple(removed[:WRITES_PER_LOOK]),
         )
 
     # Phases

@@ -19,7 +19,7 @@ from sae_operator.controller.queue import Key, RetryAfter, WorkQueue
 from sae_operator.controller.store import Store
 from sae_operator.reconcile.observed import Defaults, InvalidSpec
 from sae_operator.reconcile.sweep_trials import Outline
-from sae_operator.reconcile.wanted import TrainingJobPatch, Wanted
+from sae_operator.reconcile.wanted import EventWanted, TrainingJobPatch, Wanted
 from tests.specs import SWEEP_SPEC, edited
 
 JOB, SWEEP = "SAETrainingJob", "SAESweep"
@@ -123,6 +123,7 @@ async def test_trials_are_made_once_for_each_space(monkeypatch: pytest.MonkeyPat
         return real(spec)
 
     monkeypatch.setattr(outlines_module, "outline", counted)
+    monkeypatch.setattr(outlines_module, "FEW_TRIALS", 1)
     kept = Outlines()
     spec = SAESweepSpec.model_validate(SWEEP_SPEC)
     first = await kept.of("a", 1, spec)
@@ -135,7 +136,11 @@ async def test_trials_are_made_once_for_each_space(monkeypatch: pytest.MonkeyPat
     kept.forget("a")
     await kept.of("a", 3, more)
     assert len(made) == 3
-    assert threading.main_thread().name not in made, "the event loop is never held up"
+    main = threading.main_thread().name
+    assert main not in made, "the event loop is not held up"
+    monkeypatch.setattr(outlines_module, "FEW_TRIALS", 3)
+    await kept.of("b", 1, more)
+    assert made[3] == main
 
 
 async def test_what_is_wrong_is_kept_too() -> None:
@@ -202,6 +207,11 @@ async def test_what_is_asked_for_during_a_look_is_not_forgotten_for_a_later_one(
 # Calls
 
 
+class Events:
+    async def post(self, key: Key, uid: str, event: EventWanted) -> None:
+        return None
+
+
 class Server:
     """Notes calls; answers as told, by `METHOD path`."""
 
@@ -239,7 +249,7 @@ async def execute(server: Server, wanted: Wanted, *jobs: dict[str, Any]) -> tupl
         store.put_resource(JOB, known)
     stored = store.get(KEY)
     assert stored is not None
-    executor = Executor(server, store, None, looked_at.update)  # type: ignore[arg-type]
+    executor = Executor(server, store, Events(), looked_at.update)  # type: ignore[arg-type]
     await executor.execute(stored, wanted)
     return store, looked_at
 
@@ -284,6 +294,18 @@ async def test_a_patch_that_comes_too_late_harms_nothing() -> None:
     another = Server({f"PATCH {JOBS}/a": ApiError(409, "Conflict", "another UID")})
     with pytest.raises(RetryAfter):
         await execute(another, Wanted(patch_training_jobs=(patch,)), job("a"))
+
+
+async def test_a_change_that_is_refused_is_told_and_keeps_no_other_back() -> None:
+    patches = tuple(TrainingJobPatch(name, f"uid-{name}", ((("suspend",), True),), {}) for name in ("a", "b"))
+    status = {"conditions": [{"type": "Ready", "status": "False", "reason": "Suspending", "message": "waits"}]}
+    told = f"{JOBS.rpartition('/')[0]}/saesweeps/sweep/status"
+    server = Server({f"PATCH {JOBS}/a": ApiError(422, "Invalid", "spec is immutable"), f"PATCH {told}": sweep(5)})
+    with pytest.raises(RetryAfter):
+        await execute(server, Wanted(patch_training_jobs=patches, status=status), job("a"), job("b"))
+    assert server.calls == [f"PATCH {JOBS}/a", f"PATCH {JOBS}/b", f"PATCH {told}"]
+    (ready,) = server.bodies[-1]["status"]["conditions"]
+    assert ready["message"] == "a change of SAETrainingJob a was refused by the API server: spec is immutable"
 
 
 async def test_a_deleted_job_is_forgotten_and_one_that_is_held_is_not() -> None:

@@ -6,7 +6,10 @@ import json
 import time
 from typing import Any
 
-from sae_operator.reconcile.sweep import reconcile_sweep
+import pytest
+
+from sae_operator.reconcile import sweep as sweep_module
+from sae_operator.reconcile.sweep import WRITES_PER_LOOK, reconcile_sweep
 from sae_operator.reconcile.sweep_status import clipped
 from tests.unit.reconcile.fake_sweeps import SETTINGS, STATUS_LIMIT, FakeSweep, template
 
@@ -26,21 +29,23 @@ def wide_spec(trials: int, **changes: Any) -> dict[str, Any]:
     return {"template": template(), "space": space, "maxParallel": 1000} | changes
 
 
-def live(sweep: FakeSweep) -> None:
-    """Creates everything; every third job fails with a long message, the others train."""
-    while True:
-        sweep.look()
-        unfinished = sweep.unfinished()
-        if not unfinished:
-            return
-        sweep.succeed(*unfinished)
-        sweep.fail(*[name for i, name in enumerate(unfinished) if i % 3 == 0], message=LONG)
-
-
-def test_the_status_of_2000_trials_stays_small() -> None:
+@pytest.fixture(scope="module")
+def trained() -> FakeSweep:
+    """A sweep of 2,000 trials in jobs of their own, which waits for its report. Every third job has failed with a long
+    message."""
     sweep = FakeSweep(wide_spec(2000))
-    live(sweep)
-    sweep.look()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_module, "WRITES_PER_LOOK", 1000)
+        while not sweep.reports:
+            sweep.look()
+            unfinished = sweep.unfinished()
+            sweep.succeed(*unfinished)
+            sweep.fail(*[name for i, name in enumerate(unfinished) if i % 3 == 0], message=LONG)
+    return sweep
+
+
+def test_the_status_of_2000_trials_stays_small(trained: FakeSweep) -> None:
+    sweep = trained
     assert sweep.trials["total"] == 2000
     assert sweep.trials["failed"] > 600
     assert len(sweep.created) == 2000
@@ -55,7 +60,7 @@ def test_the_status_of_2000_trials_stays_small() -> None:
 def test_jobs_of_sixteen_saes_and_a_report_that_fails_over_and_over_stay_small() -> None:
     saes = [{"name": f"s{i}" + "x" * 40, "architecture": {"type": "topk", "k": 2}, "dSae": 64} for i in range(16)]
     sweep = FakeSweep(wide_spec(200, template=template(saes=saes)))
-    sweep.look()
+    sweep.settle()
     for name in sweep.created[:100]:
         sweep.tell_saes(name, "Succeeded", *["Failed" if i % 2 else "Succeeded" for i in range(16)])
     sweep.fail(*sweep.created[100:], message=LONG)
@@ -78,9 +83,31 @@ def test_jobs_of_sixteen_saes_and_a_report_that_fails_over_and_over_stay_small()
     assert len(json.dumps(sweep.status, ensure_ascii=False).encode()) < STATUS_LIMIT
 
 
-def test_a_look_at_2000_trials_is_cheap() -> None:
-    sweep = FakeSweep(wide_spec(2000))
-    live(sweep)
+def test_many_writes_are_spread_over_several_looks() -> None:
+    sweep = FakeSweep(wide_spec(120))
+    wanted = sweep.wanted()
+    assert len(wanted.create) == WRITES_PER_LOOK
+    assert wanted.requeue_after == 0
+    sweep.settle()
+    assert len(sweep.created) == 120
+    assert sweep.wanted().requeue_after is None
+    sweep.edit(suspend=True)
+    assert len(sweep.wanted().patch_training_jobs) == WRITES_PER_LOOK
+    sweep.settle()
+    assert sweep.phase == "Suspended"
+    sweep.edit(suspend=False)
+    sweep.settle()
+    # Also when nothing else is left: the end is not told before what was left out is gone.
+    sweep.edit(space={"parameters": [{"path": "training.learningRate", "values": [0.5]}]})
+    sweep.look()
+    sweep.succeed(*[name for name in sweep.unfinished() if name not in sweep.created[:120]])
+    sweep.settle()
+    assert len(sweep.deleted) == 120
+    assert sweep.phase == "Reporting"
+
+
+def test_a_look_at_2000_trials_is_cheap(trained: FakeSweep) -> None:
+    sweep = trained
     # As it works: all is there, and one job is unfinished.
     sweep.run(sweep.created[0])
     observed = sweep.observed()
