@@ -7,7 +7,6 @@ ended pod once, as the real one's finalizers ensure: what it has counted stays c
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,6 +93,9 @@ class Workloads:
     def _wrote(self, write: Write) -> None:
         if write.plural == "pods" and write.after is None:
             self._forget(write.object)
+        elif write.plural == "jobs" and write.after is None:
+            self._books.pop(write.object["metadata"]["uid"], None)
+            self._cancel(write.object)
         if write.plural in ("events", "leases") or self._due:
             return
         self._due = True
@@ -342,9 +344,8 @@ class Workloads:
             return
         if not ended_pod(current):
             started = current["status"]["phase"] == "Running"
-            text = (
-                '{"step": "%s", "exitCode": 143, "reason": "Checkpointed"}' % current["metadata"]["labels"][LABEL_STEP]
-            )
+            step = current["metadata"]["labels"][LABEL_STEP]
+            text = f'{{"step": "{step}", "exitCode": 143, "reason": "Checkpointed"}}'
             disrupted = bool(current["metadata"].get("annotations", {}).get("vanished"))
             self._finish(current, 143, None, text if started and not disrupted else "", disrupted=disrupted)
             self._later(current, 0.5, self._terminate)
