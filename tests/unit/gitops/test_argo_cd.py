@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 
 from sae_operator.api.base import API_VERSION, GROUP
 from sae_operator.api.manifest import read_yaml, validate_spec
-from sae_operator.api.resources import KINDS
+from sae_operator.api.resources import KINDS, SAE_TRAINING_JOB
+from sae_operator.api.status import SAETrainingJobStatus
+from sae_operator.reconcile.observed import InvalidSpec, Metadata, ObservedTrainingJob, SpecProblem
+from sae_operator.reconcile.training_job import reconcile_training_job
 from tests.unit.gitops.argo_cd import (
     CUSTOMIZATIONS,
     FOLDER,
@@ -27,6 +31,7 @@ from tests.unit.gitops.argo_cd_testdata import CASES, Case
 from tests.unit.gitops.kstatus import kstatus
 from tests.unit.gitops.lives import LIVES, Version, lead, name_of
 from tests.unit.gitops.sweep_lives import SWEEP_LIVES, lead_sweep
+from tests.unit.reconcile.fake_cluster import SETTINGS
 from tools.argo_cd_config import config_map
 
 # What Argo CD should make of what kstatus says.
@@ -148,6 +153,19 @@ def test_a_resource_that_nobody_has_looked_at_yet(kind: str) -> None:
         assert health(health_script(kind), resource)["status"] == "Progressing"
         offered = discover(discovery_script(kind), resource)
         assert [action["name"] for action in offered if "disabled" not in action] == ["suspend"]
+
+
+def test_a_spec_that_is_refused_is_degraded_with_the_fields_path() -> None:
+    problem = SpecProblem("spec.run.image", "the operator's settings do not allow docker.io/other/job")
+    metadata = Metadata(name="sae", namespace="lab", uid="01234567-89ab-cdef-0123-456789abcdef", generation=1)
+    observed = ObservedTrainingJob(metadata=metadata, spec=InvalidSpec((problem,)), status=SAETrainingJobStatus())
+    status = reconcile_training_job(observed, SETTINGS, datetime(2026, 1, 1, tzinfo=UTC)).status
+    resource = {"metadata": {"name": "sae", "generation": 1}, "spec": {}, "status": status}
+    assert kstatus(resource) == "Failed"
+    assert health(health_script(SAE_TRAINING_JOB.kind), resource) == {
+        "status": "Degraded",
+        "message": f"Pending: {problem.field}: {problem.message}",
+    }
 
 
 def test_scripts_have_the_libraries_that_argo_cd_gives_them_and_no_others() -> None:

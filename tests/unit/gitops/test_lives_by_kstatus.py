@@ -137,7 +137,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(st.lists(ACTIONS, max_size=12), st.sampled_from([1, 2]))
 def test_random_lives_are_told_as_they_are(actions: list[tuple[str, Any]], exit_code: int) -> None:
     weather = Weather(exit_code=exit_code)

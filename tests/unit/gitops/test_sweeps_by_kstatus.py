@@ -28,7 +28,7 @@ ACTIONS = st.sampled_from(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(st.lists(ACTIONS, max_size=14))
 def test_random_lives_of_sweeps_are_told_as_they_are(actions: list[str]) -> None:
     sweep = SweepLife()
