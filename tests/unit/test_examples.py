@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from sae_job.cli import run_command_line
 from sae_operator.api.identity import cache_identity
 from sae_operator.api.manifest import load_manifests, read_yaml, validate_spec
+from sae_operator.api.resources import ACTIVATION_CACHE, SAE_SWEEP, SAE_TRAINING_JOB
+from sae_operator.api.sweep_expansion import expand, pack
 from sae_operator.api.training_job import SAETrainingJobSpec
+from tests.tiny_model import write_tiny_model, write_tiny_text
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # What belongs to Kueue and Kubernetes there, tests/cluster/test_kueue.py applies.
@@ -31,6 +37,8 @@ def test_there_are_examples() -> None:
 def test_an_example_is_valid_and_survives_a_round_trip(path: Path) -> None:
     for resource in load_manifests(path):
         assert validate_spec(resource.kind, resource.spec.to_manifest()) == resource.spec
+        if resource.kind is SAE_SWEEP:
+            assert expand(resource.spec)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(EXAMPLES).as_posix())
@@ -93,26 +101,40 @@ def test_the_example_of_hooks_trains_on_each_of_them_from_half_the_bytes_and_a_b
     )
 
 
-def replication(name: str) -> list[SAETrainingJobSpec]:
-    return [job.spec for job in load_manifests(EXAMPLES / "replications" / f"{name}.yaml")]
+def jobs_of(path: Path) -> list[SAETrainingJobSpec]:
+    """The training jobs of a file, those of its sweeps as they are packed."""
+    found: list[SAETrainingJobSpec] = []
+    for resource in load_manifests(path):
+        if resource.kind is SAE_SWEEP:
+            found += [job.spec for job in pack(resource.spec, expand(resource.spec))]
+        elif resource.kind is SAE_TRAINING_JOB:
+            found.append(resource.spec)
+    return found
+
+
+def rates_of(job: SAETrainingJobSpec) -> set[float | None]:
+    return {sae.training.learning_rate or job.training.learning_rate for sae in job.saes}
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "saes", "rates", "decay"),
     [
-        ("tinystories", 30_000, [1], {5e-5}, 6000),
-        ("how-we-train-saes", 200_000, [3, 3], {5e-5, 3e-4}, 40_000),
-        ("gpt2-mlp-learning-rates", 20_000, [5, 5, 5, 5], {1e-5, 5e-5, 1e-4, 4e-4}, 4000),
-        ("gpt2-mlp-blocks", 20_000, [10, 10], {1e-4}, 4000),
-        ("gpt2-mlp-autocast", 2000, [2, 2], {1e-4}, 400),
+        ("replications/tinystories", 30_000, [1], {5e-5}, 6000),
+        ("sweeps/how-we-train-saes", 200_000, [3, 3], {5e-5, 3e-4}, 40_000),
+        ("sweeps/gpt2-mlp-learning-rates", 20_000, [5, 5, 5, 5], {1e-5, 5e-5, 1e-4, 4e-4}, 4000),
+        ("sweeps/gpt2-mlp-blocks", 20_000, [10, 10], {1e-4}, 4000),
+        ("sweeps/gpt2-mlp-autocast", 2000, [2, 2], {1e-4}, 400),
+        ("sweeps/listed-jobs", 24_400, [1, 1, 1, 1], {1e-4, 4e-4}, 4880),
     ],
 )
 def test_replications_have_the_length_and_the_sweep_of_the_original(
     name: str, steps: int, saes: list[int], rates: set[float], decay: int
 ) -> None:
-    jobs = replication(name)
+    jobs = jobs_of(EXAMPLES / f"{name}.yaml")
     assert [len(job.saes) for job in jobs] == saes
-    assert {job.training.learning_rate for job in jobs} == rates
+    assert set().union(*map(rates_of, jobs)) == rates
+    # An original job has one learning rate.
+    assert all(len(rates_of(job)) == 1 for job in jobs)
     for job in jobs:
         tokens = job.training.tokens
         assert tokens is not None
@@ -123,7 +145,71 @@ def test_replications_have_the_length_and_the_sweep_of_the_original(
         assert cache is None or cache.tokens > tokens
 
 
-def test_the_jobs_of_a_sweep_share_their_cache() -> None:
-    for name in ("gpt2-mlp-learning-rates", "gpt2-mlp-blocks"):
-        caches = [job.activations.cache for job in replication(name)]
-        assert len({cache_identity(cache) for cache in caches if cache is not None}) == 1
+@pytest.mark.parametrize(
+    ("name", "penalties"),
+    [
+        ("how-we-train-saes", [2, 5, 10] * 2),
+        ("gpt2-mlp-learning-rates", [0.1, 1, 2, 4, 10] * 4),
+        ("gpt2-mlp-blocks", [3, 4, 5, 6, 7] * 4),
+        ("gpt2-mlp-autocast", [5] * 4),
+        ("listed-jobs", [2, 5, 5, 10]),
+    ],
+)
+def test_sweeps_have_the_penalties_of_the_original(name: str, penalties: list[float]) -> None:
+    jobs = jobs_of(EXAMPLES / "sweeps" / f"{name}.yaml")
+    assert [sae.architecture.l1_coefficient for job in jobs for sae in job.saes] == penalties
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("gpt2-mlp-learning-rates", 1), ("gpt2-mlp-blocks", 1), ("gpt2-mlp-autocast", 2)]
+)
+def test_the_jobs_of_a_sweep_share_their_cache(name: str, number: int) -> None:
+    caches = [job.activations.cache for job in jobs_of(EXAMPLES / "sweeps" / f"{name}.yaml")]
+    assert len({cache_identity(cache) for cache in caches if cache is not None}) == number
+
+
+def test_the_sweep_over_blocks_trains_five_saes_on_each_of_four() -> None:
+    jobs = jobs_of(EXAMPLES / "sweeps" / "gpt2-mlp-blocks.yaml")
+    hooks = Counter(sae.hook for job in jobs for sae in job.saes)
+    assert hooks == {f"blocks.{block}.hook_mlp_out": 5 for block in (1, 3, 5, 6)}
+    # Each of the two jobs reads two of the four hooks that one forward pass has cached.
+    assert [len({sae.hook for sae in job.saes}) for job in jobs] == [2, 2]
+
+
+def test_the_listed_jobs_wait_for_the_cache_of_their_file() -> None:
+    kinds = {resource.kind: resource for resource in load_manifests(EXAMPLES / "sweeps" / "listed-jobs.yaml")}
+    reference = kinds[SAE_SWEEP].spec.template.activations.cache_ref
+    assert reference is not None
+    assert reference.name == kinds[ACTIVATION_CACHE].name
+
+
+def test_the_small_sweep_runs_to_its_end_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it stands in the file, but for the model, the text and their size."""
+    write_tiny_model(tmp_path / "model")
+    write_tiny_text(tmp_path / "text")
+    text = (EXAMPLES / "sweeps" / "small.yaml").read_text()
+    for old, new in (
+        ("build/quickstart/smollm2-135m", f"{tmp_path}/model"),
+        ("build/quickstart/english-text", f"{tmp_path}/text"),
+        ("file://out", f"file://{tmp_path}/out"),
+        ("model.layers.4", "model.layers.1"),
+        ("contextSize: 64", "contextSize: 16"),
+        ("tokens: 40000", "tokens: 1500"),
+        ("tokens: 70000, batchSize: 256", "tokens: 1280, batchSize: 64"),
+        ("heldOutTokens: 4000", "heldOutTokens: 100"),
+        ("dSae: 1152", "dSae: 128"),
+    ):
+        assert old in text, old
+        text = text.replace(old, new)
+    file = tmp_path / "small.yaml"
+    file.write_text(text)
+    assert run_command_line(["run", "-f", str(file)]) == 0
+    assert "9 trials in 2 training jobs: 9 succeeded" in " ".join(capsys.readouterr().out.split())
+    table = json.loads((tmp_path / "out/sweep/trials.json").read_text())
+    best = next(trial for trial in table["trials"] if trial["best"])
+    assert best["l0"] <= 32.5
+    ranked = [trial for trial in table["trials"] if trial["rank"] is not None]
+    # Those with 64 latents explain more, and cannot be the best.
+    assert len(ranked) == 6
+    assert all(trial["parameters"]["saes[0].architecture.k"] <= 32 for trial in ranked)
+    assert (tmp_path / "out/sweep/report.html").read_text().count("<svg") == 3
