@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from sae_operator.api.manifest import read_yaml
 from sae_operator.reconcile.projection import parse_time
@@ -17,45 +16,33 @@ from tests.fake_kubelet import LABEL, NODE, PLACEMENT, Behaviour, FakeKubelet, R
 from tests.operator_process import OperatorProcess, start_operator
 from tests.operator_world import MERGE, World, cache_spec, conditions, training_spec
 from tests.progress_server import progress_served
+from tests.queueing import (
+    GPU,
+    HIGH,
+    LOW,
+    OPERATOR,
+    QUEUE,
+    QUEUE_LABEL,
+    install_operator,
+    queue_manifests,
+)
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.kueue import Kueue
 from tests.testbed.paths import CHECKOUT
 from tests.testbed.waiting import wait_for
 
-API = "kueue.x-k8s.io/v1beta2"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-QUEUE = "team"
-# The operator's namespace and its ServiceAccount there.
-OPERATOR = "sae-operator"
-GPU = "nvidia.com/gpu"
 # A label that a ResourceFlavor adds to the pods' node selector.
 POOL = {"example.com/pool": "reserved"}
 # The same of examples/kueue.
 GPU_PRODUCT = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
 EXAMPLES = CHECKOUT / "examples" / "kueue"
-LOW, HIGH = "test-low", "test-high"
 
 
 @pytest.fixture(scope="module")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """A cluster with our custom resources and the operator's rights; Kueue's webhooks would be in others' way."""
     with ControlPlane(tmp_path_factory.mktemp("queueing-control-plane")) as started:
-        rendered = YAML(typ="safe").load_all(started.kubectl("kustomize", CHECKOUT / "manifests"))
-        items = [one for one in rendered if one["kind"] != "Deployment"]
-        manifests = json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
-        started.kubectl("apply", "--server-side", "-f", "-", input=manifests)
-        definitions = [one["metadata"]["name"] for one in items if one["kind"] == "CustomResourceDefinition"]
-        names = [f"crd/{name}" for name in definitions]
-        started.kubectl("wait", "--for=condition=Established", "--timeout=30s", *names)
-        for name, value in ((LOW, 10), (HIGH, 1000)):
-            started.apply(
-                {
-                    "apiVersion": "scheduling.k8s.io/v1",
-                    "kind": "PriorityClass",
-                    "metadata": {"name": name},
-                    "value": value,
-                }
-            )
+        install_operator(started)
         yield started
 
 
@@ -89,26 +76,9 @@ def operator(world: World) -> Iterator[OperatorProcess]:
         assert process.stop() == 0, process.tail()
 
 
-def set_up_queue(world: World, *, gpus: int = 1, preempts: bool = False, local_queue: str = QUEUE) -> None:
-    """A ClusterQueue of the namespace's own, with as many GPUs and with CPU and memory for all."""
-    name = world.namespace
-    quotas = {"cpu": "1000", "memory": "1000Gi", GPU: str(gpus)}
-    resources = [{"name": resource, "nominalQuota": quota} for resource, quota in quotas.items()]
-    covered = {"coveredResources": list(quotas), "flavors": [{"name": name, "resources": resources}]}
-    spec: dict[str, Any] = {
-        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}},
-        "resourceGroups": [covered],
-    }
-    if preempts:
-        spec["preemption"] = {"withinClusterQueue": "LowerPriority"}
-    queue = {"namespace": world.namespace, "name": local_queue}
-    world.control_plane.apply(
-        [
-            {"apiVersion": API, "kind": "ResourceFlavor", "metadata": {"name": name}, "spec": {"nodeLabels": POOL}},
-            {"apiVersion": API, "kind": "ClusterQueue", "metadata": {"name": name}, "spec": spec},
-            {"apiVersion": API, "kind": "LocalQueue", "metadata": queue, "spec": {"clusterQueue": name}},
-        ]
-    )
+def set_up_queue(world: World, **options: Any) -> None:
+    """A queue for the world's namespace; see `queue_manifests`."""
+    world.control_plane.apply(queue_manifests(world.namespace, node_labels=POOL, **options))
 
 
 def queued_training(**changes: Any) -> dict[str, Any]:
