@@ -33,7 +33,8 @@ MAX_TEXT = 300
 
 @dataclass(frozen=True, slots=True)
 class SaeFacts:
-    """One SAE of a training job: its phase and figures, as the job's status tells them."""
+    """One SAE of a training job: its phase and figures, as the job's status tells them. While it trains, its figures
+    change all the time and say nothing yet: they are left out."""
 
     name: str
     phase: str | None = None
@@ -66,7 +67,7 @@ class TrialJobFacts:
         sweep_retry: the sweep's `spec.retry` for which it was made, or run again.
         tokens: tokens that its spec asks for; 0 is all that there are.
         template: hash of what it has taken over from the template.
-        message: what its condition Ready says.
+        message: why it failed.
     """
 
     name: str
@@ -127,7 +128,6 @@ def trial_job_facts(raw: Mapping[str, Any]) -> TrialJobFacts:
     meta, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     annotations = meta.get("annotations") or {}
     output = (spec.get("output") or {}).get("uri") or ""
-    conditions = status.get("conditions") or ()
     names = (sae.get("name") or "" for sae in spec.get("saes") or ())
     sweep_retry = annotations.get(ANNOTATION_RETRY) or ""
     return TrialJobFacts(
@@ -143,13 +143,22 @@ def trial_job_facts(raw: Mapping[str, Any]) -> TrialJobFacts:
         sweep_retry=int(sweep_retry) if sweep_retry.isdecimal() else 0,
         tokens=tokens_asked_for(spec),
         template=annotations.get(ANNOTATION_TEMPLATE) or "",
-        message=next((_cut(item.get("message")) for item in conditions if item.get("type") == READY), ""),
+        message=_failure(status),
         deleting=bool(meta.get("deletionTimestamp")),
         saes=tuple(_sae(sae) for sae in status.get("saes") or ()),
     )
 
 
+def _failure(status: Mapping[str, Any]) -> str:
+    if status.get("phase") != "Failed":
+        return ""
+    conditions = status.get("conditions") or ()
+    return next((_cut(item.get("message")) for item in conditions if item.get("type") == READY), "")
+
+
 def _sae(told: Mapping[str, Any]) -> SaeFacts:
+    if told.get("phase") == "Running":
+        return SaeFacts(told.get("name") or "", "Running")
     return SaeFacts(
         name=told.get("name") or "",
         phase=told.get("phase"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sae_operator.api.activation_cache import MAX_HOOKS, Hook
-from sae_operator.api.identity import cache_identity, canonical_hash
+from sae_operator.api.identity import cache_identity, canonical_hash, chosen
 from sae_operator.api.sweep import SAESweepSpec
 from sae_operator.api.sweep_expansion import (
     TrialJob,
@@ -121,17 +121,21 @@ def outline(spec: SAESweepSpec) -> Outline:
 
 def following(spec: SAETrainingJobSpec) -> list[Change]:
     """What a training job takes over from the template when that changes: pod settings, and tokens that are raised."""
-    manifest = spec.to_manifest()
+    return _following(spec.to_manifest())
+
+
+def template_digest(spec: SAETrainingJobSpec) -> str:
+    """Hash of what a training job takes over from the template. A field that a later version adds leaves it as it
+    is."""
+    return canonical_hash([[list(path), value] for path, value in _following(chosen(spec))])
+
+
+def _following(manifest: Mapping[str, Any]) -> list[Change]:
     paths: list[tuple[str, ...]] = [("run",), ("parallelism",), ("training", "tokens")]
     cache = ("activations", "cache")
     paths += [(*cache, "run"), (*cache, "parallelism"), (*cache, "tokens"), ("activations", "live", "tokens")]
     found = ((path, _at(manifest, path)) for path in paths)
     return [(path, value) for path, value in found if value is not None]
-
-
-def template_digest(spec: SAETrainingJobSpec) -> str:
-    """Hash of what a training job takes over from the template."""
-    return canonical_hash([[list(path), value] for path, value in following(spec)])
 
 
 def tokens_asked_for(manifest: Mapping[str, Any]) -> int:

@@ -66,10 +66,15 @@ def test_a_training_job_of_a_sweep_is_known_by_its_facts() -> None:
 def test_a_sweep_hears_of_what_it_can_see_alone() -> None:
     store = Store()
     store.put_resource(SWEEP, sweep())
-    store.put_resource(JOB, job("a", phase="Running"))
-    progress = {"tokens": 100, "percent": 3}
-    assert store.put_resource(JOB, job("a", 2, phase="Running", progress=progress)) == {Key(JOB, "ns", "a")}
-    assert KEY in store.put_resource(JOB, job("a", 3, phase="Succeeded"))
+    training = {"name": TRIAL, "phase": "Running", "explainedVariance": 0.1}
+    store.put_resource(JOB, job("a", phase="Running", saes=[training]))
+    for version, share in ((2, 0.2), (3, 0.3)):
+        told = {"progress": {"percent": 100 * share}, "saes": [training | {"explainedVariance": share}]}
+        ready = {"type": "Ready", "status": "False", "message": f"{share} done"}
+        changed = job("a", version, phase="Running", conditions=[ready], **told)
+        assert store.put_resource(JOB, changed) == {Key(JOB, "ns", "a")}
+    assert KEY in store.put_resource(JOB, job("a", 4, phase="Running", saes=[training | {"phase": "Stopped"}]))
+    assert KEY in store.put_resource(JOB, job("a", 5, phase="Succeeded"))
     assert store.drop_resource("uid-a") == {KEY}
     assert store.trial_jobs("uid-sweep") == ()
 

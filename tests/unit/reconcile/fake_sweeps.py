@@ -266,6 +266,10 @@ class FakeSweep:
                 self.phases.append(self.status["phase"])
             self._called()
         self.events += [(event.reason, event.message) for event in wanted.events]
+        for kind, name in wanted.delete_objects:
+            assert kind == "ConfigMap"
+            self.config_maps.pop(name, None)
+            self._called()
         for name in wanted.delete_jobs:
             del self.reports[name]
             self._called()

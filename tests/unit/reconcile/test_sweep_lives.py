@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from sae_operator.api.sweep_expansion import expand
@@ -349,6 +351,38 @@ def test_an_ended_sweep_is_left_alone() -> None:
     sweep.settle()
     assert sweep.phase == "Succeeded"
     assert len(sweep.created) == 2
+    assert sweep.reports == {}
+
+
+def test_after_a_time_nothing_is_left_of_the_report_but_its_files() -> None:
+    sweep = FakeSweep(sweep_spec([1, 2], template=template(run={"ttlSecondsAfterFinished": 60})))
+    sweep.settle()
+    sweep.succeed(*sweep.created)
+    sweep.settle()
+    sweep.end_report()
+    sweep.settle()
+    assert sweep.reports
+    assert sweep.wanted().requeue_after == pytest.approx(60, abs=5)
+    sweep.now += timedelta(seconds=61)
+    sweep.settle()
+    assert sweep.reports == sweep.config_maps == {}
+    assert sweep.phase == "Succeeded"
+    assert sweep.status["reportUri"] == "s3://saes/out/report.html"
+    assert len(sweep.jobs) == 2, "the training jobs look after themselves"
+
+
+def test_a_report_that_takes_too_long_fails_and_ends_nothing() -> None:
+    sweep = FakeSweep(sweep_spec([1, 2], template=template(run={"activeDeadlineSeconds": 60})))
+    sweep.settle()
+    sweep.succeed(*sweep.created)
+    sweep.settle()
+    sweep.status["activeSince"] = sweep.status["startTime"]
+    sweep.now += timedelta(seconds=100)
+    sweep.settle()
+    assert sweep.phase == "Succeeded"
+    told = sweep.condition("ReportFailed")
+    assert told is not None
+    assert told["reason"] == "DeadlineExceeded"
     assert sweep.reports == {}
 
 
