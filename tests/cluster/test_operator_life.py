@@ -65,7 +65,7 @@ def test_a_training_job_with_an_inline_cache_succeeds(world: World, operator: Op
     assert cache["status"]["manifestUri"].endswith("/manifest.json")
     assert world.steps() == WHOLE_LIFE
     reasons = {event["reason"] for event in world.list("Event") if event["involvedObject"]["name"] == "first"}
-    assert {"Preflight", "WaitingForCache", "Queued", "Succeeded"} <= reasons
+    assert {"Preflight", "WaitingForCache", "Succeeded"} <= reasons
 
 
 def test_pods_are_given_the_resolved_spec(world: World, operator: OperatorProcess) -> None:

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,10 +29,16 @@ def own_plane(tmp_path: Path) -> Iterator[ControlPlane]:
 
 
 def test_it_waits_for_its_definitions_serves_all_namespaces_and_answers_its_probe(own_plane: ControlPlane) -> None:
+    """As the ServiceAccount of the manifests, with its ClusterRole."""
     log_of_wait = "not installed yet"
     (port,) = free_ports(1)
     probe = f"http://127.0.0.1:{port}/healthz"
-    with FakeKubelet(own_plane), run_operator(own_plane.kubeconfig, arguments=(f"--liveness={probe}",)) as operator:
+    for name in ("namespace", "service_account", "cluster_role", "role"):
+        manifest = CHECKOUT / "manifests" / "operator" / f"{name}.yaml"
+        own_plane.kubectl("apply", "--namespace=sae-operator", "-f", str(manifest))
+    kubeconfig = own_plane.kubeconfig_for_service_account("sae-operator", "sae-operator")
+    arguments = (f"--liveness={probe}", "--lease-namespace=sae-operator")
+    with FakeKubelet(own_plane), run_operator(kubeconfig, arguments=arguments) as operator:
         wait_for(lambda: log_of_wait in operator.tail(), what="it says what it waits for")
         own_plane.kubectl("apply", "--server-side", "-f", str(CHECKOUT / "manifests" / "crds"))
         wait_for(lambda: "Work begins" in operator.tail(), what=lambda: f"work begins:\n{operator.tail()}")
@@ -41,6 +48,46 @@ def test_it_waits_for_its_definitions_serves_all_namespaces_and_answers_its_prob
         world = World(own_plane, "default")
         world.create("SAETrainingJob", "first", training_spec())
         world.wait_phase("SAETrainingJob", "first", "Succeeded")
+    asked = own_plane.audited("sae-operator", "sae-operator")
+    assert asked
+    assert not [event["requestURI"] for event in asked if event["responseStatus"]["code"] == 403]
+
+
+def test_a_life_has_three_events_and_a_restart_adds_none(
+    control_plane: ControlPlane, crds: list[str], namespace: str
+) -> None:
+    world = World(control_plane, namespace)
+    with FakeKubelet(control_plane) as kubelet:
+        kubelet.scripts[namespace] = lambda pod: Runs() if step_of(pod) == "train" else succeed(pod)
+        with run_operator(control_plane.kubeconfig, namespace=namespace):
+            world.create("SAETrainingJob", "job", training_spec({"uri": "s3://bucket/cache"}))
+            world.wait_phase("SAETrainingJob", "job", "Running")
+        with run_operator(control_plane.kubeconfig, namespace=namespace) as second:
+            wait_for(lambda: "Work begins" in second.tail(), what=second.tail)
+            kubelet.scripts[namespace] = succeed
+            job = world.wait_phase("SAETrainingJob", "job", "Succeeded")
+
+            def told() -> list[dict[str, Any]]:
+                return [event for event in world.list("Event") if event["involvedObject"]["name"] == "job"]
+
+            wait_for(lambda: len(told()) >= 3, what=lambda: f"events; there are {told()}")
+    events = {event["reason"]: event for event in told()}
+    assert sorted(events) == ["Preflight", "Running", "Succeeded"]
+    assert len(told()) == 3
+    for event in events.values():
+        assert event["type"] == "Normal"
+        assert event["count"] == 1
+        assert event["reportingComponent"] == event["source"]["component"] == "sae-operator"
+        assert event["involvedObject"] == {
+            "apiVersion": "sae-operator.dev/v1alpha1",
+            "kind": "SAETrainingJob",
+            "namespace": namespace,
+            "name": "job",
+            "uid": job["metadata"]["uid"],
+        }
+    assert "report.html" in events["Succeeded"]["message"]
+    described = control_plane.kubectl("describe", "saejob", "job", f"--namespace={namespace}")
+    assert all(reason in described.partition("Events:")[2] for reason in events)
 
 
 def test_it_stops_at_once(control_plane: ControlPlane, crds: list[str], namespace: str) -> None:

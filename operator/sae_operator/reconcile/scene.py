@@ -256,7 +256,11 @@ def _events(scene: Scene[Any], draft: Draft) -> list[EventWanted]:
         if finding.status == "True" and finding.type not in before:
             before.add(finding.type)
             events.append(EventWanted("Warning", finding.type, finding.message))
-    if phase_of(scene.stored) != draft.phase or scene.round.begins:
+    before_it = phase_of(scene.stored)
+    # Every step waits for its pod for a moment, as the status says; what hinders one is told above. To wait again is
+    # news: a queue has taken a training back.
+    merely_waits = draft.phase == "Queued" and before_it not in ("Running", "Caching")
+    if (before_it != draft.phase and not merely_waits) or scene.round.begins:
         failed = draft.standing.kind == "failed"
         reason = draft.standing.reason if failed else draft.phase
         events.append(EventWanted("Warning" if failed else "Normal", reason, draft.standing.message))
