@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 from sae_operator.controller.client import ApiClient, ApiError
 from sae_operator.reconcile import projection
@@ -19,14 +21,19 @@ class NamespaceDefaults:
 
     def __init__(self, client: ApiClient, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._client, self._clock = client, clock
-        self._known: dict[str, tuple[float, Defaults]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        # In the order in which they were read; what is too old to serve is dropped.
+        self._known: OrderedDict[str, tuple[float, Defaults]] = OrderedDict()
+        # A lock is there while somebody holds it or waits for it.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def of(self, namespace: str) -> Defaults:
         known = self._fresh(namespace)
         if known is not None:
             return known
-        async with self._locks.setdefault(namespace, asyncio.Lock()):
+        lock = self._locks.get(namespace)
+        if lock is None:
+            lock = self._locks[namespace] = asyncio.Lock()
+        async with lock:
             known = self._fresh(namespace)
             if known is not None:
                 return known
@@ -37,8 +44,15 @@ class NamespaceDefaults:
                 if error.status != 404:
                     raise
                 defaults = Defaults()
-            self._known[namespace] = (self._clock(), defaults)
+            self._remember(namespace, defaults)
             return defaults
+
+    def _remember(self, namespace: str, defaults: Defaults) -> None:
+        now = self._clock()
+        self._known[namespace] = (now, defaults)
+        self._known.move_to_end(namespace)
+        while self._known and now - next(iter(self._known.values()))[0] >= REMEMBER_SECONDS:
+            self._known.popitem(last=False)
 
     def _fresh(self, namespace: str) -> Defaults | None:
         at, defaults = self._known.get(namespace, (float("-inf"), None))
