@@ -300,6 +300,19 @@ def test_an_operator_that_is_killed_makes_nothing_twice(world: World, trials: Tr
     assert json.dumps(sorted(jobs)).count("sweep-") == 4
 
 
+def test_two_operators_at_once_make_nothing_twice(world: World, operator: OperatorProcess, trials: Trials) -> None:
+    with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
+        world.create(SWEEP, "sweep", sweep_spec([1, 2, 3, 4, 5], trialsPerJob=2))
+        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
+        world.patch(SWEEP, "sweep", space([1, 2, 5, 6]))
+        edited = world.wait_resource(
+            SWEEP, "sweep", lambda found: found["status"]["phase"] == "Succeeded" and told_trials(found)["total"] == 4
+        )
+    assert sorted(counts_of(job) for job in jobs_of(world).values()) == [[1, 2], [5], [6]]
+    assert told_trials(edited)["succeeded"] == 4
+    assert [step for step in world.steps() if step.startswith("train")] == ["train-1"] * 3
+
+
 def test_everything_goes_with_the_sweep(world: World, operator: OperatorProcess, trials: Trials) -> None:
     trials.holds = lambda k: True
     world.create(SWEEP, "sweep", sweep_spec([1, 2, 3]))
