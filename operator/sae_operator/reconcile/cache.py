@@ -236,7 +236,9 @@ def _plan(scene: CacheScene, draft: Draft, spec: ActivationCacheSpec, step: Cach
     )
     waiting, running = PHASES[step]
     # The shards themselves say that the cache step is done; nothing waits for its pods' messages.
-    return StepPlan(step, waiting, running, build, surroundings, needs_result=step != "cache")
+    caching = step == "cache"
+    limit = spec.run.backoff_limit if caching else None
+    return StepPlan(step, waiting, running, build, surroundings, needs_result=not caching, limit_per_index=limit)
 
 
 def _given(scene: CacheScene, spec: ActivationCacheSpec, step: CacheStepName, completions: int) -> CacheStep:

@@ -219,9 +219,10 @@ def _retries(wanted: StepWanted) -> dict[str, Any]:
         "completionMode": "Indexed",
         "completions": wanted.completions,
         "parallelism": min(wanted.parallelism or wanted.completions, wanted.completions),
-        "backoffLimitPerIndex": wanted.run.backoff_limit,
-        # One bad index among many may be its own shard's fault; when a tenth is bad, the rest would only burn GPU time.
-        "maxFailedIndexes": wanted.completions // 10,
+        # Not backoffLimitPerIndex: for its sake the Job controller keeps an index's last pod until it has made another
+        # one, which it cannot in a namespace that is being deleted, and that would never end. The operator counts by
+        # index itself; whatever becomes of it, one index has had more than its share when all have failed more often.
+        "backoffLimit": wanted.run.backoff_limit * wanted.completions,
     }
 
 

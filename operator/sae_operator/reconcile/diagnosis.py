@@ -206,6 +206,16 @@ def repeated_oom(
     return None
 
 
+def exhausted_index(job: JobFacts, pods: Sequence[PodFacts], limit: int, surroundings: Surroundings) -> Failure | None:
+    """A failure when pods of one completion index have failed more than `limit` times by themselves."""
+    by_index: dict[int | None, list[PodFacts]] = {}
+    for pod in pods:
+        if pod.phase == "Failed" and not pod.disrupted:
+            by_index.setdefault(pod.index, []).append(pod)
+    failed = next((found for found in by_index.values() if len(found) > limit), None)
+    return describe_failed_job(job, failed, surroundings) if failed is not None else None
+
+
 def _oom_message(pod: PodFacts, surroundings: Surroundings) -> str:
     return (
         f"pod {pod.name} used more than {surroundings.memory_limit};"

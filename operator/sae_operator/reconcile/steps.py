@@ -31,6 +31,7 @@ from sae_operator.reconcile.diagnosis import (
     Surroundings,
     describe_failed_job,
     describe_failed_pod,
+    exhausted_index,
     find_ailments,
     find_stuck,
     late_start,
@@ -54,6 +55,7 @@ class StepPlan:
         needs_result: the step's message carries what the next step or the status needs.
         checkpoint_time: when work was last made safe; what an OOM kill after it costs is not lost.
         can_build: what the pods are given is known.
+        limit_per_index: how often each completion index may fail, where pods work apart from each other.
     """
 
     step: str
@@ -64,6 +66,7 @@ class StepPlan:
     needs_result: bool = True
     checkpoint_time: datetime | None = None
     can_build: bool = True
+    limit_per_index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def view_step(scene: Scene[Any], plan: StepPlan) -> StepView:
     if job.active > 0 and not scene.children.pods_listed:
         return StepView("unseen", job)
     failure = repeated_oom(pods, plan.surroundings, plan.checkpoint_time)
+    if failure is None and plan.limit_per_index is not None:
+        failure = exhausted_index(job, pods, plan.limit_per_index, plan.surroundings)
     if failure is not None:
         return StepView("failed", job, pods, failure=failure)
     # Pods of a Job that a queue has taken back may still write a checkpoint: it runs no more.

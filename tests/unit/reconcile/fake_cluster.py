@@ -431,12 +431,13 @@ class FakeCluster(FakeStore):
 
     def _sync_job(self, name: str, job: dict[str, Any], pods: list[dict[str, Any]]) -> None:
         spec, status = job["spec"], job["status"]
-        limit = spec.get("backoffLimitPerIndex", spec.get("backoffLimit"))
+        limit = spec["backoffLimit"]
         wanted, active = range(spec.get("completions") or 1), 0
         done = 0
-        if "completions" in spec and "backoffLimit" in spec:
+        if "completions" in spec:
             # Failures of all indexes count together, but for those that a policy ignores.
-            counted = [pod for pod in pods if _exit_code(pod) not in (None, 0, 143) and not _disrupted(pod)]
+            stopped = 143 if len(spec["podFailurePolicy"]["rules"]) > 2 else None
+            counted = [pod for pod in pods if _exit_code(pod) not in (None, 0, stopped) and not _disrupted(pod)]
             if len(counted) > limit and not any(_exit_code(pod) == 2 for pod in counted):
                 return self._end_job(job, "Failed", "BackoffLimitExceeded")
             limit = len(pods)
@@ -446,8 +447,7 @@ class FakeCluster(FakeStore):
             if any(_exit_code(pod) == 2 for pod in failed):
                 return self._end_job(job, "Failed", "PodFailurePolicy")
             if sum(not _disrupted(pod) for pod in failed) > limit:
-                reason = "FailedIndexes" if "completions" in spec else "BackoffLimitExceeded"
-                return self._end_job(job, "Failed", reason)
+                return self._end_job(job, "Failed", "BackoffLimitExceeded")
             if any(pod["status"]["phase"] == "Succeeded" for pod in of_index):
                 done += 1
             elif all(pod["status"]["phase"] == "Failed" for pod in of_index):

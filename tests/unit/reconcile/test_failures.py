@@ -420,13 +420,28 @@ def test_progress_that_cannot_be_reached_is_told_after_a_minute() -> None:
     assert cluster.phase(JOB, "sae") == "Succeeded"
 
 
-def test_an_index_that_fails_for_good_fails_the_cache_and_names_the_cause() -> None:
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_an_index_that_fails_for_good_fails_the_cache_and_names_the_cause(limit: int) -> None:
     def script(step: str, index: int, earlier: int) -> PodScript:
         bad = step == "cache" and index == 1
         return PodScript(exit_code=1, message="device lost") if bad else PodScript(seconds=2)
 
     cluster = FakeCluster(script)
-    cluster.create(CACHE, "acts", cache_spec(run={"backoffLimit": 1}))
+    cluster.create(CACHE, "acts", cache_spec(parallelism=4, run={"backoffLimit": limit}))
     cluster.run()
     assert cluster.phase(CACHE, "acts") == "Failed"
     assert "device lost" in message_of(cluster, CACHE, "acts", "Stalled")
+    assert len(cluster.status(CACHE, "acts")["attempts"]) == limit + 1
+    cluster.wait(3)
+    assert not [pod for pod in cluster.pods.values() if pod["status"]["phase"] == "Running"]
+
+
+def test_each_index_of_a_cache_may_fail_as_often_as_one_pod() -> None:
+    def script(step: str, index: int, earlier: int) -> PodScript:
+        fails = step == "cache" and earlier < 2
+        return PodScript(seconds=index + 1, exit_code=1 if fails else 0)
+
+    cluster = FakeCluster(script)
+    cluster.create(CACHE, "acts", cache_spec(parallelism=4, run={"backoffLimit": 2}))
+    cluster.run()
+    assert cluster.phase(CACHE, "acts") == "Ready"
