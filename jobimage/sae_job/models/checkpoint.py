@@ -13,6 +13,7 @@ from torch import nn
 
 from sae_job.errors import InvalidInput
 from sae_job.models.anatomy import Anatomy, model_class, total_layers, with_layers
+from sae_job.text.code import code_refused, needs_code
 from sae_job.text.hub import first_line, is_connection_trouble, is_local, resolve_commit
 from sae_job.text.hub_waits import bound_hub_waits
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Names that configs have for the longest context.
 _CONTEXT_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+# Entries of a config's `auto_map` that name the class of a whole model; the first that is there.
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModel")
 ATTENTION_FIELD = "spec.model.attentionImplementation"
 
 
@@ -77,6 +80,7 @@ class Checkpoint:
                 config=self.config,
                 revision=self.commit or "main",
                 dtype=DTYPES[source.dtype],
+                trust_remote_code=source.trust_remote_code,
                 output_loading_info=True,
                 **options,
             )
@@ -141,7 +145,7 @@ def describe(source: ModelSource, revision: str | None, *, attention: str | None
     _check_libraries(source)
     commit = revision if revision is not None else _resolve(source)
     config = _read_config(source, commit)
-    cls = model_class(config)
+    cls = _class_of(source, config, commit)
     _check_attention(source, cls)
     return Checkpoint(source, commit, config, cls, attention)
 
@@ -162,10 +166,16 @@ def _read_config(source: ModelSource, commit: str | None) -> PreTrainedConfig:
     if not is_local(source.name):
         bound_hub_waits()
     try:
-        config = AutoConfig.from_pretrained(source.name, revision=commit or "main", trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            source.name, revision=commit or "main", trust_remote_code=source.trust_remote_code
+        )
+    except ImportError as error:
+        raise _code_unusable(source, error) from error
     except (OSError, ValueError, KeyError) as error:
         if not is_local(source.name) and is_connection_trouble(error):
             raise
+        if needs_code(error):
+            raise code_refused(source.name, "spec.model.trustRemoteCode") from error
         raise InvalidInput(
             "ModelUnreadable",
             f"{source.name!r} has no config of a model that Transformers knows: {first_line(error)}",
@@ -174,6 +184,38 @@ def _read_config(source: ModelSource, commit: str | None) -> PreTrainedConfig:
     # Keys and values of earlier positions are of no use to a single pass.
     config.use_cache = False
     return config
+
+
+def _class_of(source: ModelSource, config: PreTrainedConfig, commit: str | None) -> type[PreTrainedModel]:
+    """The class of the whole model: one that its repository brings, where it does and that is trusted.
+
+    Raises:
+        InvalidInput: it brings one that is needed and is not trusted, or cannot be used.
+    """
+    brought: dict[str, Any] = getattr(config, "auto_map", None) or {}
+    reference = next((brought[name] for name in _AUTO_CLASSES if brought.get(name)), None)
+    if reference is None:
+        return model_class(config)
+    if not source.trust_remote_code:
+        try:
+            return model_class(config)
+        except KeyError:
+            raise code_refused(source.name, "spec.model.trustRemoteCode") from None
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    try:
+        found: Any = get_class_from_dynamic_module(reference, source.name, revision=commit or "main")
+    except (ImportError, AttributeError) as error:
+        raise _code_unusable(source, error) from error
+    return found
+
+
+def _code_unusable(source: ModelSource, error: Exception) -> InvalidInput:
+    return InvalidInput(
+        "ModelCodeUnusable",
+        f"the code that {source.name!r} brings cannot be used here: {first_line(error)}",
+        field="spec.model.name",
+    )
 
 
 def _check_libraries(source: ModelSource) -> None:

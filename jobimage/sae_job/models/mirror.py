@@ -1,8 +1,8 @@
 """Models whose files lie in an object store: the user's own, and copies of Hub models beside a cache.
 
 Loaders know folders and the Hub; `localized` turns what a spec names into one of these. Only the files that
-Transformers needs are copied: configuration, tokenizer, and weights as safetensors (pickles only where there is
-nothing else).
+Transformers needs are copied: configuration, tokenizer, code (which runs only where it is trusted), and weights as
+safetensors (pickles only where there is nothing else).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MIRROR_PREFIX = "model/"
 MIRROR_BEGUN, MIRROR_MARKER = "mirror-begun.json", "mirror.json"
 CONFIG = "config.json"
 _S3 = "s3://"
-_TEXT_FILES = re.compile(r"\.(json|txt|model|jinja|tiktoken|spm|vocab)$")
+_TEXT_FILES = re.compile(r"\.(json|txt|model|jinja|tiktoken|spm|vocab|py)$")
 # In order of preference; a repository may hold its weights several times, in several forms.
 _WEIGHTS = (
     re.compile(r"^model(-\d+-of-\d+)?\.safetensors$"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_job.errors import InvalidInput
+from sae_job.text.code import code_refused, needs_code
 from sae_job.text.contexts import SpecialTokens
 from sae_job.text.hub import first_line, is_connection_trouble, is_local
 from sae_job.text.hub_waits import bound_hub_waits
@@ -39,10 +40,14 @@ def load_tokenizer(
     if not is_local(source.name):
         bound_hub_waits()
     try:
-        return AutoTokenizer.from_pretrained(source.name, revision=revision or source.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(
+            source.name, revision=revision or source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
         if is_connection_trouble(error):
             raise
+        if needs_code(error):
+            raise code_refused(source.name, f"{field.rpartition('.')[0]}.trustRemoteCode") from error
         raise InvalidInput(
             "TokenizerUnreadable",
             f"{source.name!r} has no tokenizer that can be read: {first_line(error)}",
