@@ -173,9 +173,10 @@ class ApiClient:
         for attempt in (1, 2):
             session, credentials = await self._current(expired=False)
             call = self._faults.sending(method, path) if self._faults else None
+            sender = self._faults.around(session, call) if self._faults and call else session
             begun = time.perf_counter()
             try:
-                async with session.request(
+                async with sender.request(
                     method, credentials.server.rstrip("/") + path, params=query, data=data, headers=headers
                 ) as response:
                     payload = await response.read()
