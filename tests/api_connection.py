@@ -12,6 +12,8 @@ from sae_operator.controller.client import connection_info
 from sae_operator.controller.credentials import load_credentials
 from tests.testbed.control_plane import ControlPlane
 
+TIMEOUT_SECONDS = 60.0
+
 
 class ApiConnection:
     """An administrator's connection, one for each thread that uses it."""
@@ -42,9 +44,9 @@ class ApiConnection:
                     raise
         raise AssertionError("unreachable: the second attempt returns or raises")
 
-    def stream(self, path: str) -> http.client.HTTPResponse:
-        """The answer to a GET, unread, on a connection of its own."""
-        connection = self._open()
+    def stream(self, path: str, *, timeout: float = TIMEOUT_SECONDS) -> http.client.HTTPResponse:
+        """The answer to a GET, unread, on a connection of its own, which may be silent for `timeout` seconds."""
+        connection = self._open(timeout)
         connection.request("GET", path)
         return connection.getresponse()
 
@@ -53,7 +55,7 @@ class ApiConnection:
             self._local.connection = self._open()
         return self._local.connection
 
-    def _open(self) -> http.client.HTTPSConnection:
-        connection = http.client.HTTPSConnection(self._host, context=self._tls, timeout=60)
+    def _open(self, timeout: float = TIMEOUT_SECONDS) -> http.client.HTTPSConnection:
+        connection = http.client.HTTPSConnection(self._host, context=self._tls, timeout=timeout)
         self._opened.append(connection)
         return connection
