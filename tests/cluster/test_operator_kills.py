@@ -36,6 +36,7 @@ NEEDED = {
     "GET discovery": 1,
     "GET activationcaches": 1,
     "GET saetrainingjobs": 1,
+    "GET saesweeps": 1,
     "GET jobs": 1,
     "GET configmaps": 1,
     "GET pods": 4,
