@@ -39,11 +39,12 @@ def show_sweep(outcome: SweepOutcome, place: str, console: Console) -> None:
     )
     table.add_column("", justify="right")
     table.add_column("trial", no_wrap=True)
-    table.add_column("parameters", overflow="fold", min_width=18)
-    figures = [key for key in ("explained_variance", "l0", "ce_loss_score") if key != metric]
+    table.add_column("parameters", overflow="fold", min_width=20)
+    best = [row for row in rows if row.rank is not None][:SHOWN_TRIALS]
+    known = {key for row in best if row.sae is not None for key in row.sae.figures}
+    figures = [key for key in ("explained_variance", "l0", "ce_loss_score") if key != metric and key in known]
     for heading in (title_of(metric), *map(title_of, figures)):
         table.add_column(heading, justify="right")
-    best = [row for row in rows if row.rank is not None][:SHOWN_TRIALS]
     for row in best:
         cells = [_figure(row, key) for key in (metric, *figures)]
         table.add_row(str(row.rank), row.name, describe_parameters(_shortened(row.parameters)), *cells)

@@ -96,7 +96,8 @@ def _plan(job: Resource, caches: Caches, label: str, *, d_in: int | None, store:
     try:
         found = look_ahead(job, caches, store_root=store) if d_in is None else assume(job, caches, d_in=d_in)
     except InvalidInput as error:
-        message = str(error) if job.kind.kind in label else f"a training job of {job.name}: {error}"
+        told = str(error)
+        message = told if job.kind.kind in label else f"the training job of {job.spec.saes[0].name}: {told}"
         raise InvalidInput(error.reason, message, field=label) from error
     if found is None:
         return Planned(["plan: its cache is described elsewhere, and the number of rows is not known here"], asked_for)
