@@ -12,25 +12,32 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python3 -m venv /opt/sae-operator
 
-# The dependencies are a layer of their own, large and seldom changed, made from what names them alone: a new version of
-# the code is then a few MiB to build, to push and to pull.
-FROM build AS dependencies
-COPY pyproject.toml constraints.txt ./
-RUN mkdir -p operator/sae_operator jobimage/sae_job \
-    && touch README.md LICENSE operator/sae_operator/__init__.py jobimage/sae_job/__init__.py
+# The dependencies are a layer of their own, large and seldom changed: a new version of the code is then a few MiB to
+# build, to push and to pull.
+FROM build AS requirements
+COPY pyproject.toml ./
+RUN python3 -c "import pathlib, tomllib; \
+    project = tomllib.loads(pathlib.Path('pyproject.toml').read_text())['project']; \
+    extras = [one for name in ('job', 'transformerlens', 'wandb') for one in project['optional-dependencies'][name]]; \
+    pathlib.Path('operator.txt').write_text('\n'.join(project['dependencies'])); \
+    pathlib.Path('job.txt').write_text('\n'.join(project['dependencies'] + extras))"
 
-FROM dependencies AS operator-dependencies
+FROM build AS operator-dependencies
+COPY constraints.txt ./
+COPY --from=requirements /src/operator.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    /opt/sae-operator/bin/pip install --constraint constraints.txt . \
-    && /opt/sae-operator/bin/pip uninstall --yes sae-operator pip
+    /opt/sae-operator/bin/pip install --constraint constraints.txt --requirement operator.txt \
+    && /opt/sae-operator/bin/pip uninstall --yes pip
 
-FROM dependencies AS job-dependencies
+FROM build AS job-dependencies
+COPY constraints.txt ./
+COPY --from=requirements /src/job.txt ./
 # The wheel of torch that the base image's platform gets from this index; set it for CPU-only images, say.
 ARG TORCH_INDEX_URL=
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     if [ -n "${TORCH_INDEX_URL}" ]; then /opt/sae-operator/bin/pip install --constraint constraints.txt --index-url "${TORCH_INDEX_URL}" torch; fi \
-    && /opt/sae-operator/bin/pip install --constraint constraints.txt ".[job,transformerlens,wandb]" \
-    && /opt/sae-operator/bin/pip uninstall --yes sae-operator pip
+    && /opt/sae-operator/bin/pip install --constraint constraints.txt --requirement job.txt \
+    && /opt/sae-operator/bin/pip uninstall --yes pip
 
 FROM build AS package
 COPY pyproject.toml README.md LICENSE ./
@@ -39,9 +46,12 @@ COPY jobimage jobimage
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     /opt/sae-operator/bin/pip install --no-deps --prefix /package .
 
-# Triton calls the driver through a small C module, which it would compile in the pod: it is compiled here instead.
+# Triton calls the driver through a small C module, which it would compile in the pod: it is compiled here instead. An
+# image for CPUs has no Triton.
 FROM job-dependencies AS driver
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev
+RUN if [ -d "$(echo /opt/sae-operator/lib/python3*/site-packages/triton)" ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev; \
+    fi
 COPY --from=package /package /opt/sae-operator
 RUN mkdir -p /opt/sae-operator/share/sae-job && /opt/sae-operator/bin/python -m sae_job.saes.kernels.triton_driver
 

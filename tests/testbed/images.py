@@ -116,7 +116,10 @@ def ensure_image(target: str, name: str) -> Image:
             lines.append(f"find-links = {WHEELS}")
             options.append(f"--volume={staged}:{WHEELS}:ro")
         configuration.write_text("\n".join(["[global]", *lines, ""]))
-        _build(name, [f"--target={target}", *options, os.fspath(CHECKOUT)])
+        # Under a name of its own the large layer outlives the pruning of what no name leads to any more.
+        for stage, tag in ((f"{target}-dependencies", f"{name}-dependencies"), (target, name)):
+            _build(tag, [f"--target={stage}", *options, os.fspath(CHECKOUT)])
+        _buildah("rmi", "--prune")
         return _image(name, started)
 
 
