@@ -320,7 +320,9 @@ class LiveModelSource:
 def model_of(manifest: CacheManifest, location: StoreLocation) -> ModelSource | None:
     """How the model of a cache was loaded; None when the manifest does not tell.
 
-    A model in an object store is opened as the cache is: manifests tell no credentials.
+    A model in an object store is opened as the cache is: manifests tell no credentials. Nor do they allow code of the
+    model's repository to be run: whoever can write to the bucket could say so. A resource says it, which the operator
+    checks.
 
     Args:
         location: of the cache.
@@ -328,7 +330,7 @@ def model_of(manifest: CacheManifest, location: StoreLocation) -> ModelSource | 
     told = manifest.spec.get("model")
     if told is None:
         return None
-    model = ModelSource.model_validate(told)
+    model = ModelSource.model_validate(told).model_copy(update={"trust_remote_code": False})
     if not model.name.startswith("s3://"):
         return model
     endpoint = None if model.store is None else model.store.endpoint_url

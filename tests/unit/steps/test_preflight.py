@@ -307,6 +307,10 @@ def test_a_model_in_a_bucket_is_opened_as_the_finished_cache_is(bench: Bench) ->
     assert model.store == access.model_copy(update={"endpoint_url": "https://models"})
     store.put("manifest.json", manifest.model_copy(update={"spec": {"model": {"name": "gpt2"}}}).to_bytes())
     assert model_of(read_manifest(store), location) == ModelSource(name="gpt2")
+    # Whoever may write to the bucket cannot have code run.
+    trusting = {"model": {"name": "gpt2", "trustRemoteCode": True}}
+    store.put("manifest.json", manifest.model_copy(update={"spec": trusting}).to_bytes())
+    assert model_of(read_manifest(store), location) == ModelSource(name="gpt2")
 
 
 @pytest.mark.parametrize(
