@@ -131,6 +131,11 @@ class FakeKubelet:
         if self.failure is not None:
             raise self.failure
 
+    def die(self) -> None:
+        """The node is cut off: its heartbeats cease, and its pods are told of as they were."""
+        self._stop.set()
+        self._thread.join(10)
+
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
