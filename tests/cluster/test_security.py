@@ -64,6 +64,10 @@ def assert_harmless(pod: dict[str, Any]) -> None:
     assert not [path for path in mounted if "serviceaccount" in path], where
 
 
+def space(*values: int) -> dict[str, Any]:
+    return {"parameters": [{"path": "saes[0].architecture.k", "values": list(values)}]}
+
+
 RICH_RUN = {
     **PLACEMENT,
     "resources": {"limits": {"nvidia.com/gpu": 2, "memory": "8Gi"}},
@@ -103,8 +107,12 @@ def test_every_pod_is_admitted_by_restricted_and_holds_no_rights(world: World, o
     finally:
         world.control_plane.kubectl("delete", "persistentvolume", volume["metadata"]["name"], "--wait=false")
     assert job["status"]["phase"] == "Succeeded", job["status"]
+    template = training_spec({"uri": "s3://bucket/cache"}, output={"uri": "s3://bucket/sweep"})
+    spec = {"template": template, "space": space(1, 2), "report": PLACEMENT["cpuSteps"]}
+    world.create("SAESweep", "sweep", spec)
+    world.wait_phase("SAESweep", "sweep", "Succeeded", timeout=60)
     pods = world.list("Pod", ours=True)
-    assert {step_of(pod) for pod in pods} == {"preflight", "prepare", "cache", "finalize", "train"}
+    assert {step_of(pod) for pod in pods} == {"preflight", "prepare", "cache", "finalize", "train", "report"}
     for pod in pods:
         assert_harmless(pod)
 
@@ -151,7 +159,11 @@ def test_what_the_settings_do_not_allow_creates_nothing(world: World) -> None:
         world.create("ActivationCache", "account", cache_spec(run={**PLACEMENT, "serviceAccountName": "admin"}))
         model = {"name": "tiny", "trustRemoteCode": True}
         world.create("SAETrainingJob", "code", training_spec({"cache": cache_spec(model=model)}))
+        template = training_spec({"uri": "s3://bucket/cache"})
+        images = {"parameters": [{"path": "run.image", "values": ["ghcr.io/team/a:1", "docker.io/other:1"]}]}
+        world.create("SAESweep", "images", {"template": template, "space": images})
         for kind, name, field in (
+            ("SAESweep", "images", "spec.template.run.image"),
             ("SAETrainingJob", "image", "spec.run.image"),
             ("ActivationCache", "account", "spec.run.serviceAccountName"),
             ("SAETrainingJob", "code", "spec.activations.cache.model.trustRemoteCode"),
@@ -162,6 +174,7 @@ def test_what_the_settings_do_not_allow_creates_nothing(world: World) -> None:
         assert not world.jobs()
         assert not world.list("ConfigMap", ours=True)
         assert [cache["metadata"]["name"] for cache in world.list("ActivationCache")] == ["account"]
+        assert sorted(job["metadata"]["name"] for job in world.list("SAETrainingJob")) == ["code", "image"]
         # Corrected, it runs; the job image itself needs no leave.
         world.patch("SAETrainingJob", "image", {"spec": {"run": {"image": None}}})
         world.wait_phase("SAETrainingJob", "image", "Succeeded")
@@ -190,7 +203,9 @@ SAID = (
 
 
 def assert_nothing_is_told(world: World, operator: OperatorProcess) -> None:
-    statuses = [found.get("status") for kind in ("SAETrainingJob", "ActivationCache") for found in world.list(kind)]
+    statuses = [
+        found.get("status") for kind in ("SAETrainingJob", "ActivationCache", "SAESweep") for found in world.list(kind)
+    ]
     places = {
         "status": json.dumps(statuses),
         "events": json.dumps([event for event in world.list("Event") if event["reportingComponent"] == "sae-operator"]),
