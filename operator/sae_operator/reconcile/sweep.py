@@ -148,7 +148,10 @@ class _Sweep:
         self.counts = count(self.trials)
         limit = spec.max_failed_trials
         self.given_up = limit is not None and (self.counts.failed or 0) > limit
-        self.jobs: JobsWanted = jobs_wanted(scene.metadata, spec, outline, self.claims, again, given_up=self.given_up)
+        leaving = sum(not job.ended for job in self.removed)
+        self.jobs: JobsWanted = jobs_wanted(
+            scene.metadata, spec, outline, self.claims, again, leaving=leaving, given_up=self.given_up
+        )
         left = self.removed[WRITES_PER_LOOK:]
         self.works = bool(self.jobs.unfinished or again or left or (self.jobs.groups and not self.given_up))
 
@@ -172,7 +175,7 @@ class _Sweep:
             self._report()
         draft.create += self.jobs.create[:WRITES_PER_LOOK]
         removed = [(job.name, job.uid) for job in self.removed if not job.deleting]
-        if max(len(self.jobs.create), len(self.jobs.patches), len(removed)) > WRITES_PER_LOOK:
+        if removed or max(len(self.jobs.create), len(self.jobs.patches)) > WRITES_PER_LOOK:
             draft.look_again(0.0)
         return replace(
             compose(self.scene, draft),

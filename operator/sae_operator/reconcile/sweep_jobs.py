@@ -60,12 +60,14 @@ def jobs_wanted(
     claims: Sequence[Claim],
     again: Sequence[Claim],
     *,
+    leaving: int,
     given_up: bool,
 ) -> JobsWanted:
     """What is to be done, so that no more than `maxParallel` jobs are unfinished.
 
     Args:
         again: of `run_again`.
+        leaving: unfinished jobs whose trials have all been removed; they are to be deleted first.
         given_up: too many trials have failed: what runs is finished, and no others are created.
     """
     taken = {name for claim in claims for name in claim.trials}
@@ -76,7 +78,7 @@ def jobs_wanted(
             _keep_up(spec, outline, claim, wanted)
     if spec.suspend:
         return wanted
-    free = max(0, spec.max_parallel - len(unfinished))
+    free = max(0, spec.max_parallel - len(unfinished) - leaving)
     for claim in again[:free]:
         wanted.patches.append(_go_on(spec, outline, claim))
     if not given_up:

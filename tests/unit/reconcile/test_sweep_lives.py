@@ -212,7 +212,12 @@ def test_a_report_stops_with_the_sweep() -> None:
     sweep.edit(suspend=False)
     sweep.settle()
     assert sweep.phase == "Reporting"
-    assert sweep.condition("TrialsFailed") is None
+    # Also when it is resumed before anything has told that the Job is gone.
+    sweep.edit(suspend=True)
+    sweep.look()
+    assert sweep.phase == "Reporting"
+    sweep.edit(suspend=False)
+    sweep.settle()
     sweep.end_report()
     sweep.settle()
     assert sweep.phase == "Succeeded"
