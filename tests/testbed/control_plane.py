@@ -74,6 +74,7 @@ class ControlPlane:
         self.server: str
         self.authority: CertificateAuthority
         self._port: int
+        self._etcd_port: int
         self._admin: Certificate
         self._children: list[ChildProcess] = []
 
@@ -81,15 +82,13 @@ class ControlPlane:
         """Start everything; raises `RuntimeError` (a process ended: its log's end) or `TimeoutError` (not ready)."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.authority = CertificateAuthority(self.directory / "pki")
-        etcd_port, peer_port, self._port, manager_port, scheduler_port = free_ports(5)
+        self._etcd_port, peer_port, self._port, manager_port, scheduler_port = free_ports(5)
         self.server = f"https://127.0.0.1:{self._port}"
         self._admin = self.authority.issue("admin", "admin", ["system:masters"])
         self.kubeconfig = self._write_kubeconfig("admin", self._admin)
         try:
-            self._start_store(etcd_port, peer_port)
-            self._start_api_server(etcd_port)
-            # The bootstrap roles come with a hook that /readyz waits for.
-            self._wait("the API server", lambda: self._get_status("/readyz") == 200)
+            self._start_store(self._etcd_port, peer_port)
+            self.start_api_server()
             self._start_controllers(manager_port, scheduler_port)
             # Pods are refused until their service account exists.
             service_account = "/api/v1/namespaces/default/serviceaccounts/default"
@@ -105,6 +104,18 @@ class ControlPlane:
         for child in reversed(self._children):
             child.stop()
         self._children.clear()
+
+    def start_api_server(self) -> None:
+        """Start the API server, at first or again; returns when it is ready."""
+        self._start_api_server(self._etcd_port)
+        # The bootstrap roles come with a hook that /readyz waits for.
+        self._wait("the API server", lambda: self._get_status("/readyz") == 200)
+
+    def stop_api_server(self) -> None:
+        """End the API server alone, as when its machine is rebooted; what it has stored stays."""
+        (server,) = [child for child in self._children if child.name == "kube-apiserver"]
+        server.stop()
+        self._children.remove(server)
 
     def __enter__(self) -> ControlPlane:
         return self.start()
