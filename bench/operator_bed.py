@@ -153,10 +153,11 @@ class OperatorProcess:
         return rss_mib(self.pid)
 
     def stop(self) -> list[str]:
-        """Ends it; the errors that it logged."""
+        """Ends it; the errors that it logged while it worked."""
+        errors = [line for line in self.log.read_text().splitlines() if " ERROR " in line]
         self.process.terminate()
         self.process.wait(30)
-        return [line for line in self.log.read_text().splitlines() if " ERROR " in line]
+        return errors
 
 
 @dataclass

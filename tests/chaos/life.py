@@ -15,7 +15,7 @@ from sae_operator.controller.app import Nature
 from sae_operator.reconcile.names import LABEL_STEP
 from tests.chaos.api_server import ApiServer, Object, ended_job, ended_pod, place_of
 from tests.chaos.invariants import Invariants
-from tests.chaos.operators import NAMESPACE, SimulatedOperator, end
+from tests.chaos.operators import NAMESPACE, Processes, SimulatedOperator
 from tests.chaos.results import ObjectStore
 from tests.chaos.simulated_time import SimulatedLoop, rfc3339
 from tests.chaos.transport import Gateway, share
@@ -68,6 +68,7 @@ class Life:
         self.seed = seed
         self.loop = SimulatedLoop()
         self.loop.set_exception_handler(self._failed)
+        self.processes = Processes(self.loop)
         asyncio.set_event_loop(self.loop)
         self.random = Random(seed)
         self.server = ApiServer(self.random, lambda: rfc3339(self.loop.today()))
@@ -145,7 +146,7 @@ class Life:
             self.operators[number] = operator, task
             await operator.run()
 
-        task = self.loop.create_task(run())
+        task = self.processes.start(number, run)
         self.wait(0.0)
         self.invariants.note(f"operator {number} starts")
         return number
@@ -155,10 +156,10 @@ class Life:
 
     def kill(self, number: int) -> None:
         """As SIGKILL: what it has sent may have been done, and nothing more is."""
-        operator, task = self.operators.pop(number)
+        operator, _ = self.operators.pop(number)
         operator.gateway.dead = True
         self.invariants.note(f"operator {number} is dead")
-        self.loop.run_until_complete(end(task))
+        self.processes.kill(number)
 
     def kill_at_call(self, number: int, call: int, *, before: bool) -> None:
         gateway = self.operators[number][0].gateway

@@ -8,10 +8,11 @@ tells nothing of what has vanished.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterable
+from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from pydantic_core import from_json, to_json
 
@@ -144,8 +145,39 @@ class _Watch:
         self._events.put_nowait((self._delivered_at, kind, to_json(found)))
 
 
-async def end(task: asyncio.Task[None]) -> None:
-    """The process is gone: nothing of it runs any more."""
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
+class Processes:
+    """Which tasks belong to which operator, so that one can be ended in a moment, as SIGKILL does: nothing of it that
+    would finish first does."""
+
+    def __init__(self, loop: SimulatedLoop) -> None:
+        self._loop = loop
+        self._number: ContextVar[int | None] = ContextVar("number", default=None)
+        self._tasks: dict[int, WeakSet[asyncio.Task[Any]]] = {}
+        loop.set_task_factory(self._make)
+
+    def start(self, number: int, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        """Runs `work` as operator `number`; all tasks that follow from it belong to it."""
+        token = self._number.set(number)
+        try:
+            return self._loop.create_task(work())
+        finally:
+            self._number.reset(token)
+
+    def kill(self, number: int) -> None:
+        """Ends all tasks of an operator, in no time."""
+        tasks = self._tasks.pop(number, WeakSet[asyncio.Task[Any]]())
+        while any(not task.done() for task in tasks):
+            for task in list(tasks):
+                task.cancel()
+            self._loop.run_until_complete(asyncio.sleep(0))
+        for task in list(tasks):
+            # Taken notice of: what a process says while it is killed, nobody hears.
+            if not task.cancelled():
+                task.exception()
+
+    def _make(self, loop: asyncio.AbstractEventLoop, work: Any, context: Context | None = None) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, context=context)
+        number = self._number.get() if context is None else context.get(self._number)
+        if number is not None:
+            self._tasks.setdefault(number, WeakSet()).add(task)
+        return task
