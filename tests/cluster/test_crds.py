@@ -404,7 +404,28 @@ REFUSED_UPDATES = [
     _immutable(SWEEP, "template.output", {"template.output.uri": "s3://saes/other"}),
     Update(SWEEP, {"retry": 0}, {"spec.retry": "retry can only be raised"}, {"retry": 1}),
 ]
+# All pod settings are for the next attempt.
+_RUN = {
+    "run.activeDeadlineSeconds": 86400,
+    "run.startupDeadlineSeconds": 60,
+    "run.ttlSecondsAfterFinished": 0,
+    "run.terminationGracePeriodSeconds": 300,
+    "run.queueName": "gpus",
+    "run.priorityClassName": "high",
+    "run.runtimeClassName": "nvidia",
+    "run.serviceAccountName": "trainer",
+    "run.shmSize": "8Gi",
+    "run.volumes": [{"claimName": "hub", "mountPath": "/data"}],
+    "run.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms": [
+        {"matchExpressions": [{"key": "gpu", "operator": "Exists"}]}
+    ],
+    "run.cpuSteps.nodeSelector": {"pool": "cpu"},
+}
 ALLOWED_UPDATES = [
+    *(Update(kind, {name: value}) for kind in (CACHE, JOB) for name, value in _RUN.items()),
+    Update(JOB, {f"{_INLINE}.{name}": value for name, value in _RUN.items()}),
+    # What was set may be taken back.
+    *(Update(kind, {"run": {}}, start=_RUN) for kind in (CACHE, JOB)),
     Update(CACHE, {"tokens": 1001}),
     Update(CACHE, {"hooks": [{"name": "a", "headIndex": 3}, {"name": "transformer.h.7"}]}),
     Update(CACHE, {"parallelism": 8, "run.image": "registry.example/job:2", "run.backoffLimit": 0}),
