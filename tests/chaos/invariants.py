@@ -36,7 +36,6 @@ class Invariants:
     # Writes by plural, of the operators alone: pods and the status of Jobs are not theirs.
     writes: Counter[str] = field(default_factory=Counter)
     _times: deque[float] = field(default_factory=deque)
-    _ended_well: set[tuple[str | None, str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.server.listeners.append(self._wrote)
@@ -76,30 +75,25 @@ class Invariants:
 
     def _job(self, write: Write) -> None:
         job, name = write.object, write.place[2]
-        round_of_step = controller_uid(job), job["metadata"]["labels"][LABEL_STEP], _work(job)
         if write.before is None:
             self.note(f"Job {name} made")
             owner = self._by_uid(controller_uid(job))
             if owner is None:
                 # It was deleted a moment ago: the garbage collector takes the Job along.
                 return
-            others = [
-                other["metadata"]["name"]
+            siblings = [
+                other
                 for other in self.server.all("jobs")
-                if controller_uid(other) == controller_uid(job)
-                and other["metadata"]["uid"] != job["metadata"]["uid"]
-                and not ended_job(other)
+                if controller_uid(other) == controller_uid(job) and other["metadata"]["uid"] != job["metadata"]["uid"]
             ]
-            if others:
-                self.break_(f"Job {name} was made while {others} works")
-            if round_of_step in self._ended_well:
-                self.break_(f"Job {name} runs a step again that has succeeded")
+            working = [other["metadata"]["name"] for other in siblings if not ended_job(other)]
+            if working:
+                self.break_(f"Job {name} was made while {working} works")
+            if any(_succeeded(other) and _purpose(other) == _purpose(job) for other in siblings):
+                self.break_(f"Job {name} runs a step again whose Job has succeeded and is still there")
         elif write.after is not None and ended_job(write.after) and not ended_job(write.before):
             kind = write.after["status"]["conditions"][0]["type"]
             self.note(f"Job {name} {kind}")
-            # A preflight is looked at again in every round, and may be deleted by hand before it was read.
-            if kind == "Complete" and round_of_step[1] == "train":
-                self._ended_well.add(round_of_step)
         elif write.after is None:
             self.note(f"Job {name} gone")
 
@@ -202,8 +196,13 @@ def _ready(status: Object) -> str:
     return f"{found[0]['reason']}: {found[0]['message']}" if found else ""
 
 
-def _work(job: Object) -> str:
-    return (job["metadata"].get("annotations") or {}).get(ANNOTATION_WORK, "")
+def _purpose(job: Object) -> tuple[str, str]:
+    """The step and the round of work."""
+    return job["metadata"]["labels"][LABEL_STEP], (job["metadata"].get("annotations") or {}).get(ANNOTATION_WORK, "")
+
+
+def _succeeded(job: Object) -> bool:
+    return any(item["type"] == "Complete" for item in job["status"].get("conditions") or [])
 
 
 def _follows(spec: Object) -> bool:
