@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sae_operator.api.redaction import redact
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Enough for what led to an end, small enough to hold in memory.
 TAIL_LINES = 10_000
@@ -15,12 +17,22 @@ STORED_BYTES = 4 * 2**20
 NEXT_ATTEMPT = "--- the next attempt ---\n"
 
 
+class Lines(logging.Formatter):
+    """Lines without credentials: errors of libraries hold addresses with their users, and signed ones."""
+
+    def __init__(self) -> None:
+        super().__init__(FORMAT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 class LogTail(logging.Handler):
     """Keeps the last lines of the log, for `log.txt` beside the results."""
 
     def __init__(self, lines: int = TAIL_LINES) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(Lines())
         self._lines: deque[str] = deque(maxlen=lines)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -67,7 +79,7 @@ def set_up_logging(level: int = logging.INFO) -> LogTail:
     root = logging.getLogger()
     root.setLevel(level)
     stream = logging.StreamHandler()
-    stream.setFormatter(logging.Formatter(FORMAT))
+    stream.setFormatter(Lines())
     root.handlers[:] = [stream, tail]
     # These tell every HTTP request at INFO.
     for noisy in ("httpx", "botocore", "boto3", "urllib3", "filelock", "fsspec"):

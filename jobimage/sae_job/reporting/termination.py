@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sae_operator.api.redaction import redact
 from sae_operator.api.steps import TERMINATION_MESSAGE_BYTES, StepResult
 
 # Messages of single SAEs are cut to this before SAEs' messages are dropped altogether.
@@ -11,7 +12,12 @@ _SHORT_MESSAGE = 120
 
 
 def encode_result(result: StepResult) -> bytes:
-    """Compact JSON of at most 4096 bytes: long texts are cut first, then left out; figures are never cut."""
+    """Compact JSON of at most 4096 bytes: long texts are cut first, then left out; figures are never cut. Texts are
+    without credentials."""
+    saes = result.saes and [
+        sae.model_copy(update={"message": redact(sae.message)}) if sae.message else sae for sae in result.saes
+    ]
+    result = result.model_copy(update={"message": redact(result.message), "saes": saes})
 
     def encode(value: StepResult) -> bytes:
         return value.model_dump_json(by_alias=True, exclude_none=True).encode()

@@ -38,3 +38,13 @@ def test_the_file_is_written_in_place(tmp_path: Path) -> None:
     write_result(StepResult(step="prepare", exit_code=2, reason="NoTokens"), path)
     assert path.stat().st_ino == inode
     assert StepResult.model_validate_json(path.read_bytes()).reason == "NoTokens"
+
+
+def test_credentials_are_left_out_of_its_texts() -> None:
+    text = "https://user:hunter2@s3/x?X-Amz-Signature=deadbeef: refused"
+    saes = [SaeProgress(name="a", phase="Failed", message=text)]
+    encoded = encode_result(StepResult(step="train", exit_code=1, reason="Error", message=text, saes=saes))
+    decoded = StepResult.model_validate_json(encoded)
+    assert decoded.message == "https://***@s3/x?X-Amz-Signature=***: refused"
+    assert decoded.saes is not None
+    assert decoded.saes[0].message == decoded.message
