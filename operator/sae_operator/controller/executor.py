@@ -258,7 +258,7 @@ class Executor:
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
-            logger.info("%s %s/%s has changed or is gone; its status is not written", *key)
+            logger.info("it has changed or is gone; its status is not written")
             await self._refresh(stored)
             if self._latest(stored) is None:
                 return
