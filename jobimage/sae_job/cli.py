@@ -156,8 +156,11 @@ def show_results(outcome: JobOutcome, store: Path | None, console: Console) -> N
     place = _place(outcome.output.uri, store)
     for sae in outcome.result.saes or []:
         # Outside the table: its columns would cut the field to change.
-        told = f"failed  {sae.name}: {sae.message}" if sae.phase == "Failed" else f"SAE     {place}/{sae.name}"
-        console.print(told, soft_wrap=True, highlight=False, markup=False)
+        if sae.phase in ("Failed", "Stopped"):
+            told = f"{sae.phase.lower():<8}{sae.name}: {sae.message}"
+            console.print(told, soft_wrap=True, highlight=False, markup=False)
+        if sae.phase != "Failed":
+            console.print(f"SAE     {place}/{sae.name}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"report  {place}/report.html", soft_wrap=True, highlight=False)
 
 

@@ -72,11 +72,13 @@ def _shortened(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reasons(rows: list[TrialRow]) -> list[str]:
-    """Why trials did not come to their end: each reason once."""
-    found = Counter((row.phase, row.message or "") for row in rows if row.phase != "Succeeded")
+    """Why trials did not come to their end: each reason once, with an example."""
+    from sae_job.reporting.sweep_table import reasons
+
+    found = reasons(rows)
     lines = [
-        f"{phase.lower():<8}{number} {'trial' if number == 1 else 'trials'}: {message}"
-        for (phase, message), number in found.most_common(SHOWN_REASONS)
+        f"{row.phase.lower():<8}{number} {'trial' if number == 1 else 'trials'}, e.g. {row.name}: {row.message or ''}"
+        for row, number in found[:SHOWN_REASONS]
     ]
     more = len(found) - len(lines)
     return [*lines, f"        and {more} other reasons: see the report"] if more else lines

@@ -22,8 +22,8 @@ def _duration(seconds: float) -> str:
 
 
 def _sae_figures(sae: SaeProgress) -> str:
-    if sae.phase == "Failed":
-        return f"{sae.name} failed"
+    if sae.phase in ("Failed", "Stopped"):
+        return f"{sae.name} {sae.phase.lower()}"
     figures = [
         f"{label} {value:{form}}"
         for label, value, form in (

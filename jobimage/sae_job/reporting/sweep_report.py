@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import html
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_job.reporting.report import STYLE
 from sae_job.reporting.sweep_plots import parameter_plot, parameter_points, pareto_plot, pareto_points, title_of
-from sae_job.reporting.sweep_table import GAINS, SaeRow, TrialRow, best_of, by_rank, counts
+from sae_job.reporting.sweep_table import GAINS, SaeRow, TrialRow, best_of, by_rank, counts, reasons
 from sae_operator.api.sweep import Objective
 from sae_operator.api.sweep_expansion import describe_parameters
 
@@ -148,18 +147,11 @@ def _parameters(rows: Sequence[TrialRow], objective: Objective) -> str:
 
 def _reasons(rows: Sequence[TrialRow]) -> str:
     """Why trials failed, were given up or are not there, each reason once."""
-    found: Counter[tuple[str, str]] = Counter()
-    first: dict[tuple[str, str], TrialRow] = {}
-    for row in rows:
-        if row.phase != "Succeeded":
-            key = (row.phase, row.message or "")
-            found[key] += 1
-            first.setdefault(key, row)
+    found = reasons(rows)
     shown: list[str] = []
-    for (phase, message), number in found.most_common(_MOST_REASONS):
-        row = first[phase, message]
-        example = html.escape(f"{row.name} ({describe_parameters(row.parameters)}): {message}")
-        shown.append(f'<li class="{phase.lower()}">{phase}, {_number(number, "trial")}, e.g. {example}</li>')
+    for row, number in found[:_MOST_REASONS]:
+        example = html.escape(f"{row.name} ({describe_parameters(row.parameters)}): {row.message or ''}")
+        shown.append(f'<li class="{row.phase.lower()}">{row.phase}, {_number(number, "trial")}, e.g. {example}</li>')
     more = len(found) - len(shown)
     rest = f'<p class="note">{_number(more, "other reason")}: see the table.</p>' if more else ""
     return f"<ul>{''.join(shown)}</ul>{rest}" if shown else ""

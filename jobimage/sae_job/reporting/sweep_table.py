@@ -6,6 +6,7 @@ Pure functions: results in, rows out. An operator that sees the jobs' statuses a
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -29,6 +30,8 @@ FIGURES = (
     "loss",
 )
 FACTS = ("hook", "target_hook", "architecture", "d_in", "d_sae", "tokens")
+# Numbers, and names of trials.
+_VARYING = re.compile(r"t-[0-9a-f]{10}|\d+(\.\d+)?(e[+-]?\d+)?")
 # What an SAE's active latents buy; the first is the one that every sweep has.
 GAINS = ("explained_variance", "ce_loss_score")
 NO_RESULTS = "its training job has left no results"
@@ -239,6 +242,16 @@ def best_of(rows: Iterable[TrialRow]) -> TrialRow | None:
 def counts(rows: Sequence[TrialRow]) -> dict[str, int]:
     """Number of trials by phase."""
     return {phase: sum(row.phase == phase for row in rows) for phase in PHASES}
+
+
+def reasons(rows: Iterable[TrialRow]) -> list[tuple[TrialRow, int]]:
+    """Why trials did not come to their end, the most frequent reason first: one trial as an example, and how many there
+    are like it. Messages that differ only in numbers and names of trials are one reason."""
+    alike: dict[tuple[Phase, str], list[TrialRow]] = {}
+    for row in rows:
+        if row.phase != "Succeeded":
+            alike.setdefault((row.phase, _VARYING.sub("#", row.message or "")), []).append(row)
+    return sorted(((found[0], len(found)) for found in alike.values()), key=lambda item: -item[1])
 
 
 def by_rank(rows: Iterable[TrialRow]) -> list[TrialRow]:

@@ -19,6 +19,7 @@ from sae_job.reporting.sweep_table import (
     counts,
     document,
     pareto_front,
+    reasons,
     table,
 )
 from sae_operator.api.sweep import Objective
@@ -130,6 +131,24 @@ def test_a_trial_of_several_saes_is_as_good_as_the_best_of_them() -> None:
     assert [row.phase for row in rows] == ["Succeeded", "Stopped"]
     fronts = {found.name[-1]: found.fronts for found in rows[0].saes}
     assert fronts == {"a": ("explained_variance",), "b": ("explained_variance",), "c": ()}
+
+
+def test_reasons_that_differ_in_numbers_and_trials_are_one() -> None:
+    told = [
+        "stopped after 128 tokens: explained_variance 0.5 is below 0.7",
+        "SAE 't-0000000003': the loss is not finite",
+    ]
+    rows = rows_of(
+        [
+            sae(0, explained_variance=0.9),
+            sae(1, phase="Stopped", message=told[0]),
+            sae(2, phase="Failed", message=told[1]),
+            sae(3, phase="Failed", message=told[1].replace("t-0000000003", "t-00000000ab")),
+            sae(4, phase="Stopped", message=told[0].replace("0.5", "1.25e-05").replace("128", "256")),
+            sae(5, phase="Stopped", message=told[0]),
+        ]
+    )
+    assert [(row.name, number) for row, number in reasons(rows)] == [(name_of(1), 3), (name_of(2), 2)]
 
 
 def test_there_is_a_front_of_the_score_where_it_is_measured() -> None:

@@ -342,7 +342,7 @@ def test_the_command_line_shows_the_best_and_where_the_rest_is(
     assert "small: 3 trials in 3 training jobs: 2 succeeded, 1 failed" in words
     assert "learningRate=0.003" in "".join(words.split())
     assert f"report {tmp_path}/store/bucket/sweep/report.html" in words
-    assert "failed 1 trial: spec.saes[0].training.learningRate" in words or "not finite" in words
+    assert "failed 1 trial, e.g. t-" in words
     assert "warning: SAESweep/small: spec.template.training.learningRate" in shown.err
 
 
