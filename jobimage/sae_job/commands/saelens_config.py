@@ -221,6 +221,8 @@ def _model(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         model["revision"] = dict(values["model_from_pretrained_kwargs"])["revision"]
     if options.pop("n_devices", 1) > 1:
         model["deviceMap"] = "auto"
+    if options.pop("trust_remote_code", False):
+        model["trustRemoteCode"] = True
     notes.extend(f"model_from_pretrained_kwargs.{key}: there is no such option" for key in options)
     notes.extend(f"model_kwargs.{key}: there is no such option" for key in values["model_kwargs"] or {})
     for theirs, ours in (("autocast_lm", "autocast"), ("compile_llm", "compile")):

@@ -145,6 +145,11 @@ def test_architectures(changes: dict[str, Any], expected: dict[str, Any]) -> Non
             {"foldLayerNorm": True},
         ),
         ({"model_from_pretrained_kwargs": {"n_devices": 4}}, "activations.cache.model.deviceMap", "auto"),
+        (
+            {"model_from_pretrained_kwargs": {"trust_remote_code": True}},
+            "activations.cache.model.trustRemoteCode",
+            True,
+        ),
         ({"dtype": "torch.bfloat16"}, "activations.cache.storage.dtype", "bfloat16"),
         ({"dtype": "bfloat16"}, "saes.0.dtype", "bfloat16"),
         ({"from_pretrained_path": "/sae"}, "saes.0.startFrom.uri", "file:///sae"),
