@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 QUICKSTART := build/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test unit testbed lint format generate bench gpu-check clean
+.PHONY: help install quickstart test unit testbed lint format generate bench gpu-check image-check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ bench: $(INSTALLED) ## Run the benchmarks, quickly; each prints one line of JSON
 
 gpu-check: $(INSTALLED) ## Compare GPU and CPU results; needs a CUDA device
 	$(BIN)/python -m pytest tests/gpu
+
+image-check: $(INSTALLED) ## Build both images and run them by a real kubelet; needs root, Debian and some of its packages
+	$(BIN)/python -m pytest tests/containers
 
 clean: ## Remove the environment and what runs have written
 	rm -rf $(VENV) build out

@@ -25,6 +25,8 @@ from tests.testbed.paths import CHECKOUT, cache_directory
 BASE_IMAGE = "localhost/sae-operator/python:3.11-bookworm"
 OPERATOR_IMAGE = "localhost/sae-operator/operator:test"
 JOB_IMAGE = "localhost/sae-operator/job:test"
+# Debian package of each program that builds images.
+PROGRAMS = {"buildah": "buildah", "mmdebstrap": "mmdebstrap"}
 BASE_PACKAGES = ("python3", "python3-venv", "ca-certificates")
 # What Debian's slim images leave out.
 UNWANTED_PATHS = (
@@ -76,7 +78,7 @@ def require(programs: Mapping[str, str], purpose: str) -> None:
 
 def ensure_base_image() -> Image:
     """Debian with Python 3.11, in place of `python:3.11-slim-bookworm`."""
-    require({"buildah": "buildah", "mmdebstrap": "mmdebstrap"}, "building images")
+    require(PROGRAMS, "building images")
     with _locked():
         started = time.monotonic()
         if not _is_there(BASE_IMAGE):
@@ -144,7 +146,7 @@ def ensure_image_with(base: str, name: str, folders: Mapping[str, Path]) -> Imag
 
 def ensure_program_image(repository: str, program: Path) -> Image:
     """An image of one static program, which it runs; its tag is made from the program's bytes."""
-    require({"buildah": "buildah"}, "building images")
+    require(PROGRAMS, "building images")
     name = f"{repository}:{hashlib.sha256(program.read_bytes()).hexdigest()[:16]}"
     with _locked():
         started = time.monotonic()

@@ -21,19 +21,20 @@ from pathlib import Path
 from tests.testbed.binaries import KUBELET, PAUSE, ensure_built
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.forwarding import Forwarder
+from tests.testbed.images import PROGRAMS as IMAGE_PROGRAMS
 from tests.testbed.images import Image, ensure_archive, ensure_program_image, require
 from tests.testbed.paths import cache_directory
 from tests.testbed.processes import ChildProcess
 from tests.testbed.waiting import wait_for
 
-# Debian package of each program that a node needs.
+# Debian package of each program that a node needs, the building of its images included.
 PROGRAMS = {
+    **IMAGE_PROGRAMS,
     "containerd": "containerd",
     "ctr": "containerd",
     "runc": "runc",
     "ip": "iproute2",
-    "mount": "mount",
-    "buildah": "buildah",
+    "umount": "mount",
 }
 CNI_PLUGINS = Path("/usr/lib/cni")  # containernetworking-plugins
 NODE_ADDRESS = "10.245.0.1"  # a kubelet takes no loopback address
