@@ -19,6 +19,7 @@ from sae_operator.api.status import ActivationCacheStatus, HookStatus, ShardsSta
 from sae_operator.api.steps import CacheStep, CacheStepName, StepResult
 from sae_operator.reconcile import admission
 from sae_operator.reconcile.children import StepWanted, resources_field, resources_of, secret_names
+from sae_operator.reconcile.cleanup import Expiry
 from sae_operator.reconcile.conditions import METRICS_UNAVAILABLE, Finding
 from sae_operator.reconcile.defaults import resolve_cache, resolve_location
 from sae_operator.reconcile.diagnosis import Surroundings
@@ -27,7 +28,6 @@ from sae_operator.reconcile.progress import finished_progress, latest_by_index, 
 from sae_operator.reconcile.rounds import Round, current_round
 from sae_operator.reconcile.scene import (
     Draft,
-    Expiry,
     Scene,
     at_rest,
     compose,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -12,6 +12,7 @@ from sae_operator.api.run_settings import RunSettings
 from sae_operator.api.status import AttemptStatus, CommonStatus, PlanStatus
 from sae_operator.api.steps import StepResult
 from sae_operator.reconcile.attempts import kept
+from sae_operator.reconcile.cleanup import Expiry, leftovers
 from sae_operator.reconcile.conditions import (
     CREATE_REFUSED,
     DEFAULTS_INVALID,
@@ -24,7 +25,7 @@ from sae_operator.reconcile.conditions import (
 )
 from sae_operator.reconcile.deadlines import ActiveTime, active_time, known_active_time, seconds_to_cleanup
 from sae_operator.reconcile.diagnosis import find_stuck
-from sae_operator.reconcile.names import DEFAULTS_CONFIG_MAP, attempt_of, child_name, service_name, step_of
+from sae_operator.reconcile.names import DEFAULTS_CONFIG_MAP, step_of
 from sae_operator.reconcile.observed import (
     Children,
     Defaults,
@@ -267,21 +268,6 @@ def _events(scene: Scene[Any], draft: Draft) -> list[EventWanted]:
     return events
 
 
-@dataclass(frozen=True)
-class Expiry:
-    """What a finished resource has left behind, and for how long it stays.
-
-    Attributes:
-        ttl_seconds: `spec.run.ttlSecondsAfterFinished`.
-        steps: of which there may be ConfigMaps.
-        service: there may be a Service.
-    """
-
-    ttl_seconds: int | None
-    steps: Sequence[str]
-    service: bool = False
-
-
 def at_rest(
     metadata: Metadata,
     stored: CommonStatus,
@@ -313,26 +299,10 @@ def at_rest(
         return replace(wanted, requeue_after=CLEANUP_AGAIN_SECONDS)
     return replace(
         wanted,
-        delete_objects=tuple(_leftovers(metadata, stored, children, expiry)),
+        delete_objects=tuple(leftovers(metadata, stored, children, expiry)),
         delete_jobs=tuple(job.name for job in children.jobs if not job.deleting),
         requeue_after=CLEANUP_AGAIN_SECONDS if children.jobs else None,
     )
-
-
-def _leftovers(
-    metadata: Metadata, stored: CommonStatus, children: Children, expiry: Expiry
-) -> Iterator[tuple[str, str]]:
-    """Kind and name of what is there beside the Jobs; one of it may be gone. Jobs may have been deleted by anybody, so
-    each step's attempts are those up to the last one that anything tells of."""
-    told = [job.name for job in children.jobs]
-    told += [stored.job_name] if stored.job_name is not None else []
-    told += [entry.job_name for entry in stored.attempts or ()]
-    for step in expiry.steps:
-        attempts = max((attempt_of(name) for name in told if step_of(name, metadata) == step), default=1)
-        for attempt in range(1, attempts + 1):
-            yield "ConfigMap", child_name(metadata, step, attempt)
-    if expiry.service:
-        yield "Service", service_name(metadata)
 
 
 def refuse_invalid(

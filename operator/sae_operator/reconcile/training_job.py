@@ -20,6 +20,7 @@ from sae_operator.api.training_job import SAETrainingJobSpec
 from sae_operator.reconcile import admission
 from sae_operator.reconcile.cache_gate import Gate, activations_of, cache_gate
 from sae_operator.reconcile.children import StepWanted, resources_field, resources_of, secret_names
+from sae_operator.reconcile.cleanup import Expiry
 from sae_operator.reconcile.conditions import METRICS_UNAVAILABLE, Finding
 from sae_operator.reconcile.defaults import resolve_cache, resolve_location, resolve_training_job
 from sae_operator.reconcile.diagnosis import Surroundings
@@ -38,7 +39,6 @@ from sae_operator.reconcile.projection import parse_time
 from sae_operator.reconcile.rounds import Round, current_round
 from sae_operator.reconcile.scene import (
     Draft,
-    Expiry,
     Scene,
     at_rest,
     compose,
