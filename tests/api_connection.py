@@ -39,7 +39,7 @@ class ApiConnection:
                 connection.request(method, path, body=data, headers={"Content-Type": content_type})
                 answer = connection.getresponse()
                 return answer.status, answer.read()
-            except (http.client.HTTPException, ConnectionError, TimeoutError):
+            except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError):
                 if attempt == 2:
                     raise
         raise AssertionError("unreachable: the second attempt returns or raises")
