@@ -51,6 +51,8 @@ CRD_RETRY_SECONDS = 2.0
 FINISH_SECONDS = 4.0
 # A resource whose pods stay as they are is looked at only every third time that they are listed.
 LOOKS_PER_POLL = 3
+# With many resources whose pods work, the progress of each is written less often: so many statuses a second in all.
+PROGRESS_PER_SECOND = 12.0
 # Training jobs of a sweep change all the time: it is looked at once for all that happens within this.
 SWEEP_SECONDS = 1.0
 # Objects live long here or die at once; with Python's defaults, collections cost a tenth of the CPU.
@@ -201,7 +203,13 @@ class Operator:
             if stored is None:
                 return None
             # The poller tells what changes; a look without a change only serves deadlines.
-            settings = replace(self._settings, poll_seconds=LOOKS_PER_POLL * self.poller.interval)
+            settings = replace(
+                self._settings,
+                poll_seconds=LOOKS_PER_POLL * self.poller.interval,
+                progress_interval_seconds=max(
+                    self._settings.progress_interval_seconds, self.poller.watched / PROGRESS_PER_SECOND
+                ),
+            )
             now = self._nature.now()
             wanted = await self._reconcile(stored, defaults, settings, now)
             await self.executor.execute(stored, wanted)

@@ -61,6 +61,11 @@ class PodPoller:
         """Seconds between two ticks, when nothing asks for an earlier one."""
         return max(self._poll_seconds, SECONDS_PER_ACTIVE_KEY * len(self._watched))
 
+    @property
+    def watched(self) -> int:
+        """Resources whose pods matter now."""
+        return len(self._watched)
+
     def gap_after(self, took: float) -> float:
         """Seconds without a tick after one of `took` seconds; a pod that does not answer never delays the next one."""
         return max(SHORTEST_GAP_SECONDS, min(took / LARGEST_SHARE, self.interval))
