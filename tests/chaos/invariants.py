@@ -6,7 +6,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from sae_operator.reconcile.names import ANNOTATION_WORK, LABEL_STEP
+from sae_operator.reconcile.names import ANNOTATION_WORK, LABEL_STEP, LABEL_UID
 from tests.chaos.api_server import OURS, ApiServer, Object, Write, controller_uid, ended_job, ended_pod
 from tests.chaos.results import ObjectStore
 from tests.chaos.simulated_time import SimulatedLoop
@@ -36,6 +36,8 @@ class Invariants:
     # Writes by plural, of the operators alone: pods and the status of Jobs are not theirs.
     writes: Counter[str] = field(default_factory=Counter)
     _times: deque[float] = field(default_factory=deque)
+    # Names of the running pods of each resource, with the Job of each.
+    _running: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.server.listeners.append(self._wrote)
@@ -105,17 +107,13 @@ class Invariants:
                 self.note(f"pod {write.place[2]} {phase}")
             else:
                 return
-        if phase != "Running" or write.after is None:
-            return
-        labels = pod["metadata"]["labels"]
-        for other in self.server.all("pods"):
-            theirs = other["metadata"]["labels"]
-            if (
-                theirs["sae-operator.dev/uid"] == labels["sae-operator.dev/uid"]
-                and controller_uid(other) != controller_uid(pod)
-                and other["status"].get("phase") == "Running"
-            ):
-                self.break_(f"pods {other['metadata']['name']} and {write.place[2]} of two Jobs run at once")
+        if phase == "Running" and write.after is not None:
+            running = self._running.setdefault(pod["metadata"]["labels"][LABEL_UID], {})
+            running[pod["metadata"]["name"]] = controller_uid(pod)
+            if len({*running.values()}) > 1:
+                self.break_(f"pods {sorted(running)} of two Jobs run at once")
+        else:
+            self._running.get(pod["metadata"]["labels"][LABEL_UID], {}).pop(pod["metadata"]["name"], None)
 
     # Resources
 

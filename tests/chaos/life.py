@@ -224,10 +224,12 @@ class Life:
         pod = self.workloads.addresses.get(address)
         if pod is None:
             return f"GET /progress on {address}: no answer"
+        step = pod["metadata"]["labels"][LABEL_STEP]
+        counts = step in ("cache", "train")
         return Progress(
-            step=pod["metadata"]["labels"][LABEL_STEP],
-            tokens=int(self.loop.time()) // 7,
-            total_tokens=1000,
+            step=step,
+            tokens=int(self.loop.time()) if counts else 0,
+            total_tokens=10**6 if counts else 0,
             updated_at=rfc3339(self.loop.today()),
         )
 

@@ -105,8 +105,11 @@ class Workloads:
     def _act(self) -> None:
         self._due = False
         self._collect_garbage()
+        pods: defaultdict[str | None, list[Object]] = defaultdict(list)
+        for pod in self.server.all("pods"):
+            pods[controller_uid(pod)].append(pod)
         for job in self.server.all("jobs"):
-            self._sync(job)
+            self._sync(job, pods[job["metadata"]["uid"]])
         for pod in self.server.all("pods"):
             self._look_at(pod)
 
@@ -142,14 +145,13 @@ class Workloads:
 
     # The Job controller
 
-    def _sync(self, job: Object) -> None:
+    def _sync(self, job: Object, pods: list[Object]) -> None:
         if ended_job(job):
             self._expire(job)
             return
         if "deletionTimestamp" in job["metadata"] or job["spec"].get("suspend"):
             return
         book = self._books.setdefault(job["metadata"]["uid"], _Book())
-        pods = [pod for pod in self.server.all("pods") if controller_uid(pod) == job["metadata"]["uid"]]
         for pod in pods:
             self._count(book, job, pod)
         end = self._end_of(book, job, pods)
@@ -162,17 +164,18 @@ class Workloads:
                 job, active=0, succeeded=len(book.succeeded), failed=sum(book.failures.values()), conditions=[condition]
             )
             return
-        indexes = range(job["spec"].get("completions") or 1)
-        for index in indexes:
-            if index not in book.succeeded and not any(_index(pod) == index for pod in active):
-                self._make_pod(book, job, index)
-        active = [
-            pod
-            for pod in self.server.all("pods")
-            if controller_uid(pod) == job["metadata"]["uid"] and not ended_pod(pod)
+        missing = [
+            index
+            for index in range(job["spec"].get("completions") or 1)
+            if index not in book.succeeded and not any(_index(pod) == index for pod in active)
         ]
+        for index in missing:
+            self._make_pod(book, job, index)
         self.server.set_status(
-            job, active=len(active), succeeded=len(book.succeeded), failed=sum(book.failures.values())
+            job,
+            active=len(active) + len(missing),
+            succeeded=len(book.succeeded),
+            failed=sum(book.failures.values()),
         )
 
     def _count(self, book: _Book, job: Object, pod: Object) -> None:
