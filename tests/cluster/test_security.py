@@ -232,7 +232,7 @@ def test_what_a_pod_says_gives_no_credentials_away(
     secret = {"metadata": {"name": "s3"}, "stringData": {"AWS_SECRET_ACCESS_KEY": SECRETS["secret key"]}}
     world._call("POST", f"/api/v1/namespaces/{world.namespace}/secrets", secret)
     kubelet.scripts[world.namespace] = lambda pod: behaviour
-    place = {"uri": "s3://bucket/out", "endpointUrl": f"https://minio:{SECRETS['password']}@s3.example.com"}
+    place = {"uri": "s3://bucket/out", "endpointUrl": "https://s3.example.com"}
     world.create("SAETrainingJob", "job", training_spec(output={**place, "secretRef": {"name": "s3"}}))
 
     def told(found: dict[str, Any]) -> bool:
@@ -348,6 +348,23 @@ def test_names_that_are_no_object_names_are_refused(world: World, plural: str, n
     assert attempt(world, plural, "fine", SPECS[plural])[0] == 201
     status, body = attempt(world, plural, name, SPECS[plural])
     assert status in (400, 422), body
+
+
+@pytest.mark.parametrize("plural", SPECS)
+@pytest.mark.parametrize(
+    "url", ["https://minio:secret@s3", "http://key@10.0.0.1:9000/x", "https://a:b@c@d", "ftp://s3"]
+)
+def test_an_endpoint_with_credentials_in_it_is_refused(world: World, plural: str, url: str) -> None:
+    spec = json.loads(json.dumps(SPECS[plural]))
+    inner = spec
+    for key in ADDRESSES[plural][:-1]:
+        inner = inner[key]
+    inner["endpointUrl"] = url
+    status, body = attempt(world, plural, "job", spec)
+    assert status == 422, body
+    assert "endpointUrl" in body
+    inner["endpointUrl"] = "https://s3.example.com:9000/path@1"
+    assert attempt(world, plural, "job", spec)[0] == 201
 
 
 @pytest.mark.parametrize("plural", SPECS)

@@ -115,7 +115,8 @@ TEXT_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 # A bucket's name, and where it ends.
 S3_PATTERN = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/|$)"
 URI_PATTERN = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\x00-\x1f\x7f]*)?|file://[^\x00-\x1f\x7f]+)$"
-URL_PATTERN = r"^https?://[^\x00-\x20\x7f]+$"
+# Without a user in it: everybody who may read the resource would read the password.
+URL_PATTERN = r"^https?://[^@/?#\x00-\x20\x7f]+(/[^\x00-\x20\x7f]*)?$"
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=NAME_PATTERN)]
 ObjectName = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=OBJECT_NAME_PATTERN)]

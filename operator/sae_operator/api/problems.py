@@ -29,7 +29,7 @@ _PATTERN_WORDS = {
     SPECIAL_TOKEN_PATTERN: "must be none, bos, eos, sep or a token id in quotes",
     ENV_NAME_PATTERN: "must be the name of an environment variable: letters, digits and '_'",
     LABEL_VALUE_PATTERN: "must be a label's value: letters, digits, '-', '_' and '.'",
-    URL_PATTERN: "must be an address such as https://host:port",
+    URL_PATTERN: "must be an address such as https://host:port, without credentials, which belong in secretRef",
 }
 
 

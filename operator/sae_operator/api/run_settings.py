@@ -8,11 +8,23 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from sae_operator.api.base import MAX_COUNT, ApiModel, Count, CountOrZero, ObjectName, Rule, ShortText, one_of_set
+from sae_operator.api.base import (
+    MAX_COUNT,
+    OBJECT_NAME_PATTERN,
+    ApiModel,
+    Count,
+    CountOrZero,
+    ObjectName,
+    Rule,
+    ShortText,
+    one_of_set,
+)
 
 ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 LabelKey = Annotated[str, StringConstraints(max_length=253)]
+# A name that is the value of a label, too.
+QueueName = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=OBJECT_NAME_PATTERN)]
 LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=LABEL_VALUE_PATTERN)]
 AnnotationValue = Annotated[str, StringConstraints(max_length=2048)]
 SecretKey = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[-._A-Za-z0-9]+$")]
@@ -257,7 +269,7 @@ class RunSettings(ApiModel):
     """Taints that the GPU pods tolerate."""
     affinity: Affinity | None = None
     """Nodes that the GPU pods need or prefer, beyond `nodeSelector`."""
-    queue_name: ObjectName | None = None
+    queue_name: QueueName | None = None
     """LocalQueue of Kueue that admits the Jobs; the namespace's default when empty."""
     priority_class_name: ObjectName | None = None
     """PriorityClass of all pods."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import StringConstraints, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from sae_operator.api.base import EndpointUrl, ObjectName, Region, ShortText
 from sae_operator.api.redaction import redact
-from sae_operator.api.run_settings import StringMap, Toleration
+from sae_operator.api.run_settings import QueueName, StringMap, Toleration
 from sae_operator.api.steps import StepResult
 from sae_operator.reconcile.names import ANNOTATION_ATTEMPT, ANNOTATION_WORK, LABEL_STEP, STEP_CONTAINER, attempt_of
 from sae_operator.reconcile.observed import Defaults, JobFacts, Metadata, PodFacts
@@ -32,8 +32,7 @@ _TEXTS = {
     "region": TypeAdapter[str](Region),
     "secretName": TypeAdapter[str](ObjectName),
     "image": TypeAdapter[str](ShortText),
-    # It becomes a label's value.
-    "queueName": TypeAdapter[str](Annotated[ObjectName, StringConstraints(max_length=63)]),
+    "queueName": TypeAdapter[str](QueueName),
 }
 
 
