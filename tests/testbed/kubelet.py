@@ -302,8 +302,10 @@ def _take_back(directory: Path) -> None:
         for link in _CONTAINER_LOGS.iterdir():
             if link.is_symlink() and os.readlink(link).startswith(os.fspath(directory)):
                 link.unlink()
-    for result in _NETWORK_RESULTS.glob(f"{NETWORK}-*"):
-        result.unlink(missing_ok=True)
+    # Named by network and pod: ours and the loopback's.
+    for sandbox in (directory / "containerd" / "root" / "io.containerd.grpc.v1.cri" / "sandboxes").glob("*"):
+        for result in _NETWORK_RESULTS.glob(f"*-{sandbox.name}-*"):
+            result.unlink(missing_ok=True)
     shutil.rmtree(directory)
 
 
