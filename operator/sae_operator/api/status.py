@@ -278,7 +278,7 @@ class SAESweepStatus(CommonStatus):
     summary: SweepSummary | None = None
     """Figures of the best trial."""
     observed_trials: str | None = None
-    """Hash of the trials that this status is about."""
+    """Hash of the trials and the objective that this status is about."""
     report_uri: str | None = None
     """Report with the Pareto plot, when finished."""
     table_uri: str | None = None

@@ -31,10 +31,14 @@ TRIAL_PREFIX = "t-"
 TRIAL_NAME_LENGTH = len(TRIAL_PREFIX) + HASH_LENGTH
 MAX_SAES = 16
 MAX_SAE_NAME = 63
+# Of an address; those of trials lie below the sweep's.
+MAX_URI_LENGTH = 1024
 # What is not a trial's to choose.
 RESERVED_FIELDS = ("output", "suspend", "retry", "medianStop")
 # Settings of `training` that an SAE may have for itself: trials that differ in them alone share a job.
 OWN_SETTINGS = ("learning_rate", "adam_beta1", "adam_beta2")
+# Folder of the median rule's figures, below the sweep's.
+MEDIAN_STOP = "/median-stop"
 SHOWN_PROBLEMS = 5
 # Draws for one new trial of a random search before its space counts as exhausted.
 DRAWS_PER_TRIAL = 100
@@ -101,11 +105,6 @@ def job_name(sweep_name: str, sweep_uid: str, trials: Sequence[str]) -> str:
     return f"{sweep_name[: MAX_NAME_LENGTH - HASH_LENGTH - 1].rstrip('-')}-{tail}"
 
 
-def trials_hash(trials: Iterable[str]) -> str:
-    """Tells sets of trials apart."""
-    return canonical_hash(sorted(trials))
-
-
 # Expansion
 
 
@@ -126,7 +125,7 @@ def walk(spec: SAESweepSpec) -> Iterator[Trial]:
         SweepInvalid: as `expand`.
     """
     paths = [parameter.path for parameter in spec.space.parameters]
-    problems = list(_path_problems(paths))
+    problems = [*_path_problems(paths), *_value_problems(spec.space), *_folder_problems(spec)]
     if problems:
         raise SweepInvalid(problems)
     _check_number(spec)
@@ -137,6 +136,9 @@ def walk(spec: SAESweepSpec) -> Iterator[Trial]:
     for values in _assignments(spec):
         parameters = dict(zip(paths, values, strict=True))
         result = _trial(parameters, text)
+        if isinstance(result, Trial) and spec.objective.metric not in result.spec.evaluation.metrics:
+            message = f"must name {spec.objective.metric}, the sweep's objective.metric"
+            result = [Problem("", "", "spec.template.evaluation.metrics", message)]
         if isinstance(result, list):
             for problem in result:
                 where = f" (in the trial {describe_parameters(parameters)})"
@@ -221,9 +223,10 @@ def _number_in(bounds: Range, share: float) -> float | int:
         value = math.exp(low + share * (high - low))
     else:
         value = bounds.min + share * (bounds.max - bounds.min)
-    value = min(max(value, bounds.min), bounds.max)
+    if bounds.whole:
+        return round(min(max(value, bounds.min), bounds.max))
     # Six digits are all that anybody reads, and leave room for as many trials.
-    return round(value) if bounds.whole else float(f"{value:.6g}")
+    return min(max(float(f"{value:.6g}"), bounds.min), bounds.max)
 
 
 def _path_problems(paths: Sequence[str]) -> Iterator[Problem]:
@@ -233,8 +236,22 @@ def _path_problems(paths: Sequence[str]) -> Iterator[Problem]:
         if segments[0] in RESERVED_FIELDS or (segments[0] == "saes" and segments[-1] == "name"):
             yield Problem("", "", field, f"{path} is the sweep's own to set; vary another field")
         for other in paths:
-            if other != path and _segments(other)[: len(segments)] == segments:
+            if other != path and _holds(segments, _segments(other)):
                 yield Problem("", "", field, f"{path} holds {other}, which varies, too; vary only one of them")
+
+
+def _holds(outer: Sequence[str | int], inner: Sequence[str | int]) -> bool:
+    """Whether one path leads to, or past, the other; `*` is any item of a list."""
+    pairs = zip(outer, inner, strict=False)
+    return len(outer) <= len(inner) and all(one == other or "*" in (one, other) for one, other in pairs)
+
+
+def _folder_problems(spec: SAESweepSpec) -> Iterator[Problem]:
+    """Addresses below the sweep's folder must not be too long, either."""
+    longest = MAX_URI_LENGTH - max(HASH_LENGTH + 1, len(MEDIAN_STOP))
+    if len(_folder(spec)) > longest:
+        message = f"must be at most {longest} characters in a sweep, whose trials have folders below it"
+        yield Problem("", "", "spec.template.output.uri", message)
 
 
 def _value_problems(space: Space) -> Iterator[Problem]:
@@ -404,7 +421,7 @@ def as_job(spec: SAESweepSpec, trial: Trial, hooks: Mapping[str, list[Hook]]) ->
     ]
     stop = spec.median_stop
     if stop is not None and stop.uri is None:
-        stop = stop.model_copy(update={"uri": f"{_folder(spec)}/median-stop"})
+        stop = stop.model_copy(update={"uri": f"{_folder(spec)}{MEDIAN_STOP}"})
     changes: dict[str, Any] = {"saes": saes, "training": training, "suspend": spec.suspend, "retry": 0}
     if stop is not None:
         changes["median_stop"] = stop

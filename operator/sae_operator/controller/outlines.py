@@ -76,7 +76,7 @@ def size_of(space: Space) -> int:
 def _space(spec: SAESweepSpec) -> str:
     """Tells spaces apart; what else a spec says changes no trial."""
     stop = spec.median_stop.to_manifest() if spec.median_stop is not None else None
-    return canonical_hash([spec.template.to_manifest(), spec.space.to_manifest(), stop])
+    return canonical_hash([spec.template.to_manifest(), spec.space.to_manifest(), spec.objective.to_manifest(), stop])
 
 
 def _outline(spec: SAESweepSpec) -> Outline | InvalidSpec:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sae_operator.api.activation_cache import MAX_HOOKS, Hook
 from sae_operator.api.identity import cache_identity, canonical_hash, chosen
-from sae_operator.api.sweep import SAESweepSpec
+from sae_operator.api.sweep import Objective, SAESweepSpec
 from sae_operator.api.sweep_expansion import (
     TrialJob,
     as_job,
@@ -21,7 +21,6 @@ from sae_operator.api.sweep_expansion import (
     shared_part,
     template_text,
     trial_with,
-    trials_hash,
     walk,
 )
 from sae_operator.api.training_job import SAETrainingJobSpec
@@ -70,7 +69,7 @@ class Outline:
         kinds: see `OutlinedTrial.kind`.
         hooks: those that an inline cache asks for, by its identity.
         samples: a spec for each of the different pod settings and models that trials have.
-        digest: hash of the trials' names.
+        digest: hash of the trials' names and of the objective: what the sweep's report is about.
         tokens: the most that a trial asks for.
     """
 
@@ -116,7 +115,7 @@ def outline(spec: SAESweepSpec) -> Outline:
     for trial in walk(spec):
         single = as_job(spec, trial, {})
         collected.add(trial.name, tuple(trial.parameters.values()), single)
-    return collected.outline(tuple(parameter.path for parameter in spec.space.parameters))
+    return collected.outline(tuple(parameter.path for parameter in spec.space.parameters), spec.objective)
 
 
 def following(spec: SAETrainingJobSpec) -> list[Change]:
@@ -183,7 +182,7 @@ class _Collected:
         self.sizes.append(len(single.saes))
         self.shared.append(shared)
 
-    def outline(self, paths: tuple[str, ...]) -> Outline:
+    def outline(self, paths: tuple[str, ...], objective: Objective) -> Outline:
         hooks = {identity: list(found.values()) for identity, found in self.hooks.items() if len(found) <= MAX_HOOKS}
         kinds: dict[tuple[str, tuple[str, ...]], int] = {}
         trials: list[OutlinedTrial] = []
@@ -200,7 +199,7 @@ class _Collected:
             kinds=tuple(self.kinds[shared] for shared, _ in kinds),
             hooks=hooks,
             samples=tuple(self.samples.values()),
-            digest=trials_hash(self.names),
+            digest=canonical_hash([sorted(self.names), chosen(objective)]),
             tokens=max(kind.tokens for kind in self.kinds.values()),
         )
 

@@ -20,8 +20,8 @@ from sae_operator.api.sweep_expansion import (
     job_name,
     pack,
     trial_of,
-    trials_hash,
 )
+from sae_operator.api.training_job import SAETrainingJobSpec
 from sae_operator.reconcile.sweep_trials import outline
 from tests.specs import CACHE_SPEC, JOB_SPEC, edited
 
@@ -179,6 +179,54 @@ def test_a_problem_names_the_field(parameter: dict[str, Any], field: str, words:
     assert words in found[1]
 
 
+@pytest.mark.parametrize(
+    ("parameter", "space", "words"),
+    [
+        (between(K, 1, 5), {}, "needs values with method grid; a range is only for method random"),
+        ({"path": K}, {}, "needs values with method grid"),
+        (values(K, 1, 2) | between(K, 1, 2), {}, "needs values with method grid"),
+        ({"path": K}, {"method": "random", "count": 2}, "needs either values or a range with method random"),
+        (
+            values(K, 1, 2) | between(K, 1, 2),
+            {"method": "random", "count": 2},
+            "needs either values or a range with method random",
+        ),
+        (values(K, 1, 2), {"method": "list", "trials": [{"values": [3]}]}, "takes neither values nor a range"),
+        (between(K, 1, 2), {"method": "list", "trials": [{"values": [3]}]}, "takes neither values nor a range"),
+    ],
+)
+def test_values_and_ranges_must_suit_the_method(parameter: dict[str, Any], space: dict[str, Any], words: str) -> None:
+    (found,) = problems(sweep(parameter, **space))
+    assert found[0] == "spec.space.parameters[0]"
+    assert words in found[1]
+
+
+def test_a_trial_without_the_objectives_metric_is_refused() -> None:
+    (found,) = problems(sweep(values("evaluation.metrics", ["explained_variance"], ["l0"])))
+    assert found[0] == "spec.template.evaluation.metrics"
+    assert found[1].startswith("must name explained_variance, the sweep's objective.metric (in the trial")
+    found_too = problems(sweep(values("evaluation", {"metrics": ["mse"]})))
+    assert found_too[0][0] == "spec.template.evaluation.metrics"
+
+
+def test_addresses_of_trials_may_be_no_longer_than_others() -> None:
+    longest = f"s3://saes/{'o' * 1002}"
+    stop = {".medianStop": {"afterTokens": 100}}
+    (job,) = pack(spec := sweep(values(K, 1), edits={"output.uri": longest, **stop}), expand(spec))
+    assert SAETrainingJobSpec.model_validate(job.spec.to_manifest()) == job.spec
+    (found,) = problems(sweep(values(K, 1), edits={"output.uri": f"{longest}o"}))
+    assert found[0] == "spec.template.output.uri"
+    assert "at most 1012 characters in a sweep" in found[1]
+
+
+def test_numbers_that_are_drawn_lie_in_their_range_when_rounded() -> None:
+    trial, *_ = expand(sweep(between("training.batchSize", 1000001, 1000002, whole=True), method="random", count=1))
+    assert trial.parameters["training.batchSize"] in (1000001, 1000002)
+    for low, high in ((0.12345671, 0.12345674), (0.12345678, 0.12345679)):
+        (trial,) = expand(sweep(between(RATE, low, high), method="random", count=1))
+        assert low <= trial.parameters[RATE] <= high
+
+
 def test_a_problem_that_many_trials_have_is_told_once_with_the_first() -> None:
     (found,) = problems(sweep(values(RATE, *(i / 100 for i in range(1, 60))), values(K, 8, 5000)))
     assert f"(in the trial {RATE}=0.01, {K}=5000)" in found[1]
@@ -190,6 +238,21 @@ def test_what_holds_another_parameter_is_refused() -> None:
         "spec.space.parameters[0].path",
         f"saes[0].architecture holds {K}, which varies, too; vary only one of them",
     )
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        ("saes[*].seed", "saes[0].seed"),
+        ("saes[0]", "saes[*].seed"),
+        ("saes[*].architecture", K),
+        ("saes", "saes[*].seed"),
+        ("saes[00].seed", "saes[0].seed"),
+    ],
+)
+def test_all_items_hold_each_one(outer: str, inner: str) -> None:
+    found = problems(sweep(values(outer, 1), values(inner, 2)))
+    assert f"{outer} holds {inner}, which varies, too; vary only one of them" in [message for _, message in found]
 
 
 def test_the_same_trial_twice_is_refused() -> None:
@@ -309,7 +372,7 @@ def test_packing_leaves_nothing_out_and_what_is_taken_changes_no_other_job(data:
     assert [tuple(names) for names in sketched.groups(taken, size)] == [job.trials for job in jobs[made:]]
     if jobs:
         assert sketched.job(spec, jobs[-1].trials) == jobs[-1]
-    assert sketched.digest == trials_hash(trial.name for trial in trials)
+    assert [trial.name for trial in sketched.trials] == [trial.name for trial in trials]
 
 
 @given(st.from_regex(NAME_PATTERN, fullmatch=True).filter(lambda name: len(name) <= MAX_NAME_LENGTH), st.uuids())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sae_operator.api.sweep import SAESweepSpec
+from sae_operator.api.sweep import Objective, SAESweepSpec
 from sae_operator.controller import outlines as outlines_module
 from sae_operator.controller.client import ApiError
 from sae_operator.controller.executor import Executor, changes_of
@@ -136,16 +136,21 @@ async def test_trials_are_made_once_for_each_space(monkeypatch: pytest.MonkeyPat
     assert await kept.of("a", 1, spec) is first
     # What changes no trial makes none.
     assert await kept.of("a", 2, spec.model_copy(update={"suspend": True, "max_parallel": 9})) is first
+    # What the report is about is told by them, too.
+    other = await kept.of("a", 3, spec.model_copy(update={"objective": Objective(goal="minimize")}))
+    assert isinstance(other, Outline)
+    assert other.digest != first.digest
+    made.clear()
     more = SAESweepSpec.model_validate(edited(SWEEP_SPEC, {"space.parameters.0.values": [1, 2, 3]}))
-    assert await kept.of("a", 3, more) is not first
+    assert await kept.of("a", 4, more) is not first
     kept.forget("a")
-    await kept.of("a", 3, more)
-    assert len(made) == 3
+    await kept.of("a", 4, more)
+    assert len(made) == 2
     main = threading.main_thread().name
     assert main not in made, "the event loop is not held up"
     monkeypatch.setattr(outlines_module, "FEW_TRIALS", 3)
     await kept.of("b", 1, more)
-    assert made[3] == main
+    assert made[2] == main
 
 
 async def test_what_is_wrong_is_kept_too() -> None:

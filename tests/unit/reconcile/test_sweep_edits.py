@@ -96,6 +96,20 @@ def test_an_edit_after_the_end_begins_another_round_with_another_report() -> Non
     assert len(sweep.reports) == 4
 
 
+def test_another_objective_ranks_the_trials_anew_and_trains_none() -> None:
+    sweep = ended(sweep_spec([1, 2]))
+    assert [best["l0"] for best in sweep.status["best"]] == [2, 1]
+    sweep.edit(objective={"metric": "l0", "goal": "minimize"})
+    sweep.settle()
+    assert sweep.phase == "Reporting"
+    assert [best["l0"] for best in sweep.status["best"]] == [1, 2]
+    assert (len(sweep.created), sweep.patched) == (2, [])
+    sweep.end_report()
+    sweep.settle()
+    assert sweep.phase == "Succeeded"
+    assert sweep.given().spec.objective.goal == "minimize"
+
+
 def test_an_edit_while_the_report_is_written_ends_it() -> None:
     sweep = FakeSweep(sweep_spec([1, 2]))
     sweep.settle()
