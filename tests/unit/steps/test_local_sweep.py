@@ -18,8 +18,10 @@ from sae_job.cli import run_command_line
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.steps.local import run_resources
 from sae_job.steps.local_sweep import SweepOutcome
+from sae_job.storage.open import open_store
 from sae_operator.api.manifest import ManifestError, parse_manifests
 from sae_operator.api.resources import Resource
+from tests.faults import KILLED, FaultPlan, run_in_child
 from tests.tiny_model import write_tiny_model, write_tiny_text
 
 PARAMETERS = [
@@ -46,6 +48,14 @@ def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than training so little."""
     monkeypatch.setattr("sae_job.steps.train_results.render_report", lambda *arguments: "<html></html>")
     monkeypatch.setattr("sae_job.steps.sweep_report.render_sweep_report", lambda *arguments, **options: "<html></html>")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a sweep of two trials that nothing has disturbed."""
+    store = tmp_path_factory.mktemp("undisturbed")
+    run_it(store, sweep(inputs, PARAMETERS[:1]))
+    return store
 
 
 def cache(inputs: Path) -> dict[str, Any]:
@@ -164,6 +174,25 @@ def test_an_interrupted_sweep_goes_on_where_it_was(inputs: Path, tmp_path: Path,
     run_it(tmp_path / "interrupted", sweep(inputs), display=display)
     assert display.trained() == [f"small job {number} of 2: train" for number in ((1, 2) if "1" in step[:5] else (2,))]
     assert left(tmp_path / "interrupted") == left(tmp_path / "undisturbed")
+
+
+@pytest.mark.usefixtures("_no_plots")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", ["put sae-operator.json", "put trials.json", "put report.html", "get results.json"])
+def test_killed_at_the_sweeps_own_calls_the_same_command_ends_the_same(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path, call: str, when: Any
+) -> None:
+    def killed() -> None:
+        plan = FaultPlan(call, when=when)
+        monkeypatch.setattr(
+            "sae_job.steps.local.open_store", lambda *arguments, **options: plan.wrap(open_store(*arguments, **options))
+        )
+        run_it(tmp_path, sweep(inputs, PARAMETERS[:1]))
+
+    assert run_in_child(killed) == KILLED
+    run_it(tmp_path, sweep(inputs, PARAMETERS[:1]))
+    assert left(tmp_path) == left(undisturbed)
+    assert [trial["phase"] for trial in told(tmp_path)["trials"]] == ["Succeeded"] * 2
 
 
 @pytest.mark.usefixtures("_no_plots")
