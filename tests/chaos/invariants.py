@@ -123,7 +123,7 @@ class Invariants:
         old, new = write.before["status"], write.after["status"]
         name, spec = f"{write.after['kind']} {write.place[2]}", write.after["spec"]
         self.note(f"{name}: {old.get('phase')} -> {new.get('phase')}, {_ready(new)}")
-        if old.get("phase") in TERMINAL and new.get("phase") != old["phase"] and not _asks_for_more(spec, old):
+        if old.get("phase") in TERMINAL and new.get("phase") != old["phase"] and not _asks_for_more(write.after, old):
             self.break_(f"{name} was {old['phase']} and became {new.get('phase')} without being asked for anything")
         if old.get("phase") in TERMINAL and new.get("phase") == old["phase"] and not new.get("completionTime"):
             self.break_(f"{name} lost its completion time")
@@ -208,8 +208,12 @@ def _follows(spec: Object) -> bool:
     return not (spec.get("training") or {}).get("tokens")
 
 
-def _asks_for_more(spec: Object, status: Object) -> bool:
+def _asks_for_more(resource: Object, status: Object) -> bool:
     """Whether a finished resource was asked for a new round."""
+    spec = resource["spec"]
+    if resource["kind"] == "SAESweep":
+        # In many ways; all of them change the spec.
+        return status.get("observedGeneration") != resource["metadata"]["generation"]
     if status["phase"] == "Failed" and spec.get("retry", 0) > (status.get("observedRetry") or 0):
         return True
     source: Any = spec.get("activations") or {}

@@ -10,10 +10,11 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
+from sae_operator.api.resources import KINDS
 from sae_operator.api.steps import Progress
 from sae_operator.controller.app import Nature
 from sae_operator.reconcile.names import LABEL_STEP
-from tests.chaos.api_server import ApiServer, Object, ended_job, ended_pod, place_of
+from tests.chaos.api_server import OURS, ApiServer, Object, ended_job, ended_pod, place_of
 from tests.chaos.invariants import Invariants
 from tests.chaos.operators import NAMESPACE, Processes, SimulatedOperator
 from tests.chaos.results import ObjectStore
@@ -21,7 +22,7 @@ from tests.chaos.simulated_time import SimulatedLoop, rfc3339
 from tests.chaos.transport import Gateway, share
 from tests.chaos.workloads import Fate, Workloads
 
-JOBS, CACHES = "saetrainingjobs", "activationcaches"
+JOBS, CACHES, SWEEPS = "saetrainingjobs", "activationcaches", "saesweeps"
 # Two operators never run longer together than a rollout takes.
 SETTLE_SECONDS, LONGEST_SETTLING_SECONDS = 30.0, 3 * 3600.0
 REST_SECONDS = 300.0
@@ -249,7 +250,8 @@ class Life:
         # A job that waits for a cache that does not exist waits for ever, and rightly.
         for name in self._missing_caches():
             self.create(CACHES, name, Specs.cache(shared=0))
-        for plural in (JOBS, CACHES):
+        # A sweep resumes what it has suspended.
+        for plural in (SWEEPS, JOBS, CACHES):
             for found in self.server.all(plural):
                 if found["spec"].get("suspend"):
                     self.edit(plural, found["metadata"]["name"], lambda spec: {"suspend": False})
@@ -285,8 +287,8 @@ class Life:
     def _check_memory(self) -> None:
         """The operator knows what there is and nothing else, and no key or timer is left."""
         ((operator, _),) = self.operators.values()
-        known = {uid for kind in ("SAETrainingJob", "ActivationCache") for uid in operator.store.resource_uids(kind)}
-        there = {found["metadata"]["uid"] for plural in (JOBS, CACHES) for found in self.server.all(plural)}
+        known = {uid for kind in KINDS for uid in operator.store.resource_uids(kind)}
+        there = {found["metadata"]["uid"] for plural in OURS for found in self.server.all(plural)}
         if known != there:
             self._fail(f"the operator knows {known - there}, which are gone, and not {there - known}")
         jobs = {job["metadata"]["uid"] for job in self.server.all("jobs")}
@@ -331,3 +333,17 @@ class Specs:
             "output": {"uri": f"s3://saes/out/{name}"},
             "run": {"backoffLimit": backoff_limit},
         }
+
+    @staticmethod
+    def sweep(name: str, values: list[int], *, per_job: int, at_once: int) -> Object:
+        template = Specs.job(name, {"cache": Specs.cache(0)})
+        return {
+            "template": template,
+            "space": Specs.space(values),
+            "trialsPerJob": per_job,
+            "maxParallel": at_once,
+        }
+
+    @staticmethod
+    def space(values: list[int]) -> Object:
+        return {"parameters": [{"path": "saes[0].architecture.k", "values": values}]}

@@ -19,17 +19,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from sae_operator.controller import progress
-from tests.chaos.life import CACHES, JOBS, MOODS, Life, Specs
+from tests.chaos.life import CACHES, JOBS, MOODS, SWEEPS, Life, Specs
 
 LIVES = int(os.environ.get("SAE_CHAOS_LIVES") or 500)
 SEED = int(os.environ.get("SAE_CHAOS_SEED") or random.SystemRandom().randrange(10**9))
 STEPS = 25
 NAMES = ("a", "b", "c")
 OWN_CACHES = ("cache-1", "cache-2")
+SWEEP = "sweep"
 # Two operators at most: a third changes nothing that two do not.
 MOST_OPERATORS = 2
 
 names, own_caches = st.sampled_from(NAMES), st.sampled_from(OWN_CACHES)
+spaces = st.lists(st.integers(1, 5), min_size=1, max_size=4, unique=True)
 chances = st.floats(0, 0.999)
 propagations = st.sampled_from(("Background", "Foreground"))
 pauses = st.sampled_from((0.0, 0.05, 0.3, 1.0, 3.0, 10.0, 40.0))
@@ -83,6 +85,31 @@ class Lives(RuleBasedStateMachine):
     @rule(name=own_caches, suspend=st.booleans(), pause=pauses)
     def suspend_cache(self, name: str, suspend: bool, pause: float) -> None:
         self.life.edit(CACHES, name, lambda spec: {"suspend": suspend})
+        self.life.wait(pause)
+
+    @rule(values=spaces, per_job=st.integers(1, 3), at_once=st.integers(1, 3), pause=pauses)
+    def create_sweep(self, values: list[int], per_job: int, at_once: int, pause: float) -> None:
+        self.life.create(SWEEPS, SWEEP, Specs.sweep(SWEEP, values, per_job=per_job, at_once=at_once))
+        self.life.wait(pause)
+
+    @rule(values=spaces, pause=pauses)
+    def sweep_over_others(self, values: list[int], pause: float) -> None:
+        self.life.edit(SWEEPS, SWEEP, lambda spec: {"space": Specs.space(values)})
+        self.life.wait(pause)
+
+    @rule(suspend=st.booleans(), pause=pauses)
+    def suspend_sweep(self, suspend: bool, pause: float) -> None:
+        self.life.edit(SWEEPS, SWEEP, lambda spec: {"suspend": suspend})
+        self.life.wait(pause)
+
+    @rule(pause=pauses)
+    def retry_sweep(self, pause: float) -> None:
+        self.life.edit(SWEEPS, SWEEP, lambda spec: {"retry": spec.get("retry", 0) + 1})
+        self.life.wait(pause)
+
+    @rule(propagation=propagations, pause=pauses)
+    def delete_sweep(self, propagation: str, pause: float) -> None:
+        self.life.delete(SWEEPS, SWEEP, propagation)
         self.life.wait(pause)
 
     @rule(name=names, pause=pauses)
