@@ -175,4 +175,5 @@ class SAESweepSpec(ApiModel):
     suspend: bool = False
     """Suspend all training jobs of the sweep and begin no others."""
     retry: CountOrZero = 0
-    """Raise this number to run failed trials again."""
+    """Raise this number to run failed trials again. One that failed in a job whose others were trained gets another
+    job."""

@@ -142,7 +142,7 @@ class _Sweep:
     def __init__(self, scene: SweepScene, spec: SAESweepSpec, outline: Outline, observed: ObservedSweep) -> None:
         self.scene, self.spec, self.outline = scene, spec, outline
         self.draft = Draft()
-        self.claims, self.removed = claims_of(outline, observed.training_jobs)
+        self.claims, self.removed = claims_of(outline, observed.training_jobs, spec.retry)
         again = run_again(spec, outline, self.claims)
         self.trials: list[TrialView] = view_trials(outline, self.claims, {claim.job.uid for claim in again})
         self.counts = count(self.trials)

@@ -59,6 +59,7 @@ class TrialJobFacts:
     Attributes:
         trials: names of its trials, in the order of its SAEs.
         folder: its folder below the sweep's output.
+        created: when it was created (RFC 3339).
         phase: its status' phase.
         seen: the status is about the current spec.
         suspended: its `spec.suspend`.
@@ -74,6 +75,7 @@ class TrialJobFacts:
     uid: str
     trials: tuple[str, ...]
     folder: str
+    created: str = ""
     phase: str | None = None
     seen: bool = False
     suspended: bool = False
@@ -135,6 +137,7 @@ def trial_job_facts(raw: Mapping[str, Any]) -> TrialJobFacts:
         uid=meta["uid"],
         trials=tuple(dict.fromkeys(trial_of(name) for name in names)),
         folder=annotations.get(ANNOTATION_FOLDER) or output.rstrip("/").rpartition("/")[2],
+        created=meta.get("creationTimestamp") or "",
         phase=status.get("phase"),
         seen=status.get("observedGeneration") == meta.get("generation"),
         suspended=bool(spec.get("suspend")),

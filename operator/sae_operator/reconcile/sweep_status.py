@@ -57,15 +57,21 @@ class Claim:
     trials: tuple[str, ...]
 
 
-def claims_of(outline: Outline, jobs: Sequence[TrialJobFacts]) -> tuple[list[Claim], list[TrialJobFacts]]:
-    """Which job has which trials, in the order of the space; and the jobs whose trials have all been removed."""
+def claims_of(outline: Outline, jobs: Sequence[TrialJobFacts], retry: int) -> tuple[list[Claim], list[TrialJobFacts]]:
+    """Which job has which trials, in the order of the space; and the jobs that have none any more.
+
+    A trial is the newest job's that has it. One that failed where others were trained is nobody's once the sweep's
+    `retry` was raised: its job, which has succeeded, cannot run again, and another one is made for it.
+    """
     positions = outline.positions
     claims: list[Claim] = []
     left: list[TrialJobFacts] = []
     taken: set[str] = set()
-    for job in sorted(jobs, key=lambda job: job.name):
-        mine = tuple(name for name in job.trials if name in positions and name not in taken)
-        taken.update(mine)
+    for job in sorted(jobs, key=lambda job: (job.created, job.name), reverse=True):
+        newest = [name for name in job.trials if name in positions and name not in taken]
+        taken.update(newest)
+        leaving = _failed_among_others(job) if job.sweep_retry < retry else ()
+        mine = tuple(name for name in newest if name not in leaving)
         if mine:
             claims.append(Claim(job, mine))
         else:
@@ -74,14 +80,28 @@ def claims_of(outline: Outline, jobs: Sequence[TrialJobFacts]) -> tuple[list[Cla
     return claims, left
 
 
+def _failed_among_others(job: TrialJobFacts) -> Collection[str]:
+    """Trials that failed in a job that has succeeded all the same."""
+    if job.phase != "Succeeded" or not job.ended:
+        return ()
+    saes = _saes_by_trial(job)
+    failed = [name for name in job.trials if _state(job, saes.get(name, ())) == "failed"]
+    # With none but them, another job would be the same one.
+    return failed if len(failed) < len(job.trials) else ()
+
+
+def _saes_by_trial(job: TrialJobFacts) -> Mapping[str, Sequence[SaeFacts]]:
+    found: dict[str, list[SaeFacts]] = {}
+    for sae in job.saes:
+        found.setdefault(trial_of(sae.name), []).append(sae)
+    return found
+
+
 def view_trials(outline: Outline, claims: Sequence[Claim], runs_again: Collection[str]) -> list[TrialView]:
     """All trials in the order of the space; `runs_again` are UIDs of jobs that have ended and are to go on."""
     found: dict[str, TrialView] = {}
     for claim in claims:
-        job = claim.job
-        saes: dict[str, list[SaeFacts]] = {}
-        for sae in job.saes:
-            saes.setdefault(trial_of(sae.name), []).append(sae)
+        job, saes = claim.job, _saes_by_trial(claim.job)
         for name in claim.trials:
             mine = tuple(saes.get(name, ()))
             state = "pending" if job.uid in runs_again else _state(job, mine)

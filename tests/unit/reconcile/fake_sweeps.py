@@ -69,6 +69,7 @@ class FakeSweep:
     jobs: raw SAETrainingJobs by name.
     reports: raw Jobs of the report.
     created, patched, deleted: names of training jobs, in the order of the calls.
+    failed_among_others: UID of a job that has succeeded, and name of an SAE that failed there; others may have it, too.
     die_after: number of the operator's call after which it ends.
     """
 
@@ -84,6 +85,7 @@ class FakeSweep:
     created: list[str] = field(default_factory=list)
     patched: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
+    failed_among_others: set[tuple[str, str]] = field(default_factory=set)
     events: list[tuple[str, str]] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
     calls: int = 0
@@ -135,6 +137,9 @@ class FakeSweep:
             for sae, each in zip(saes, phases, strict=True)
         ]
         self._tell(name, phase, told)
+        if phase == "Succeeded":
+            failed = (sae["name"] for sae in told if sae["phase"] == "Failed")
+            self.failed_among_others |= {(self.jobs[name]["metadata"]["uid"], sae) for sae in failed}
 
     def follow(self) -> bool:
         """Training jobs that were suspended, resumed or asked to go on say so; returns whether any did."""
@@ -297,7 +302,8 @@ class FakeSweep:
         assert is_controlled_by(manifest["metadata"], UID)
         raw = json.loads(json.dumps(manifest))
         self._uids += 1
-        raw["metadata"] |= {"uid": f"uid-{self._uids}", "generation": 1}
+        created = self.now.strftime("%Y-%m-%dT%H:%M:%SZ")
+        raw["metadata"] |= {"uid": f"uid-{self._uids}", "generation": 1, "creationTimestamp": created}
         match manifest["kind"]:
             case "ConfigMap":
                 self.config_maps[name] = raw
@@ -328,7 +334,12 @@ class FakeSweep:
         merge_patch(self.status, status)
 
     def _check_jobs(self) -> None:
-        names = [sae["name"] for job in self.jobs.values() for sae in job["spec"]["saes"]]
+        names = [
+            sae["name"]
+            for job in self.jobs.values()
+            for sae in job["spec"]["saes"]
+            if (job["metadata"]["uid"], sae["name"]) not in self.failed_among_others
+        ]
         assert len(set(names)) == len(names), "a trial is in two jobs"
         outputs = [job["spec"]["output"]["uri"] for job in self.jobs.values()]
         assert len(set(outputs)) == len(outputs), "two jobs write to one folder"

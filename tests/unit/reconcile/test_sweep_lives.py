@@ -316,6 +316,73 @@ def test_raising_retry_runs_failed_jobs_again_and_no_others() -> None:
     assert len(sweep.reports) == 2
 
 
+def test_raising_retry_packs_trials_that_failed_among_others_into_new_jobs() -> None:
+    sweep = FakeSweep(sweep_spec([1, 2, 3, 4, 5], trialsPerJob=2, maxParallel=2))
+    sweep.settle()
+    first, second = sweep.created
+    sweep.tell_saes(first, "Succeeded", "Failed", "Succeeded")
+    sweep.tell_saes(second, "Succeeded", "Stopped", "Failed")
+    sweep.settle()
+    sweep.succeed(sweep.by_k()[5])
+    sweep.settle()
+    assert sweep.phase == "Reporting"
+    sweep.end_report()
+    sweep.settle()
+    assert sweep.trials == {"total": 5, "pending": 0, "running": 0, "succeeded": 2, "stopped": 1, "failed": 2}
+    sweep.edit(retry=1)
+    sweep.settle()
+    assert sweep.phase == "Running"
+    assert sweep.trials["failed"] == 0
+    assert [sweep.counts(name) for name in sweep.created] == [[1, 2], [3, 4], [5], [1, 4]]
+    assert sweep.patched == sweep.deleted == []
+    again = sweep.created[-1]
+    sweep.tell_saes(again, "Succeeded", "Succeeded", "Failed")
+    sweep.settle()
+    assert sweep.phase == "Reporting"
+    told = {job.name: len(job.trials) for job in sweep.given().jobs}
+    assert told == {first: 1, second: 1, sweep.created[2]: 1, again: 2}
+    sweep.end_report()
+    sweep.settle()
+    assert sweep.trials == {"total": 5, "pending": 0, "running": 0, "succeeded": 3, "stopped": 1, "failed": 1}
+    assert sweep.status["failures"][0]["jobName"] == again
+    # Once for each time that it is raised; alone in its job, the trial fails with it and goes on there.
+    sweep.edit(retry=2)
+    sweep.settle()
+    alone = sweep.created[-1]
+    assert sweep.counts(alone) == [4]
+    sweep.fail(alone)
+    sweep.settle()
+    sweep.end_report()
+    sweep.settle()
+    assert len(sweep.created) == 5
+    sweep.edit(retry=3)
+    sweep.settle()
+    assert sweep.patched == [alone]
+    sweep.succeed(alone)
+    sweep.settle()
+    sweep.end_report()
+    sweep.settle()
+    assert sweep.trials["failed"] == 0
+    # More tokens, too, leave each trial with its newest job.
+    sweep.edit_template(training={"tokens": 2000})
+    for _ in range(5):
+        sweep.settle()
+        sweep.succeed(*sweep.unfinished())
+    assert sweep.phase == "Reporting"
+    assert (len(sweep.created), sweep.deleted) == (5, [])
+
+
+def test_a_job_is_no_longer_needed_when_its_last_trial_has_left_it() -> None:
+    sweep = FakeSweep(sweep_spec([1, 2], trialsPerJob=2))
+    sweep.settle()
+    sweep.tell_saes(first := sweep.created[0], "Succeeded", "Failed", "Succeeded")
+    sweep.settle()
+    sweep.edit(space=k_space([1]), retry=1)
+    sweep.settle()
+    assert sweep.deleted == [first]
+    assert sweep.counts(sweep.created[1]) == [1]
+
+
 def test_a_report_that_fails_is_told_and_not_tried_for_ever() -> None:
     sweep = FakeSweep(sweep_spec([1, 2]))
     sweep.settle()
