@@ -109,7 +109,8 @@ def sweep(base: Run, default: float) -> Plan:
         else:
             result = yield from match(run, coefficient)
             coefficient = result.run.coefficient
-        found[rate] = result.validation["explained_variance"]
+        # With more latents active anything explains more: a rate at which L0 cannot be matched is none to choose.
+        found[rate] = result.validation["explained_variance"] if is_matched(result) or result.run.steer else -math.inf
         best = max(found, key=lambda rate: found[rate])
         if not rates and extensions < MOST_EXTENSIONS and best in (min(found), max(found)):
             extensions += 1

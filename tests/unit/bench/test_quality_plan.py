@@ -50,6 +50,18 @@ def test_the_search_ends_where_rates_only_get_better() -> None:
     assert len(results) == 3 + MOST_EXTENSIONS
 
 
+def test_a_rate_at_which_l0_cannot_be_matched_is_not_chosen_however_much_it_explains() -> None:
+    def outcome(run: Run) -> tuple[float, float]:
+        assert run.coefficient is not None
+        if run.learning_rate < 9e-4:
+            return 0.9, 3 * K
+        return 0.8, K / run.coefficient
+
+    results = carried_out(sweep(STANDARD, 1e-3), outcome)
+    assert best_rate(results) == 1e-3
+    assert min(result.run.learning_rate for result in results) == pytest.approx(1e-3 / 3, rel=1e-2)
+
+
 @pytest.mark.parametrize("slope", [-0.5, -1.0, -2.0])
 @pytest.mark.parametrize("first", [0.5, 5.0, 50.0])
 def test_the_coefficient_is_found_where_l0_follows_a_power_of_it(slope: float, first: float) -> None:
