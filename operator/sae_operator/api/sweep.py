@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from sae_operator.api.base import (
     ApiModel,
@@ -26,13 +27,22 @@ MAX_VALUES, MAX_LISTED_TRIALS = 64, 512
 PATH_PATTERN = r"^[a-z][A-Za-z0-9]*(\[([0-9]{1,2}|\*)\])?(\.[A-Za-z][A-Za-z0-9_-]*(\[([0-9]{1,2}|\*)\])?)*$"
 
 
-def _keep(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
+    """YAML has more than JSON: binary data, sets, keys that are numbers."""
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise PydanticCustomError("json_key", "keys of a value must be text; put them in quotes")
+        return {key: _json_value(item) for key, item in value.items()}
+    if value is not None and not isinstance(value, str | int | float):
+        raise PydanticCustomError("json_value", "must be a number, a text, true or false, a list or a mapping")
     return value
 
 
 FieldPath = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=PATH_PATTERN)]
 # A number, a text, a truth value, a list or an object: whatever the field takes.
-AnyValue = Annotated[Any, BeforeValidator(_keep), WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True})]
+AnyValue = Annotated[Any, BeforeValidator(_json_value), WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True})]
 
 # Far beyond any setting, and exact in every parser.
 Bound = Annotated[float, Field(ge=-1e12, le=1e12)]

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from sae_operator.api.base import MAX_NAME_LENGTH, NAME_PATTERN
 from sae_operator.api.identity import inline_cache_name, training_identity
+from sae_operator.api.problems import describe_errors
 from sae_operator.api.sweep import MAX_TRIALS, SAESweepSpec
 from sae_operator.api.sweep_expansion import (
     MAX_SAES,
@@ -199,6 +201,22 @@ def test_values_and_ranges_must_suit_the_method(parameter: dict[str, Any], space
     (found,) = problems(sweep(parameter, **space))
     assert found[0] == "spec.space.parameters[0]"
     assert words in found[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({1: "a", "b": "c"}, "keys of a value must be text"),
+        ([{"deep": b"bytes"}], "must be a number, a text, true or false, a list or a mapping"),
+        ({"a"}, "must be a number, a text, true or false, a list or a mapping"),
+    ],
+)
+def test_what_only_yaml_has_is_no_value(value: Any, words: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        sweep(values("run.nodeSelector", value))
+    (found,) = describe_errors(raised.value, SAESweepSpec)
+    assert found.field == "spec.space.parameters[0].values[0]"
+    assert words in found.message
 
 
 def test_a_trial_without_the_objectives_metric_is_refused() -> None:
