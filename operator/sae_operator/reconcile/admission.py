@@ -94,7 +94,7 @@ def _of_training_job(
 def _of_run(run: RunSettings, defaults: Defaults, settings: OperatorSettings, field: str) -> Iterator[SpecProblem]:
     # Where nothing names an image, it is the operator's own setting.
     image, place = (run.image, f"{field}.image") if run.image else (defaults.image, IMAGE_OF_DEFAULTS)
-    if image and not _matches(image, settings.allowed_images):
+    if image and image != settings.job_image and not _matches(image, settings.allowed_images):
         yield SpecProblem(place, _unlisted("image", image, settings.allowed_images))
     account = run.service_account_name
     if account and account != DEFAULT_SERVICE_ACCOUNT and not _matches(account, settings.allowed_service_accounts):

@@ -32,6 +32,7 @@ from sae_operator.reconcile.scene import (
     at_rest,
     compose,
     forget_round,
+    is_suspending,
     plan_of,
     refuse_invalid,
     suspend,
@@ -64,13 +65,15 @@ def reconcile_cache(observed: ObservedCache, settings: OperatorSettings, now: da
     if ended is not None and not work.begins:
         return at_rest(metadata, stored, observed, Expiry(spec.run.ttl_seconds_after_finished, STEPS), now)
     refusal = admission.check_cache(spec, observed.defaults, settings)
-    if refusal is not None and not admission.is_let_on(observed.jobs, work.key, STEPS[-1]):
+    suspended = is_suspended(observed, spec)
+    let_on = admission.is_let_on(observed.jobs, work.key, STEPS[-1]) or (suspended and is_suspending(stored))
+    if refusal is not None and not let_on:
         again = admission.again_after(refusal)
         return refuse_invalid(metadata, stored, refusal, now, reason=admission.NOT_ALLOWED, again_after=again)
     previous = forget_round(stored, ("shards",)) if work.begins else stored
     scene = Scene(KIND, metadata, observed, stored, previous, work, observed.defaults, settings, now, spec.run)
     draft = Draft(updates={"observed_hooks": list(work.hooks)})
-    if is_suspended(observed, spec):
+    if suspended:
         suspend(scene, draft)
     else:
         _work(scene, draft, _of_round(spec, work), inline=bool(observed.owners))

@@ -33,6 +33,8 @@ INVALID = "Invalid"
 
 # Reason of Ready that the shell writes when the API server took no Job (a quota, say).
 CREATE_REFUSED = "CreateRefused"
+# Reason of Ready while Jobs that a suspension has ended are still there, also when it has been lifted since.
+SUSPENDING = "Suspending"
 
 # Bounds of the CRD's metav1.Condition-like object; a message is for people, a longer one helps nobody.
 MAX_MESSAGE = 2048

@@ -8,6 +8,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
+from sae_operator.api.base import MAX_COUNT
 from sae_operator.api.run_settings import RunSettings
 from sae_operator.api.status import AttemptStatus, CommonStatus, PlanStatus
 from sae_operator.api.steps import StepResult
@@ -18,6 +19,7 @@ from sae_operator.reconcile.conditions import (
     DEFAULTS_INVALID,
     INVALID,
     READY,
+    SUSPENDING,
     Finding,
     Standing,
     build_conditions,
@@ -129,13 +131,18 @@ def phase_of(status: CommonStatus) -> str | None:
     return getattr(status, "phase", None)
 
 
+def is_suspending(status: CommonStatus) -> bool:
+    """Whether a suspension has begun to end the Job that the status tells of, and `Suspended` is yet to be told."""
+    return any(condition.type == READY and condition.reason == SUSPENDING for condition in status.conditions or ())
+
+
 def plan_of(result: StepResult) -> PlanStatus:
     """The plan as the status shows it; a figure that is no number is left out."""
     plan = result.plan or {}
 
     def figure(name: str) -> int | None:
         value = plan.get(name)
-        return round(value) if isinstance(value, int | float) else None
+        return round(value) if isinstance(value, int | float) and abs(value) <= MAX_COUNT else None
 
     return PlanStatus(bytes=figure("bytes"), gpu_seconds=figure("gpuSeconds"), memory_bytes=figure("memoryBytes"))
 
@@ -343,5 +350,5 @@ def suspend(scene: Scene[Any], draft: Draft) -> None:
     phase = phase_of(scene.previous) or "Pending"
     if phase in ("Running", "Caching") and not any(pod.running for pod in scene.children.pods):
         phase = "Queued"
-    draft.stand(phase, "working", "Suspending", "waits for the pods to end")
+    draft.stand(phase, "working", SUSPENDING, "waits for the pods to end")
     draft.watch_pods(scene.settings)

@@ -22,6 +22,7 @@ from sae_operator.reconcile.conditions import (
     OOM_KILLED,
     POD_NOT_STARTING,
     PROGRESS_UNREACHABLE,
+    SUSPENDING,
     Finding,
 )
 from sae_operator.reconcile.deadlines import DEADLINE_EXCEEDED, seconds_to_start
@@ -39,7 +40,7 @@ from sae_operator.reconcile.diagnosis import (
 )
 from sae_operator.reconcile.names import attempt_of, child_name, step_of
 from sae_operator.reconcile.observed import JobFacts, PodFacts
-from sae_operator.reconcile.scene import Draft, Scene, phase_of
+from sae_operator.reconcile.scene import Draft, Scene, is_suspending, phase_of
 
 # Pods of a finished Job are listed again soon: all that is missing is their message.
 SETTLING_SECONDS = 1.0
@@ -161,7 +162,8 @@ def drive_step(scene: Scene[Any], draft: Draft, plan: StepPlan) -> StepView:
         _start(scene, draft, plan)
     elif view.state == "ending":
         phase = "Suspended" if phase_of(scene.previous) == "Suspended" else plan.waiting_phase
-        draft.stand(phase, "working", "JobEnding", f"waits for Job {_name(view)} to be deleted")
+        reason = SUSPENDING if is_suspending(scene.previous) else "JobEnding"
+        draft.stand(phase, "working", reason, f"waits for Job {_name(view)} to be deleted")
         draft.watch_pods(scene.settings)
     elif view.state == "unseen":
         # An operator that has just begun: what the last one told stays until there is something to compare it with.
@@ -253,8 +255,8 @@ def fail(scene: Scene[Any], draft: Draft, failure: Failure) -> None:
 
 def _note_deleted_job(scene: Scene[Any], draft: Draft, plan: StepPlan) -> None:
     """A Job that the status tells of and that is gone was deleted by somebody else, unless we were suspended."""
-    told = scene.previous.job_name
-    if told is None or scene.previous_step != plan.step or phase_of(scene.previous) == "Suspended":
+    told, suspended = scene.previous.job_name, phase_of(scene.previous) == "Suspended" or is_suspending(scene.previous)
+    if told is None or scene.previous_step != plan.step or suspended:
         return
     if not any(job.name == told for job in scene.children.jobs):
         draft.attempts = with_deleted_job(draft.attempts, plan.step, told, scene.now)
@@ -270,7 +272,8 @@ def _start(scene: Scene[Any], draft: Draft, plan: StepPlan) -> None:
     if scene.unfinished_jobs or scene.orphaned_pods:
         # Still Suspended: a Job that is gone because of that is not one that somebody deleted.
         phase = "Suspended" if paused else plan.waiting_phase
-        draft.stand(phase, "working", "EarlierPodsEnding", "waits for the pods of an earlier attempt to end")
+        reason = SUSPENDING if is_suspending(scene.previous) else "EarlierPodsEnding"
+        draft.stand(phase, "working", reason, "waits for the pods of an earlier attempt to end")
         draft.watch_pods(scene.settings)
         return
     attempt = _next_attempt(scene, plan.step)

@@ -43,6 +43,7 @@ from sae_operator.reconcile.scene import (
     at_rest,
     compose,
     forget_round,
+    is_suspending,
     plan_of,
     refuse_invalid,
     suspend,
@@ -75,7 +76,8 @@ def reconcile_training_job(observed: ObservedTrainingJob, settings: OperatorSett
         return at_rest(metadata, stored, observed, expiry, now)
     cache_spec = observed.cache.spec if observed.cache is not None else None
     refusal = admission.check_training_job(spec, cache_spec, observed.defaults, settings)
-    if refusal is not None and not admission.is_let_on(observed.jobs, work.key, STEPS[-1]):
+    let_on = admission.is_let_on(observed.jobs, work.key, STEPS[-1]) or (spec.suspend and is_suspending(stored))
+    if refusal is not None and not let_on:
         again = admission.again_after(refusal)
         return refuse_invalid(metadata, stored, refusal, now, reason=admission.NOT_ALLOWED, again_after=again)
     forgotten = ("saes", "summary", "report_uri", "log_uri")

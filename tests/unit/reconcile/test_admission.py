@@ -109,6 +109,35 @@ def test_what_is_allowed_is_allowed() -> None:
     assert check_cache(ActivationCacheSpec.model_validate(anything), Defaults(), open_minded) is None
 
 
+def test_the_operators_own_job_image_needs_no_leave_where_it_is_named() -> None:
+    for run, defaults in (({"image": STRICT.job_image}, Defaults()), ({}, Defaults(image=STRICT.job_image))):
+        spec = ActivationCacheSpec.model_validate(cache_spec(run=run))
+        assert check_cache(spec, defaults, STRICT) is None
+
+
+def test_a_refused_resource_is_suspended_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The administrator narrows the list, and the user suspends what runs until that is settled."""
+
+    def slow(step: str, index: int, earlier: int) -> PodScript:
+        return PodScript(seconds=20 if step == "train" else 2)
+
+    cluster = FakeCluster(slow)
+    cluster.create(JOB, "sae", job_spec({"uri": "s3://saes/some/cache"}, run={"image": "once:1"}))
+    cluster.run_until(lambda: cluster.phase(JOB, "sae") == "Running")
+    monkeypatch.setattr(fake_cluster, "SETTINGS", STRICT)
+    cluster.edit(JOB, "sae", suspend=True)
+    cluster.run_until(lambda: cluster.phase(JOB, "sae") == "Suspended")
+    assert not [job for job in cluster.jobs if "train" in job]
+    cluster.wait(3)
+    condition = cluster.condition(JOB, "sae", "Invalid")
+    assert condition is not None
+    assert cluster.phase(JOB, "sae") == "Suspended"
+    cluster.edit(JOB, "sae", suspend=False, run={})
+    cluster.run()
+    assert cluster.phase(JOB, "sae") == "Succeeded"
+    assert not cluster.status(JOB, "sae").get("attempts")
+
+
 def test_the_default_service_account_needs_no_leave() -> None:
     spec = ActivationCacheSpec.model_validate(cache_spec(run={"serviceAccountName": "default"}))
     assert check_cache(spec, Defaults(), STRICT) is None

@@ -140,3 +140,35 @@ def test_a_job_that_a_queue_holds_is_queued() -> None:
     cluster.jobs[name]["spec"]["suspend"] = False
     cluster.run()
     assert cluster.phase(JOB, "sae") == "Succeeded"
+
+
+def test_resuming_before_the_pods_have_ended_is_no_deletion_by_somebody() -> None:
+    cluster = FakeCluster(slow)
+    cluster.create(JOB, "sae", job_spec({"uri": "s3://saes/some/cache"}))
+    for _ in range(5):
+        cluster.run_until(lambda: cluster.phase(JOB, "sae") == "Running")
+        cluster.edit(JOB, "sae", suspend=True)
+        cluster.node_away = True
+        cluster.wait(3)
+        cluster.edit(JOB, "sae", suspend=False)
+        cluster.wait(3)
+        assert not cluster.status(JOB, "sae").get("attempts")
+        cluster.node_away = False
+        cluster.run_until(lambda: cluster.phase(JOB, "sae") == "Queued")
+    cluster.run()
+    assert cluster.phase(JOB, "sae") == "Succeeded"
+    assert not cluster.status(JOB, "sae").get("attempts")
+
+
+def test_a_job_that_is_deleted_by_hand_after_a_suspension_counts() -> None:
+    cluster = FakeCluster(slow)
+    cluster.create(JOB, "sae", job_spec({"uri": "s3://saes/some/cache"}))
+    cluster.run_until(lambda: cluster.phase(JOB, "sae") == "Running")
+    cluster.edit(JOB, "sae", suspend=True)
+    cluster.tick()
+    cluster.edit(JOB, "sae", suspend=False)
+    cluster.run_until(lambda: "-train-2" in cluster.status(JOB, "sae")["jobName"])
+    cluster.run_until(lambda: cluster.phase(JOB, "sae") == "Running")
+    cluster.delete_job(cluster.status(JOB, "sae")["jobName"])
+    cluster.run()
+    assert [entry["reason"] for entry in cluster.status(JOB, "sae")["attempts"]] == ["JobDeleted"]
