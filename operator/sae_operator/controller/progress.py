@@ -7,10 +7,8 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import aiohttp
-from pydantic import ValidationError
 
 from sae_operator.api.redaction import redact
 from sae_operator.api.steps import PROGRESS_PORT, Progress
@@ -175,11 +173,15 @@ async def ask(session: aiohttp.ClientSession, ip: str, port: int) -> Progress | 
         async with session.get(f"http://{host}:{port}/progress", allow_redirects=False) as response:
             if response.status != 200:
                 return f"GET /progress on {ip}: HTTP {response.status}"
-            body: Any = await response.content.read(ANSWER_LIMIT_BYTES)
-        return Progress.model_validate_json(redact(body.decode(errors="replace")))
+            body = bytearray()
+            # A read returns what has arrived, which need not be all.
+            async for part in response.content.iter_any():
+                body += part
+                if len(body) > ANSWER_LIMIT_BYTES:
+                    break
     except TimeoutError:
         return f"GET /progress on {ip}: no answer within {POLL_TIMEOUT_SECONDS:g} s"
     except (aiohttp.ClientError, OSError) as error:
         return f"GET /progress on {ip}: {type(error).__name__}"
-    except ValidationError:
-        return f"GET /progress on {ip}: not a progress report"
+    said = projection.read_message(redact(body.decode(errors="replace")), Progress)
+    return said if said is not None else f"GET /progress on {ip}: not a progress report"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
+from sae_operator.api.base import MAX_COUNT
 from sae_operator.api.status import CheckpointStatus, ProgressStatus, SaeStatus, SummaryStatus
 from sae_operator.api.steps import ExitCode, Progress, SaeProgress
 from sae_operator.reconcile.conditions import rfc3339
@@ -84,7 +85,7 @@ def finished_progress(tokens: int | None, tokens_per_second: float | None, now: 
         tokens=tokens,
         total_tokens=tokens,
         percent=100,
-        tokens_per_second=round(tokens_per_second) if tokens_per_second else None,
+        tokens_per_second=_whole(tokens_per_second) if tokens_per_second else None,
         updated_at=rfc3339(now),
     )
 
@@ -96,9 +97,14 @@ def _status(tokens: int, total: int | None, rate: float) -> ProgressStatus:
         total_tokens=total,
         # Rounded down: 100 % is for what is done.
         percent=min(100, 100 * tokens // total) if total else 0,
-        tokens_per_second=round(rate),
+        tokens_per_second=_whole(rate),
         eta_seconds=round(left / rate) if rate >= 1 and left is not None else None,
     )
+
+
+def _whole(rate: float) -> int:
+    """A rate as a status holds it, whatever a pod says."""
+    return round(min(rate, MAX_COUNT))
 
 
 def merge_saes(reported: Sequence[SaeProgress], previous: Sequence[SaeStatus] | None) -> list[SaeStatus] | None:

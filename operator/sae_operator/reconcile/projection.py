@@ -5,14 +5,15 @@ Nothing here fails on odd input: a field that is missing or malformed is a fact 
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
-from sae_operator.api.base import EndpointUrl, ObjectName, Region, ShortText
+from sae_operator.api.base import MAX_COUNT, EndpointUrl, ObjectName, Region, ShortText
 from sae_operator.api.redaction import redact
 from sae_operator.api.run_settings import QueueName, StringMap, Toleration
 from sae_operator.api.steps import StepResult
@@ -23,6 +24,8 @@ ANNOTATION_COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 LABEL_JOB_NAME = "batch.kubernetes.io/job-name"
 # What is kept of text that is not ours, in messages that people read.
 MAX_TEXT = 1000
+
+Message = TypeVar("Message", bound=BaseModel)
 
 _NODE_SELECTOR = TypeAdapter(StringMap)
 _TOLERATIONS = TypeAdapter(list[Toleration])
@@ -42,9 +45,9 @@ def parse_time(text: str | None) -> datetime | None:
         return None
     try:
         parsed = datetime.fromisoformat(text)
-    except ValueError:
+        return parsed.astimezone(UTC) if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
         return None
-    return parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)
 
 
 def metadata(raw: Mapping[str, Any]) -> Metadata:
@@ -135,12 +138,27 @@ def pod_facts(raw: Mapping[str, Any]) -> PodFacts:
 
 def step_result(message: str) -> StepResult | None:
     """The result in a termination message; None when it is none (a cut or foreign text, a log's tail)."""
-    if not message.lstrip().startswith("{"):
-        return None
+    return read_message(message, StepResult) if message.lstrip().startswith("{") else None
+
+
+def read_message(text: str, model: type[Message]) -> Message | None:
+    """What a pod says; None where it is something else, or has numbers that no status can hold."""
     try:
-        return StepResult.model_validate_json(message)
-    except ValidationError:
+        said = from_json(text)
+        return model.model_validate(said) if _has_plain_numbers(said) else None
+    except ValueError:
         return None
+
+
+def _has_plain_numbers(said: Any) -> bool:
+    """Whether no number is infinite or undefined, and no whole one beyond what every reader of JSON takes."""
+    if isinstance(said, float):
+        return math.isfinite(said)
+    if isinstance(said, int):
+        return abs(said) <= MAX_COUNT
+    if isinstance(said, Mapping):
+        return all(_has_plain_numbers(value) for value in said.values())
+    return not isinstance(said, list) or all(_has_plain_numbers(value) for value in said)
 
 
 def defaults(raw: Mapping[str, Any] | None) -> Defaults:
@@ -150,8 +168,8 @@ def defaults(raw: Mapping[str, Any] | None) -> Defaults:
     data: Mapping[str, str] = raw.get("data") or {}
     problems: list[str] = []
     texts = {key: _value(adapter, data, key, None, problems) for key, adapter in _TEXTS.items()}
-    node_selector = _value(_NODE_SELECTOR, data, "nodeSelector", {}, problems, read=json.loads)
-    tolerations = _value(_TOLERATIONS, data, "tolerations", [], problems, read=json.loads)
+    node_selector = _value(_NODE_SELECTOR, data, "nodeSelector", {}, problems, read=from_json)
+    tolerations = _value(_TOLERATIONS, data, "tolerations", [], problems, read=from_json)
     known = {*_TEXTS, "nodeSelector", "tolerations"}
     unknown = sorted(set(data) - known)
     if unknown:
@@ -183,8 +201,16 @@ def _value(
     try:
         return adapter.validate_python(read(text))
     except ValueError as error:
-        problems.append(f"{key} is not what it should be: {_shortened(str(error))}")
+        problems.append(f"{key} is not what it should be: {_shortened(_said_by(error))}")
         return empty
+
+
+def _said_by(error: ValueError) -> str:
+    """What is wrong with a value, without pydantic's own words around it."""
+    if not isinstance(error, ValidationError):
+        return f"no JSON ({error})"
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return "; ".join(": ".join([*map(str, problem["loc"]), problem["msg"]]) for problem in found)
 
 
 def _named(containers: Any) -> Mapping[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import pytest
 
-from sae_operator.controller.progress import PodPoller
+from sae_operator.api.steps import Progress, SaeProgress
+from sae_operator.controller.progress import ANSWER_LIMIT_BYTES, PodPoller, ask
 from sae_operator.controller.queue import Key
 from sae_operator.controller.store import Store
 from sae_operator.reconcile.names import LABEL_UID
@@ -55,3 +58,39 @@ async def test_a_pod_of_another_namespace_is_nobodys_whatever_its_label_says() -
     poller, store = poller_of([pod("mine", "ns"), pod("foreign", "elsewhere")])
     await poller._tick(None)  # type: ignore[arg-type]
     assert [found.name for found in store.children("uid-a").pods] == ["mine"]
+
+
+async def answer_of(body: bytes) -> Progress | str:
+    """What is made of an answer that arrives in two parts, the second one when the first has been read."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body[:100])
+        await writer.drain()
+        while not first_part.is_set():
+            await asyncio.sleep(0)
+        writer.write(body[100:])
+        writer.close()
+
+    first_part = asyncio.Event()
+    traced = aiohttp.TraceConfig()
+
+    async def received(*_: Any) -> None:
+        first_part.set()
+
+    traced.on_response_chunk_received.append(received)
+    traced.on_request_end.append(received)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, aiohttp.ClientSession(trace_configs=[traced]) as session:
+        return await ask(session, "127.0.0.1", server.sockets[0].getsockname()[1])
+
+
+async def test_an_answer_that_arrives_in_parts_is_read_whole() -> None:
+    said = Progress(step="train", updated_at="now", saes=[SaeProgress(name=f"sae-{i}") for i in range(200)])
+    assert await answer_of(said.model_dump_json(by_alias=True).encode()) == said
+
+
+async def test_an_answer_without_end_is_not_read_on() -> None:
+    answer = await answer_of(b" " * (4 * ANSWER_LIMIT_BYTES) + b"{}")
+    assert isinstance(answer, str)
+    assert answer.endswith("not a progress report")

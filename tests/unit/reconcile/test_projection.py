@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_operator.reconcile.projection import defaults, job_facts, pod_facts
+from sae_operator.api.steps import Progress
+from sae_operator.reconcile.conditions import rfc3339
+from sae_operator.reconcile.projection import defaults, job_facts, parse_time, pod_facts, read_message
 
 JOB_METADATA = {
     "name": "sae-01234567-train-3",
@@ -166,3 +168,52 @@ def test_defaults_are_read_and_what_is_wrong_with_them_told() -> None:
     assert (texts.endpoint_url, texts.region, texts.secret_name, texts.image) == (None, None, None, "i:1")
     assert texts.problem is not None
     assert all(f"{word} is not what it should be" in texts.problem for word in ("endpointUrl", "region", "secretName"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        '"tokensPerSecond": 1e999',
+        '"tokensPerSecond": Infinity',
+        '"tokens": 99999999999999999999',
+        '"tokens": 1e300',
+        '"saes": [{"name": "a", "explainedVariance": NaN}]',
+        '"saes": ' + "[" * 5000,
+    ],
+)
+def test_what_no_status_can_hold_is_no_message(said: str) -> None:
+    assert read_message(f'{{"step": "train", "updatedAt": "", {said}}}', Progress) is None
+
+
+def test_large_figures_are_figures() -> None:
+    said = read_message('{"step": "train", "updatedAt": "", "saes": [{"name": "a", "mse": 1e25}]}', Progress)
+    assert said is not None
+    assert said.saes[0].mse == 1e25
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[" * 100_000, "nodeSelector is not what it should be: no JSON (recursion limit exceeded"),
+        ("gpu=yes", "nodeSelector is not what it should be: no JSON ("),
+        ('{"gpu": 1}', "nodeSelector is not what it should be: gpu: Input should be a valid string"),
+        ("[]", "nodeSelector is not what it should be: Input should be a valid dictionary"),
+    ],
+)
+def test_a_malformed_default_is_told_and_left_out(text: str, problem: str) -> None:
+    found = defaults({"data": {"nodeSelector": text, "region": "eu"}})
+    assert (found.node_selector, found.region) == ({}, "eu")
+    assert found.problem is not None
+    assert found.problem.startswith(problem)
+    assert "pydantic" not in found.problem
+
+
+@pytest.mark.parametrize("text", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "yesterday", ""])
+def test_a_time_that_is_none_is_not_known(text: str) -> None:
+    assert parse_time(text) is None
+
+
+def test_a_time_of_another_zone_is_told_in_utc() -> None:
+    moment = parse_time("2026-01-01T02:00:00+02:00")
+    assert moment is not None
+    assert rfc3339(moment) == "2026-01-01T00:00:00Z"
