@@ -190,6 +190,7 @@ def gpus_of(pod: Mapping[str, Any]) -> int:
     total = 0
     for container in (pod.get("spec") or {}).get("containers") or ():
         for name, count in ((container.get("resources") or {}).get("limits") or {}).items():
-            if name.endswith("/gpu") or "/mig-" in name:
+            # Kubernetes writes whole numbers of a thousand and more as "1k", which no pod has of GPUs.
+            if (name.endswith("/gpu") or "/mig-" in name) and str(count).isdecimal():
                 total += int(count)
     return total

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from sae_operator.api.status import CommonStatus
 from sae_operator.reconcile.observed import PodFacts
@@ -82,4 +82,4 @@ def seconds_to_cleanup(status: CommonStatus, ttl_seconds: int | None, now: datet
     ended = parse_time(status.completion_time)
     if ttl_seconds is None or ended is None:
         return None
-    return (ended + timedelta(seconds=ttl_seconds) - now).total_seconds()
+    return ttl_seconds - (now - ended).total_seconds()

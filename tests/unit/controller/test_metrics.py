@@ -129,6 +129,7 @@ def test_gpu_time_is_the_gpus_held_times_the_time_between_two_looks() -> None:
         ({"amd.com/gpu": 1}, 1),
         ({"nvidia.com/mig-1g.10gb": "3"}, 3),
         ({"cpu": "4"}, 0),
+        ({"shares.example.com/gpu": "1k"}, 0),
         (None, 0),
     ],
 )

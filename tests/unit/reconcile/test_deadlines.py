@@ -476,6 +476,13 @@ class TestTtlAfterFinished:
         cluster.wait(5)
         assert not leftovers(cluster)
 
+    def test_an_end_that_somebody_has_put_far_off_is_waited_for(self) -> None:
+        cluster = self.finished()
+        cluster.status(JOB, "sae")["completionTime"] = "9999-12-31T23:59:59Z"
+        left = cluster.wanted(JOB, "sae").requeue_after
+        assert left is not None
+        assert left > 1e11
+
     def test_everything_stays_where_no_time_is_set(self) -> None:
         cluster = FakeCluster(only_when_due=True)
         cluster.create(JOB, "sae", uri_job())
