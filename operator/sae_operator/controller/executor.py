@@ -206,10 +206,12 @@ class Executor:
         try:
             answer = await self._client.delete(paths.resource(SAE_TRAINING_JOB.kind, stored.key.namespace, name), uid)
         except ApiError as error:
-            # Gone, or another one by now: the watch tells.
-            if error.status not in (404, 409):
+            if error.status == 409:
+                # Another one by now: the watch tells.
+                raise RetryAfter(CONFLICT_RETRY_SECONDS) from error
+            if error.status != 404:
                 raise
-            return
+            answer = {}
         if answer.get("kind") == SAE_TRAINING_JOB.kind:
             # A finalizer of somebody's holds it.
             self._store.put_resource(SAE_TRAINING_JOB.kind, answer)

@@ -110,8 +110,9 @@ class Store:
         old, version = self._resources.get(key), int(meta["resourceVersion"])
         if meta["uid"] in self._tombstones or (old and old.version >= version):
             return set()
+        keys = {key}
         if old and old.metadata.uid != meta["uid"]:
-            self.drop_resource(old.metadata.uid)
+            keys |= self.drop_resource(old.metadata.uid)
             old = None
         new = _resource(key, raw, version, old)
         self._resources[key] = new
@@ -119,7 +120,6 @@ class Store:
         if old is None or old.owners != new.owners or old.cache_ref != new.cache_ref:
             self._unlink(old)
             self._link(new)
-        keys = {key}
         if kind == ACTIVATION_CACHE.kind:
             keys |= self.readers_of(new)
         elif old is None or _seen_by_caches(old) != _seen_by_caches(new):

@@ -92,6 +92,17 @@ def test_nothing_is_kept_of_sweeps_and_jobs_that_are_gone() -> None:
     assert store._trial_jobs == {}
 
 
+def test_a_sweep_hears_that_a_job_of_its_has_given_way_to_somebody_elses() -> None:
+    store = Store()
+    store.put_resource(SWEEP, sweep())
+    store.put_resource(JOB, job("a"))
+    other = job("a", 2)
+    other["metadata"] |= {"uid": "uid-other", "ownerReferences": []}
+    # That the first one was deleted was missed.
+    assert KEY in store.put_resource(JOB, other)
+    assert store.trial_jobs("uid-sweep") == ()
+
+
 def test_a_job_that_somebody_labels_is_no_sweeps() -> None:
     store, foreign = Store(), job("a")
     store.put_resource(SWEEP, sweep())
@@ -329,6 +340,17 @@ async def test_a_deleted_job_is_forgotten_and_one_that_is_held_is_not() -> None:
         Server({f"DELETE {JOBS}/a": held}), Wanted(delete_training_jobs=(("a", "uid-a"),)), job("a")
     )
     assert [found.deleting for found in store.trial_jobs("uid-sweep")] == [True]
+
+
+async def test_a_job_that_is_gone_is_not_deleted_for_ever() -> None:
+    removal = Wanted(delete_training_jobs=(("a", "uid-a"),))
+    gone = Server({f"DELETE {JOBS}/a": ApiError(404, "NotFound", "gone")})
+    store, _ = await execute(gone, removal, job("a"))
+    assert store.trial_jobs("uid-sweep") == ()
+    another = Server({f"DELETE {JOBS}/a": ApiError(409, "Conflict", "another UID")})
+    with pytest.raises(RetryAfter) as raised:
+        await execute(another, removal, job("a"))
+    assert raised.value.seconds > 0
 
 
 def test_changes_replace_mappings_and_leave_their_neighbours() -> None:
