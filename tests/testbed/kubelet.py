@@ -47,6 +47,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _POD_CGROUP = "kubepods"
 _CONTAINER_LOGS = Path("/var/log/containers")  # the kubelet's own, not to be chosen
 _NETWORK_RESULTS = Path("/var/lib/cni/results")
+_IP_FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 _SECONDS = 120.0
 
 
@@ -60,7 +61,6 @@ class KubeletNode:
         self._gpus = gpus
         self._children: list[ChildProcess] = []
         self._forwarders: list[Forwarder] = []
-        self._ip_forwarding: str | None = None
 
     def start(self) -> KubeletNode:
         """Start everything; raises `RuntimeError` that names what is missing, or the end of the log of what ended."""
@@ -87,8 +87,6 @@ class KubeletNode:
             forwarder.stop()
         self._forwarders.clear()
         _take_back(self.directory)
-        if self._ip_forwarding is not None:
-            Path("/proc/sys/net/ipv4/ip_forward").write_text(self._ip_forwarding)
         self._control_plane.request("DELETE", f"/api/v1/nodes/{self.name}")
 
     def __enter__(self) -> KubeletNode:
@@ -114,7 +112,8 @@ class KubeletNode:
     # Parts
 
     def _start_network(self) -> None:
-        self._ip_forwarding = Path("/proc/sys/net/ipv4/ip_forward").read_text()  # the bridge's plugin turns it on
+        # The bridge's plugin turns it on.
+        (self.directory / _IP_FORWARDING.name).write_text(_IP_FORWARDING.read_text())
         for address in (NODE_ADDRESS, API_ADDRESS):
             _run("ip", "address", "add", f"{address}/32", "dev", "lo")
         api_port = int(self._control_plane.server.rpartition(":")[2])
@@ -298,6 +297,9 @@ def _take_back(directory: Path) -> None:
     for address in addresses:
         if address["local"] in (NODE_ADDRESS, API_ADDRESS):
             _run("ip", "address", "delete", f"{address['local']}/32", "dev", "lo")
+    was = directory / _IP_FORWARDING.name
+    if was.exists():
+        _IP_FORWARDING.write_text(was.read_text())
     if _CONTAINER_LOGS.is_dir():
         for link in _CONTAINER_LOGS.iterdir():
             if link.is_symlink() and os.readlink(link).startswith(os.fspath(directory)):
