@@ -30,6 +30,8 @@ REQUEST_TIMEOUT_SECONDS = 15
 RELOAD_CREDENTIALS_SECONDS = 60
 # How the API server begins to tell that an admission webhook does not answer.
 WEBHOOK_FAILED = "failed calling webhook"
+# What is told of a refusal, in a status among others.
+LONGEST_MESSAGE = 2048
 
 
 class ApiError(Exception):
@@ -203,13 +205,17 @@ class ApiClient:
         self, method: str, path: str, status: int, headers: Mapping[str, str], payload: bytes
     ) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = from_json(payload) if payload else {}
+            answer: Any = from_json(payload) if payload else {}
         except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            # A proxy's page, say.
             answer = {"message": payload[:300].decode(errors="replace")}
         if status < 400:
             self.breaker.success()
             return answer
-        message = redact(answer.get("message") or f"{method} {path}: HTTP {status}")
+        # A webhook may answer with all of an object.
+        message = redact(str(answer.get("message") or f"{method} {path}: HTTP {status}"))[:LONGEST_MESSAGE]
         if status == 500 and WEBHOOK_FAILED in message:
             self.breaker.success()
             raise WebhookUnavailable(message)

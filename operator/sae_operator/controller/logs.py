@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -26,6 +27,9 @@ class Subject(NamedTuple):
     name: str
     uid: str | None = None
 
+
+# Control characters, and what ends a line in some readers.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 _subject: ContextVar[Subject | None] = ContextVar("subject", default=None)
 
@@ -92,8 +96,8 @@ class JsonLines(logging.Formatter):
 
 
 def _one_line(message: str) -> str:
-    """Without credentials, and without line ends, with which a foreign text could forge lines."""
-    return redact(message).replace("\r", "\\r").replace("\n", "\\n")
+    """Without credentials, and without characters with which a foreign text could forge lines or steer a terminal."""
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), redact(message))
 
 
 def configure(*, json_lines: bool, verbose: bool) -> None:

@@ -101,6 +101,28 @@ async def test_a_refusal_carries_what_the_server_says() -> None:
         assert not client.breaker.open
 
 
+@pytest.mark.parametrize("body", ["null", '"no"', "[]", "<html>no</html>", '{"message": 5}'])
+async def test_what_something_in_between_answers_is_told(body: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=403, text=body, content_type="application/json")
+
+    async with served(handler, ["t"]) as client:
+        with pytest.raises(ApiError) as caught:
+            await client.get("/x")
+    assert (caught.value.status, caught.value.reason) == (403, "")
+    assert caught.value.message == ("5" if "message" in body else body)
+
+
+async def test_a_refusal_without_end_is_cut() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"message": "no " * 100_000, "reason": "Forbidden"}, status=403)
+
+    async with served(handler, ["t"]) as client:
+        with pytest.raises(ApiError) as caught:
+            await client.get("/x")
+    assert len(caught.value.message) == 2048
+
+
 async def test_being_asked_to_wait_is_not_being_away() -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.json_response({}, status=429, headers={"Retry-After": "7"})

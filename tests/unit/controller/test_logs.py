@@ -69,6 +69,11 @@ def test_a_foreign_text_cannot_begin_a_line() -> None:
     assert "x\\n2026" in line
 
 
+def test_a_foreign_text_cannot_steer_a_terminal() -> None:
+    line = TextLines().format(record("said %s", "\x1b[2Jgone \x9b1A \u2028 é"))
+    assert line.endswith("said \\x1b[2Jgone \\x9b1A \\u2028 é")
+
+
 async def test_each_look_has_its_own_resource() -> None:
     lines: list[dict[str, Any]] = []
     both, told = asyncio.Barrier(2), asyncio.Barrier(3)

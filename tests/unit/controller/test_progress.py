@@ -67,8 +67,7 @@ async def answer_of(body: bytes) -> Progress | str:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body[:100])
         await writer.drain()
-        while not first_part.is_set():
-            await asyncio.sleep(0)
+        await first_part.wait()
         writer.write(body[100:])
         writer.close()
 
