@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sae_job.storage.base import ObjectStore
 
 DOCTOR_EPILOG = (
-    "Example: kubectl run doctor --rm -i --restart=Never --image=IMAGE -- doctor --store s3://bucket/doctor --gpus 1"
+    "Example: sae-job doctor --store s3://bucket/doctor --endpoint-url http://minio:9000 --gpus 1. "
+    "In a cluster `helm test RELEASE` runs it in a pod."
 )
 _LOCAL_LARGE_BYTES = 2**20
 _READS = {
