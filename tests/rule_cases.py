@@ -141,7 +141,8 @@ _AT_REQUIREMENT = (
 )
 _VALUES_OF = "values belong to operators In, NotIn, Gt and Lt, and to no other"
 _CODE_OF_ENV = (
-    "names that begin with LD_ or PYTHON could load code that the image does not hold; build an image instead"
+    "PATH and names that begin with LD_, PYTHON or OPENSSL_ could load code that the image does not hold; build an"
+    " image instead"
 )
 _POD_CASES = [
     *(
@@ -152,7 +153,7 @@ _POD_CASES = [
             _CODE_OF_ENV,
             {"run.env": [{"name": f"MY_{name}", "value": "x"}]},
         )
-        for name in ("LD_PRELOAD", "PYTHONPATH")
+        for name in ("LD_PRELOAD", "PYTHONPATH", "PATH", "OPENSSL_CONF")
     ),
     *(
         RuleCase(

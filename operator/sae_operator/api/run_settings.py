@@ -112,6 +112,10 @@ class SecretKeyRef(ApiModel):
     """Key in the Secret."""
 
 
+# A folder of a claim holds code, too: with PATH it would stand in for the command, with the others in libraries.
+CODE_LOADERS = "^(PATH$|LD_|PYTHON|OPENSSL_)"
+
+
 class EnvVar(ApiModel):
     RULES = (
         Rule(
@@ -127,9 +131,10 @@ class EnvVar(ApiModel):
         ),
         # An allow-list of images means nothing when a variable can make them load other code.
         Rule(
-            "!self.name.startsWith('LD_') && !self.name.startsWith('PYTHON')",
-            lambda variable: not variable.name.startswith(("LD_", "PYTHON")),
-            "names that begin with LD_ or PYTHON could load code that the image does not hold; build an image instead",
+            f"!self.name.matches('{CODE_LOADERS}')",
+            lambda variable: re.search(CODE_LOADERS, variable.name) is None,
+            "PATH and names that begin with LD_, PYTHON or OPENSSL_ could load code that the image does not hold; build"
+            " an image instead",
             "name",
         ),
     )
