@@ -42,11 +42,17 @@ class Lives(RuleBasedStateMachine):
 
     life: Life
 
-    @initialize(number=st.integers(0, 2**32), mood=st.sampled_from(("fine", "mixed", "long")), pause=pauses)
-    def begin(self, number: int, mood: str, pause: float) -> None:
+    @initialize(
+        number=st.integers(0, 2**32),
+        mood=st.sampled_from(("fine", "mixed", "long")),
+        rate=st.sampled_from((0.0, 0.0, 0.1, 0.3)),
+        pause=pauses,
+    )
+    def begin(self, number: int, mood: str, rate: float, pause: float) -> None:
         self.life = Life(number)
         progress.ask = self.life.answer_poll  # type: ignore[assignment]
         self.life.set_mood(mood)
+        self.life.fault_rate = rate
         self.life.start_operator()
         self.create_job("a", "cache 0", False, pause)
 
