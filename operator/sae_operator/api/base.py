@@ -123,4 +123,6 @@ ObjectName = Annotated[str, StringConstraints(min_length=1, max_length=253, patt
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=TEXT_PATTERN)]
 Uri = Annotated[str, StringConstraints(max_length=1024, pattern=URI_PATTERN)]
 EndpointUrl = Annotated[str, StringConstraints(max_length=512, pattern=URL_PATTERN)]
-Region = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=TEXT_PATTERN)]
+# What the AWS client takes.
+REGION_PATTERN = r"^[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?$"
+Region = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=REGION_PATTERN)]

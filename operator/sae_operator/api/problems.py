@@ -11,7 +11,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sae_operator.api.activation_cache import HOOK_KEY_PATTERN, HOOK_NAME_PATTERN, SPECIAL_TOKEN_PATTERN
-from sae_operator.api.base import NAME_PATTERN, OBJECT_NAME_PATTERN, TEXT_PATTERN, URI_PATTERN, URL_PATTERN
+from sae_operator.api.base import (
+    NAME_PATTERN,
+    OBJECT_NAME_PATTERN,
+    REGION_PATTERN,
+    TEXT_PATTERN,
+    URI_PATTERN,
+    URL_PATTERN,
+)
 from sae_operator.api.run_settings import ENV_NAME_PATTERN, LABEL_VALUE_PATTERN
 from sae_operator.api.schema import MAP_KEY_MESSAGE, models_in
 
@@ -29,6 +36,7 @@ _PATTERN_WORDS = {
     SPECIAL_TOKEN_PATTERN: "must be none, bos, eos, sep or a token id in quotes",
     ENV_NAME_PATTERN: "must be the name of an environment variable: letters, digits and '_'",
     LABEL_VALUE_PATTERN: "must be a label's value: letters, digits, '-', '_' and '.'",
+    REGION_PATTERN: "must be the name of a region such as us-east-1: letters, digits and '-'",
     URL_PATTERN: "must be an address such as https://host:port, without credentials, which belong in secretRef",
 }
 

@@ -26,6 +26,9 @@ _PARAMETERS = (
     r"X-Amz-(?:Signature|Credential|Security-Token)|X-Goog-(?:Signature|Credential)|AWSAccessKeyId|GoogleAccessId"
     r"|Signature|sig|token|key|secret|code"
 )
+# What a value without quotes consists of, and what one in quotes begins with.
+_VALUE = r"""[^\s"'\\,;&)}\]]"""
+_BEGINS = r"""[^\s"'\\,;&)}\]:]"""
 # Inside of JSON that is text in JSON, a quote has backslashes.
 _QUOTE = r"""(?:\\*["'])"""
 
@@ -36,15 +39,18 @@ _PATTERNS: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = (
         re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^\"']*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"),
         HIDDEN,
     ),
-    (("@",), re.compile(r"""(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#"'<>\\]+@"""), rf"\g<1>{HIDDEN}@"),
+    (("@",), re.compile(r"""(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#"'<>\\]+@(?!sha256:)"""), rf"\g<1>{HIDDEN}@"),
     (("?", "&"), re.compile(rf"""(?i)([?&](?:{_PARAMETERS})=)[^&\s"'<>\\]+"""), rf"\g<1>{HIDDEN}"),
     (
         ("pass", "key", "secret", "token", "authorization"),
         re.compile(
-            rf"""(?i)((?<![A-Za-z]){_NAMES}{_QUOTE}?\s*[:=]\s*{_QUOTE}?(?:(?:Bearer|Basic|Token)\s+)?)"""
-            r"""[^\s"'\\,;&)}\]]+"""
+            rf"""(?i)((?<![A-Za-z]){_NAMES}{_QUOTE}?\s*[:=]\s*)"""
+            # In quotes all to the quote that ends it; the quote that ends a text around the name begins nothing.
+            rf"""(?:(?P<quote>["'])(?={_BEGINS})(?:\\.|(?!(?P=quote))[^\\])+(?=(?P=quote))"""
+            rf"""|(?P<escaped>\\+["'])(?={_BEGINS})[^"'\\]+(?=(?P=escaped))"""
+            rf"""|(?P<loose>{_QUOTE}?(?:(?:Bearer|Basic|Token)\s+)?){_VALUE}+)"""
         ),
-        rf"\g<1>{HIDDEN}",
+        rf"\g<1>\g<quote>\g<escaped>\g<loose>{HIDDEN}",
     ),
     (("bearer",), re.compile(r"""(?i)(\bBearer\s+)[A-Za-z0-9._~+/=-]{8,}"""), rf"\g<1>{HIDDEN}"),
     (

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from sae_operator.api.activation_cache import MAX_HOOKS, ActivationCacheSpec, Hook
 from sae_operator.api.base import MAX_NAME_LENGTH
-from sae_operator.api.identity import cache_identity, canonical_hash
+from sae_operator.api.identity import canonical_hash, inline_cache_name
 from sae_operator.api.problems import Problem, describe_errors
 from sae_operator.api.sae import SaeSpec
 from sae_operator.api.sweep import MAX_TRIALS, Parameter, Range, SAESweepSpec, Space
@@ -133,6 +133,7 @@ def walk(spec: SAESweepSpec) -> Iterator[Trial]:
     names: set[str] = set()
     # A problem that many trials have is told once.
     found: dict[tuple[str, str], Problem] = {}
+    hooks: dict[str, set[str]] = {}
     for values in _assignments(spec):
         parameters = dict(zip(paths, values, strict=True))
         result = _trial(parameters, text)
@@ -148,10 +149,20 @@ def walk(spec: SAESweepSpec) -> Iterator[Trial]:
             message = f"holds the trial {result.describe()} twice; remove one"
             raise SweepInvalid([Problem("", "", "spec.space", message)])
         names.add(result.name)
+        cache = result.spec.activations.cache
+        if cache is not None:
+            hooks.setdefault(inline_cache_name(cache), set()).update(hook.key for hook in cache.hooks)
         if not found:
             yield result
     if found:
         raise SweepInvalid(list(found.values())[:SHOWN_PROBLEMS])
+    most = max((len(keys) for keys in hooks.values()), default=0)
+    if most > MAX_HOOKS:
+        message = (
+            f"are {most} of one cache in all trials together; at most {MAX_HOOKS} are allowed: take fewer, or vary"
+            " activations.cache.storage.uri with them"
+        )
+        raise SweepInvalid([Problem("", "", "spec.template.activations.cache.hooks", message)])
 
 
 def template_text(spec: SAESweepSpec) -> str:
@@ -394,14 +405,14 @@ def as_job(spec: SAESweepSpec, trial: Trial, hooks: Mapping[str, list[Hook]]) ->
     """A trial as a training job of its own, whose shared part is as little its own as possible.
 
     Args:
-        hooks: those that an inline cache asks for, by its identity; its own where it is not named.
+        hooks: those that an inline cache asks for, by its name; its own where that is not there.
     """
     made = trial.spec
     cache = made.activations.cache
     saes = made.saes
     if cache is not None:
         saes = [_with_hook(sae, cache) for sae in saes]
-        cache = cache.model_copy(update={"hooks": hooks.get(cache_identity(cache), cache.hooks)})
+        cache = cache.model_copy(update={"hooks": hooks.get(inline_cache_name(cache), cache.hooks)})
         made = made.model_copy(update={"activations": made.activations.model_copy(update={"cache": cache})})
     defaults = type(made.training)()
     own = {name: getattr(made.training, name) for name in OWN_SETTINGS}
@@ -433,13 +444,13 @@ def _with_hook(sae: SaeSpec, cache: ActivationCacheSpec) -> SaeSpec:
 
 
 def hooks_by_cache(specs: Iterable[SAETrainingJobSpec]) -> dict[str, list[Hook]]:
-    """The hooks of all trials, by the identity of their cache; a cache with too many is left to each trial."""
+    """The hooks of all trials, by the name of their cache."""
     found: dict[str, dict[str, Hook]] = {}
     for made in specs:
         cache = made.activations.cache
         if cache is not None:
-            found.setdefault(cache_identity(cache), {}).update({hook.key: hook for hook in cache.hooks})
-    return {identity: list(hooks.values()) for identity, hooks in found.items() if len(hooks) <= MAX_HOOKS}
+            found.setdefault(inline_cache_name(cache), {}).update({hook.key: hook for hook in cache.hooks})
+    return {name: list(hooks.values()) for name, hooks in found.items()}
 
 
 def shared_part(job: SAETrainingJobSpec) -> dict[str, Any]:

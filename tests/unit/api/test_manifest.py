@@ -215,6 +215,7 @@ class TestMessages:
         ("path", "text"),
         [
             ("storage.region", "eu\n1"),
+            ("storage.region", "A_b"),
             ("storage.endpointUrl", "https://host/\x00"),
             ("storage.endpointUrl", "https://host name"),
             ("storage.uri", "s3://saes/a\tb"),
