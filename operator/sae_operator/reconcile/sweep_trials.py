@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sae_operator.api.activation_cache import MAX_HOOKS, Hook
-from sae_operator.api.identity import cache_identity, canonical_hash, chosen
+from sae_operator.api.activation_cache import Hook
+from sae_operator.api.identity import canonical_hash, chosen, inline_cache_name
 from sae_operator.api.sweep import Objective, SAESweepSpec
 from sae_operator.api.sweep_expansion import (
     TrialJob,
@@ -67,7 +67,7 @@ class Outline:
         trials: in the order of the space.
         positions: of each trial, by its name.
         kinds: see `OutlinedTrial.kind`.
-        hooks: those that an inline cache asks for, by its identity.
+        hooks: those that an inline cache asks for, by its name.
         samples: a spec for each of the different pod settings and models that trials have.
         digest: hash of the trials' names and of the objective: what the sweep's report is about.
         tokens: the most that a trial asks for.
@@ -158,8 +158,6 @@ class _Collected:
     values: list[tuple[Any, ...]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)
-    # Of each trial's inline cache: its identity and its hooks.
-    caches: list[tuple[str, tuple[str, ...]] | None] = field(default_factory=list)
     hooks: dict[str, dict[str, Hook]] = field(default_factory=dict)
     kinds: dict[str, TrialKind] = field(default_factory=dict)
     samples: dict[str, SAETrainingJobSpec] = field(default_factory=dict)
@@ -168,11 +166,7 @@ class _Collected:
         manifest, cache = shared_part(single), single.activations.cache
         if cache is not None:
             del manifest["activations"]["cache"]["hooks"]
-            identity = cache_identity(cache)
-            self.hooks.setdefault(identity, {}).update({hook.key: hook for hook in cache.hooks})
-            self.caches.append((identity, tuple(hook.key for hook in cache.hooks)))
-        else:
-            self.caches.append(None)
+            self.hooks.setdefault(inline_cache_name(cache), {}).update({hook.key: hook for hook in cache.hooks})
         shared = canonical_hash(manifest)
         if shared not in self.kinds:
             self.kinds[shared] = TrialKind(tokens_asked_for(manifest), template_digest(single))
@@ -183,21 +177,17 @@ class _Collected:
         self.shared.append(shared)
 
     def outline(self, paths: tuple[str, ...], objective: Objective) -> Outline:
-        hooks = {identity: list(found.values()) for identity, found in self.hooks.items() if len(found) <= MAX_HOOKS}
-        kinds: dict[tuple[str, tuple[str, ...]], int] = {}
-        trials: list[OutlinedTrial] = []
-        for name, values, size, shared, cache in zip(
-            self.names, self.values, self.sizes, self.shared, self.caches, strict=True
-        ):
-            own_hooks = cache[1] if cache is not None and cache[0] not in hooks else ()
-            kind = kinds.setdefault((shared, own_hooks), len(kinds))
-            trials.append(OutlinedTrial(name, values, kind, size))
+        positions = {shared: i for i, shared in enumerate(self.kinds)}
+        trials = [
+            OutlinedTrial(name, values, positions[shared], size)
+            for name, values, size, shared in zip(self.names, self.values, self.sizes, self.shared, strict=True)
+        ]
         return Outline(
             paths=paths,
             trials=tuple(trials),
             positions={name: i for i, name in enumerate(self.names)},
-            kinds=tuple(self.kinds[shared] for shared, _ in kinds),
-            hooks=hooks,
+            kinds=tuple(self.kinds.values()),
+            hooks={name: list(found.values()) for name, found in self.hooks.items()},
             samples=tuple(self.samples.values()),
             digest=canonical_hash([sorted(self.names), chosen(objective)]),
             tokens=max(kind.tokens for kind in self.kinds.values()),

@@ -343,13 +343,18 @@ def test_a_trial_is_the_same_training_whatever_hooks_others_have() -> None:
     assert training_identity(one.spec) == training_identity(other.spec)
 
 
-def test_more_hooks_than_a_cache_may_have_are_left_to_each_trial() -> None:
+def test_more_hooks_than_a_cache_may_have_are_refused_unless_they_lie_elsewhere() -> None:
+    name, uri = "activations.cache.hooks[0].name", "activations.cache.storage.uri"
     names = [f"transformer.h.{i}" for i in range(17)]
-    spec = sweep(values("activations.cache.hooks[0].name", *names), edits={".trialsPerJob": 16})
+    (found,) = problems(sweep(values(name, *names)))
+    assert found[0] == "spec.template.activations.cache.hooks"
+    assert found[1].startswith("are 17 of one cache in all trials together; at most 16 are allowed")
+    places = [{"values": [each, f"s3://saes/{i // 16}"]} for i, each in enumerate(names)]
+    spec = sweep({"path": name}, {"path": uri}, edits={".trialsPerJob": 16}, method="list", trials=places)
     jobs = pack(spec, expand(spec))
-    assert len(jobs) == 17
     caches = [job.spec.activations.cache for job in jobs]
-    assert all(cache is not None and len(cache.hooks) == 1 for cache in caches)
+    assert [len(cache.hooks) for cache in caches if cache is not None] == [16, 1]
+    assert outline(spec).job(spec, jobs[0].trials) == jobs[0]
 
 
 def test_other_contexts_are_another_cache() -> None:
