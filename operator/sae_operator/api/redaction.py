@@ -46,7 +46,7 @@ _PATTERNS: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = (
         re.compile(
             rf"""(?i)((?<![A-Za-z]){_NAMES}{_QUOTE}?\s*[:=]\s*)"""
             # In quotes all to the quote that ends it; the quote that ends a text around the name begins nothing.
-            rf"""(?:(?P<quote>["'])(?={_BEGINS})(?:\\.|(?!(?P=quote))[^\\])+(?=(?P=quote))"""
+            rf"""(?:(?P<quote>["'])(?={_BEGINS})(?:\\.|(?!(?P=quote))[^"\\])+(?=(?P=quote))"""
             rf"""|(?P<escaped>\\+["'])(?={_BEGINS})[^"'\\]+(?=(?P=escaped))"""
             rf"""|(?P<loose>{_QUOTE}?(?:(?:Bearer|Basic|Token)\s+)?){_VALUE}+)"""
         ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sae_operator.api.redaction import redact
 
@@ -31,12 +33,15 @@ SECRETS = [
     "api_key={}, other=1",
     "WANDB_API_KEY={}",
     "AKIA{}",
+    '"password": "correct horse, {}; x) y"',
+    "passphrase='at {} and {}' is wrong",
+    "{{'client_secret': 'a {} b'}}",
 ]
 
 
 def whole(form: str, secret: str) -> str:
     # A key's id has capital letters and digits alone.
-    return form.format(secret.upper() if form.startswith("AKIA") else secret)
+    return form.replace("{}", "{0}").format(secret.upper() if form.startswith("AKIA") else secret)
 
 
 @pytest.mark.parametrize("form", SECRETS)
@@ -53,6 +58,17 @@ def test_json_stays_json(form: str) -> None:
     assert PLANTED.lower() not in said.lower()
     read = json.loads(said)
     assert (read["exitCode"], read["tokens"]) == (1, 5)
+
+
+@given(
+    st.lists(st.sampled_from(["password", "api_key", ":", "=", " ", '"', "'", "\\", ",", "}", "x", "\n"]), max_size=14)
+)
+@settings(max_examples=300, deadline=None)
+def test_json_stays_json_whatever_stands_in_it(parts: list[str]) -> None:
+    text = "".join(parts)
+    for value in (text, json.dumps(text), json.dumps([text, {"password": text}])):
+        whole = json.dumps({"message": value, "it's": "'", "tokens": 5})
+        assert json.loads(redact(whole))["tokens"] == 5
 
 
 @pytest.mark.parametrize(
@@ -90,6 +106,9 @@ def test_a_private_key_is_taken_out() -> None:
         "revision 0123456789abcdef0123456789abcdef01234567",
         "ghcr.io/sae-operator/job@sha256:0123",
         "spec.sae.task-name is unknown",
+        "docker://alpine@sha256:0123",
+        '{"message":"the password:","tokens":5}',
+        '["api_key=", "wandb"]',
     ],
 )
 def test_other_texts_stay(text: str) -> None:
