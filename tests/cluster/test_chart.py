@@ -175,6 +175,64 @@ EVERYTHING = (
 )
 
 
+def strings_of(value: Any, keys: frozenset[str]) -> Iterator[Any]:
+    """Values of these keys, wherever they stand, and all of labels and arguments."""
+    if isinstance(value, list):
+        for item in value:
+            yield from strings_of(item, keys)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key in keys:
+                yield inner
+            elif key in ("labels", "matchLabels"):
+                yield from inner.values()
+            elif key in ("args", "matchNames"):
+                yield from inner
+            else:
+                yield from strings_of(inner, keys)
+
+
+def test_names_that_yaml_takes_for_something_else_stay_names(run_helm: Any) -> None:
+    names = {
+        "watchNamespace": "1e3",
+        "jobImage": "7",
+        "priorityClassName": "100",
+        "imagePullSecrets": [{"name": "1"}],
+        "serviceAccount": {"create": False, "name": "0"},
+        "networkPolicy": {"enabled": True, "jobNamespaces": ["on", "0x1"]},
+        "metrics": {
+            kind: {"enabled": True} for kind in ("serviceMonitor", "podMonitor", "prometheusRule", "dashboard")
+        },
+        "cacheGc": {
+            "enabled": True,
+            "uri": "s3://saes/a #b",
+            "namespace": "5",
+            "secretName": "6",
+            "serviceAccountName": "7",
+        },
+        "doctor": {"store": "s3://saes/a #b", "region": "a: b", "secretName": "null", "runtimeClassName": "true"},
+    }
+    settings = [argument for key, value in names.items() for argument in ("--set-json", f"{key}={json.dumps(value)}")]
+    text = run_helm("template", "8", str(CHART), KUBERNETES, "--namespace=9", "--set=crds.install=false", *settings)
+    found = documents(text)
+    keys = frozenset(
+        ("name", "namespace", "image", "priorityClassName", "serviceAccountName", "runtimeClassName", "secretName")
+    )
+    assert all(isinstance(value, str) for value in strings_of(found, keys))
+    told = set(strings_of(found, keys))
+    assert {"1e3", "7", "100", "1", "0", "on", "0x1", "5", "6", "null", "true", "8", "9"} <= told
+    assert {"--namespace=1e3", "--store=s3://saes/a #b", "--region=a: b", "s3://saes/a #b"} <= told
+
+
+def test_names_stay_within_their_limits(run_helm: Any) -> None:
+    release = "r" * 53
+    settings = [argument for value in EVERYTHING for argument in ("--set", value)]
+    for item in documents(run_helm("template", release, str(CHART), KUBERNETES, *settings)):
+        if item["kind"] != "CustomResourceDefinition":
+            # The Job controller adds 11 characters to a CronJob's name.
+            assert len(item["metadata"]["name"]) <= (52 if item["kind"] == "CronJob" else 63)
+
+
 def test_every_value_is_in_the_schema_and_the_schema_knows_no_other(render: Any) -> None:
     values = YAML(typ="safe").load((CHART / "values.yaml").read_text())
     schema = json.loads((CHART / "values.schema.json").read_text())
