@@ -23,11 +23,12 @@ quickstart: $(INSTALLED) ## Cache activations of a small real model and train an
 	$(BIN)/python tools/small_model.py --model $(QUICKSTART)/smollm2-135m --text $(QUICKSTART)/english-text
 	$(BIN)/sae-job run -f examples/quickstart.yaml
 
-test: lint ## Run every check and test: unit, processes that train together, a real API server, real pods and S3, peers
-	$(BIN)/python -m pytest
+test: lint ## Run every check and test: unit, random lives, a real API server and Kueue, real pods and S3, peers
+	$(BIN)/python -m tests.testbed build
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 unit: $(INSTALLED) ## Run the unit tests alone (a minute or two)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit
 
 testbed: $(INSTALLED) ## Start a real control plane, S3 server, node and operator on loopback, to play with
 	$(BIN)/python -m tests.testbed up --operator

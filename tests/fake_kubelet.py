@@ -7,6 +7,7 @@ away when they are deleted, as with a kubelet. Only pods that ask for it by node
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from tests.api_connection import ApiConnection
 from tests.testbed.control_plane import ControlPlane
 
 NODE = "fake-node"
-POD_IP = "127.99.0.1"
+# Tests that run at the same time in several processes serve the progress of their pods apart from each other.
+POD_IP = f"127.99.{os.environ.get('PYTEST_XDIST_WORKER', 'gw0').removeprefix('gw')}.1"
 LABEL = "fake-kubelet"
 # What a resource's `run` needs for its pods to land here.
 PLACEMENT = {
