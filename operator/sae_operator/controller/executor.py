@@ -98,6 +98,22 @@ class Executor:
         if refused is not None:
             raise RetryAfter(REFUSED_RETRY_SECONDS)
 
+    async def look_up_told_job(self, stored: StoredResource) -> None:
+        """Learns of the Job that the status of unfinished work tells of, where its watch has not brought it yet: where
+        another operator works, too, the watch of resources may be ahead. Else it would be taken for deleted."""
+        if stored.finished or stored.phase in (None, "Ready", "Suspended"):
+            return
+        told, uid = stored.status_manifest().get("jobName"), stored.metadata.uid
+        if told is None or told in self._store.children(uid).jobs:
+            return
+        try:
+            job = await self._client.get(f"{paths.jobs(stored.key.namespace)}/{told}")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+        else:
+            self._store.put_job(job)
+
     async def _confirm_absence(self, stored: StoredResource) -> None:
         """Before a Job is made in place of one that the status tells of: that one must really be gone. The watch of
         resources may be ahead of that of Jobs, where another operator works, too.

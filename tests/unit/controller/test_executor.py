@@ -198,6 +198,20 @@ async def test_a_job_that_the_status_tells_of_is_looked_up_before_it_is_replaced
     assert list(store.children("uid-a").jobs) == ["j-1"]
 
 
+@pytest.mark.parametrize(
+    ("phase", "looked_up"), [("Running", True), ("Suspended", False), ("Succeeded", False), ("Ready", False)]
+)
+async def test_a_job_that_only_the_status_tells_of_is_looked_up_before_it_is_missed(
+    phase: str, looked_up: bool
+) -> None:
+    server = Server({f"GET {JOBS}/j-2": child("Job", "j-2")})
+    store = stored_with({"jobName": "j-2", "phase": phase})
+    await executor_of(server, store).look_up_told_job(the(store))
+    assert list(store.children("uid-a").jobs) == (["j-2"] if looked_up else [])
+    await executor_of(server, store).look_up_told_job(the(store))
+    assert server.calls == ([f"GET {JOBS}/j-2"] if looked_up else [])
+
+
 async def test_a_job_is_replaced_when_it_is_gone_and_the_status_is_the_latest() -> None:
     same = {"metadata": meta(1), "spec": {}, "status": {"jobName": "j-1"}}
     server = Server({f"GET {JOBS}/j-1": ApiError(404, "NotFound", "gone"), f"GET {RESOURCE}": same})
