@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,6 +123,35 @@ def space(counts: list[int]) -> dict[str, Any]:
 
 def told_trials(found: dict[str, Any]) -> dict[str, int]:
     return found["status"]["trials"]
+
+
+@pytest.fixture
+def deep_documents() -> Iterator[None]:
+    """This process can write what is nested as deep as the API server takes it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("deep_documents")
+def test_values_that_are_nested_too_deep_are_refused_and_keep_nobody_from_work(world: World, trials: Trials) -> None:
+    for depth in (150, 230, 300, 9000):
+        value: Any = 1
+        for _ in range(depth):
+            value = {"a": value}
+        world.create(SWEEP, f"deep-{depth}", sweep_spec([1], space={"parameters": [{"path": PATH, "values": [value]}]}))
+    # One that starts lists them, and one that runs is told of them.
+    with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
+        world.create(SWEEP, "sweep", sweep_spec([1, 2]))
+        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
+        for depth in (150, 230, 300, 9000):
+            refused = world.wait_condition(SWEEP, f"deep-{depth}", "Invalid", "True")
+            assert ("nested too deep" in refused["message"]) == (depth > 200)
+        world.patch(SWEEP, "deep-9000", {"metadata": {"labels": {"a": "b"}}})
+        world.patch(SWEEP, "sweep", space([1, 2, 3]))
+        world.wait_resource(SWEEP, "sweep", lambda found: told_trials(found)["total"] == 3)
+        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
 
 
 def test_a_packed_sweep_trains_all_trials_from_one_cache_and_reports(

@@ -186,6 +186,8 @@ def _choice(context: dict[str, Any], value: Any) -> str:
 
 
 _WORDS: dict[str, Callable[[dict[str, Any], Any], str]] = {
+    # What is stored was JSON once.
+    "json_invalid": lambda _context, _value: "is nested too deep to be read",
     "missing": lambda _context, _value: "required field is missing",
     "int_type": _expects("a whole number"),
     "int_from_float": _expects("a whole number"),

@@ -9,6 +9,7 @@ import gc
 import logging
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -57,6 +58,9 @@ PROGRESS_PER_SECOND = 12.0
 SWEEP_SECONDS = 1.0
 # Objects live long here or die at once; with Python's defaults, collections cost a tenth of the CPU.
 GC_THRESHOLDS = (20_000, 20, 50)
+# The API server takes values of a sweep that are nested up to 10,000 deep, and kopf reads them with Python's parser: if
+# they are too deep for it, the watches of all end. A level takes some hundred bytes of the stack.
+RECURSION_LIMIT = 20_000
 
 
 @dataclass(frozen=True)
@@ -404,6 +408,7 @@ def missing_definitions(served: Mapping[str, Any]) -> str:
 
 def run(options: Options) -> None:
     """Runs the operator in this process until it is told to stop; uvloop saves a sixth of its CPU."""
+    sys.setrecursionlimit(RECURSION_LIMIT)
     uvloop.run(_run(options))
 
 

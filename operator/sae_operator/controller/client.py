@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -204,10 +205,7 @@ class ApiClient:
     def _answer(
         self, method: str, path: str, status: int, headers: Mapping[str, str], payload: bytes
     ) -> dict[str, Any]:
-        try:
-            answer: Any = from_json(payload) if payload else {}
-        except ValueError:
-            answer = None
+        answer: Any = _parsed(payload) if payload else {}
         if not isinstance(answer, dict):
             # A proxy's page, say.
             answer = {"message": payload[:300].decode(errors="replace")}
@@ -267,6 +265,19 @@ class ApiClient:
                 return response.status < 500
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
+
+
+def _parsed(payload: bytes) -> Any:
+    """What JSON says; None where it is none."""
+    try:
+        return from_json(payload)
+    except ValueError:
+        pass
+    try:
+        # It reads what is nested deeper, as values of a sweep may be.
+        return json.loads(payload)
+    except ValueError:
+        return None
 
 
 def _open_session(credentials: Credentials) -> aiohttp.ClientSession:

@@ -6,6 +6,7 @@ than what is known, and returns the keys that should be looked at because of it.
 
 from __future__ import annotations
 
+import json
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -351,7 +352,11 @@ def _resource(key: Key, raw: Mapping[str, Any], version: int, old: StoredResourc
 
 
 def _compact(value: Any) -> bytes:
-    return to_json(value)
+    try:
+        return to_json(value)
+    except ValueError:
+        # Nested too deep for it, as it is for who parses the spec then, which tells so.
+        return json.dumps(value).encode()
 
 
 def parent_uid(meta: Mapping[str, Any]) -> str | None:

@@ -103,6 +103,22 @@ def test_a_sweep_hears_that_a_job_of_its_has_given_way_to_somebody_elses() -> No
     assert store.trial_jobs("uid-sweep") == ()
 
 
+@pytest.mark.parametrize("depth", [230, 300, 800])
+def test_a_sweep_whose_values_are_nested_too_deep_is_kept_and_told_so(depth: int) -> None:
+    value: Any = 1
+    for _ in range(depth):
+        value = {"a": value}
+    store = Store()
+    store.put_resource(SWEEP, sweep(space={"parameters": [{"path": "training.tokens", "values": [value]}]}))
+    stored = store.get(KEY)
+    assert stored is not None
+    spec = store.spec_of(stored)
+    assert isinstance(spec, InvalidSpec)
+    assert [(problem.field, problem.message) for problem in spec.problems] == [
+        ("spec", "is nested too deep to be read")
+    ]
+
+
 def test_a_job_that_somebody_labels_is_no_sweeps() -> None:
     store, foreign = Store(), job("a")
     store.put_resource(SWEEP, sweep())
