@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -142,16 +143,24 @@ class FigureFolder:
                 return None
             median = value["median"]
             return Verdict(
-                float(value["figure"]),
-                None if median is None else float(median),
-                int(value["others"]),
-                bool(value["stopped"]),
+                _finite(value["figure"]),
+                None if median is None else _finite(median),
+                int(_finite(value["others"])),
+                value["stopped"] is True,
             )
         except ObjectNotFound:
             return None
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             logger.warning("%s/%s holds no figure of an SAE; it is left out", self._store.uri, key)
             return None
+
+
+def _finite(value: Any) -> float:
+    """A number of a record; ValueError where it is none that can be compared."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("not finite")
+    return number
 
 
 class Comparison:
@@ -183,7 +192,8 @@ class Comparison:
         """
         assert self._step is not None
         tokens = self._step * self._plan.batch_size
-        own = {sae: value for sae, named in figures.items() if (value := named.get(self._rule.metric)) is not None}
+        found = {sae: named.get(self._rule.metric) for sae, named in figures.items()}
+        own = {sae: value for sae, value in found.items() if value is not None and math.isfinite(value)}
         verdicts = self._agreed(list(own), self._verdicts(own, tokens) if self._ranks.index == 0 else {})
         reasons = {sae: verdict.reason(self._rule.metric, tokens) for sae, verdict in verdicts.items()}
         return {sae: reason for sae, reason in reasons.items() if reason is not None}

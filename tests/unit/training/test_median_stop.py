@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -143,8 +144,18 @@ def test_an_object_that_appears_meanwhile_holds(tmp_path: Path) -> None:
     assert (verdicts["a"].figure, verdicts["a"].stopped) == (0.55, False)
 
 
+RECORD = b'{"metric": "explained_variance", "median": null, "stopped": false, "others": %b, "figure": %b}'
+
+
 @pytest.mark.parametrize(
-    "damaged", [b"", b"[]", b"{}", b'{"metric": "explained_variance", "figure": "x", "median": 1}', b"\xff", b"3"]
+    "damaged",
+    [
+        *(b"", b"[]", b"{}", b'{"metric": "explained_variance", "figure": "x", "median": 1}', b"\xff", b"3"),
+        *(RECORD % (b"0", figure) for figure in (b"NaN", b"-Infinity", b"1" + b"0" * 400)),
+        RECORD % (b"Infinity", b"0.9"),
+        b"[" * 100_000,
+    ],
+    ids=lambda damaged: damaged[-40:],
 )
 def test_what_is_no_figure_is_left_out(tmp_path: Path, damaged: bytes) -> None:
     store = FileStore(tmp_path)
@@ -225,6 +236,15 @@ def test_one_that_fails_or_was_given_up_leaves_no_figure(new_trainer: Callable[.
     trainer = run(comparing(new_trainer, FileStore(tmp_path), [hopeless, broken, EVERY_KIND["gated"]]))
     assert [sae.phase for sae in trainer.saes] == ["Stopped", "Failed", "Running"]
     assert left(FileStore(tmp_path)).keys() == {"gated"}
+
+
+def test_a_figure_that_is_no_number_is_not_compared(new_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer = comparing(new_trainer, FileStore(tmp_path), [TOPK])
+    comparison = trainer.comparison
+    assert comparison is not None
+    figures = {name: {"explained_variance": value} for name, value in (("a", math.nan), ("b", -math.inf), ("c", 0.5))}
+    assert comparison.reasons(figures) == {}
+    assert left(FileStore(tmp_path)).keys() == {"c"}
 
 
 def test_at_the_end_figures_are_left_and_nothing_is_stopped(
