@@ -100,7 +100,7 @@ def parameter_plot(points: Sequence[Point], path: str, metric: str) -> str | Non
     else:
         places = {value: place for place, value in enumerate(values)}
         _scatter(axes, [Point(places[_word(p.x)], p.y, p.stopped, p.best) for p in points])
-        axes.set_xticks(range(len(values)), values, rotation=20, ha="right")
+        axes.set_xticks(range(len(values)), [_label(value) for value in values], rotation=20, ha="right")
         axes.set_xlim(-0.5, len(values) - 0.5)
     _finish(axes, path, path, title_of(metric))
     return svg_of(figure)
@@ -145,3 +145,8 @@ def _is_wide(values: Sequence[float]) -> bool:
 def _word(value: Any) -> str:
     text = value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def _label(word: str) -> str:
+    """A word as matplotlib is to draw it: `$` begins a formula there, and fonts have no control characters."""
+    return "".join(letter if letter.isprintable() else "·" for letter in word).replace("$", r"\$")

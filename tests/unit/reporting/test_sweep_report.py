@@ -163,6 +163,11 @@ def test_plots_are_those_of_what_varies_and_is_measured() -> None:
     assert page_of(*made(1))[0].plots == 1
 
 
+def test_values_that_matplotlib_would_take_for_formulas_are_drawn_as_they_are() -> None:
+    points = [Point(value, 0.5) for value in (r"$\frac$", "a\x00b", "\ud800")]
+    assert parameter_plot(points, "a.b", "explained_variance") is not None
+
+
 def test_without_a_best_trial_the_page_says_so() -> None:
     rows = table([("t-0000000000", {"x": 1})], [JobResults("a", "f", ["t-0000000000"], message="no disk")], Objective())
     page, _ = page_of(rows, objective=Objective.model_validate({"l0AtMost": 3}))
