@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_job.errors import ClusterUnavailable, InvalidInput
-from sae_operator.api.base import GROUP, VERSION
+from sae_operator.api.base import GROUP, OBJECT_NAME_PATTERN, VERSION
 from sae_operator.api.resources import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -25,9 +26,14 @@ _USER_ERRORS = (400, 401, 403, 404, 405, 422)
 # A watch ends by itself after this and is begun again: a connection that died silently is found out.
 WATCH_SECONDS = 300
 ANSWER_SECONDS = 30.0
+# An API server that is upgraded is away for a while: a watch of days goes on when it is back.
+AWAY_SECONDS = 300.0
+PAUSE_SECONDS = 1.0
 # A pod may say nothing for long, while it loads a model, say.
 SILENCE_SECONDS = 24 * 3600.0
 PAGE = 500
+# Of the container in which a pod's step runs; meshes and the like add others.
+STEP_CONTAINER = "step"
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,14 @@ def connect(*, kubeconfig: Path | None, context: str | None, namespace: str | No
         namespace: overrides the context's.
 
     Raises:
-        InvalidInput: there is no such file or context.
+        InvalidInput: there is no such file or context, or the file is broken.
     """
     from kubernetes import config
     from kubernetes.config.config_exception import ConfigException
+    from yaml import YAMLError
 
+    if namespace is not None and not re.match(OBJECT_NAME_PATTERN, namespace):
+        raise InvalidInput("NoNamespace", f"{namespace!r} is no name of a namespace")
     path = None if kubeconfig is None else str(kubeconfig)
     chosen: Mapping[str, Any]
     try:
@@ -104,6 +113,10 @@ def connect(*, kubeconfig: Path | None, context: str | None, namespace: str | No
         client = config.new_client_from_config(path, context=context, persist_config=False)
     except (ConfigException, OSError) as error:
         message = f"no cluster is configured ({error}); set KUBECONFIG or give --kubeconfig"
+        raise InvalidInput("NoCluster", message) from error
+    except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # What the client makes of a file that is no kubeconfig; what it says of it may hold a part of the file.
+        message = "the kubeconfig cannot be read: it is no YAML, or not that of a kubeconfig; see `kubectl config view`"
         raise InvalidInput("NoCluster", message) from error
     return Cluster(client, namespace or (chosen.get("context") or {}).get("namespace") or "default")
 
@@ -143,14 +156,20 @@ class Cluster:
             options["_continue"] = token
         with _told(f"list {kind.plural}", installed=kind):
             if all_namespaces:
-                return self._objects.list_custom_object_for_all_namespaces(GROUP, VERSION, kind.plural, **options)
-            return self._objects.list_namespaced_custom_object(GROUP, VERSION, self.namespace, kind.plural, **options)
+                page = self._objects.list_custom_object_for_all_namespaces(GROUP, VERSION, kind.plural, **options)
+            else:
+                page = self._objects.list_namespaced_custom_object(
+                    GROUP, VERSION, self.namespace, kind.plural, **options
+                )
+            return _object(page)
 
     def find(self, reference: str) -> Found:
         """A resource by its name, or by `kind/name` where several kinds have one of that name."""
         word, separator, name = reference.rpartition("/")
         kinds = [kind_named(word)] if separator else list(KINDS.values())
-        found = [each for kind in kinds if (each := self.get(kind, name)) is not None]
+        # Anything else would be another path at the API server: that of the list, say.
+        named = re.match(OBJECT_NAME_PATTERN, name) is not None
+        found = [each for kind in kinds if named and (each := self.get(kind, name)) is not None]
         if not found:
             what = " or ".join(kind.kind for kind in kinds)
             message = f"there is no {what} named {name!r} in namespace {self.namespace}; see `sae-job get`"
@@ -167,37 +186,77 @@ class Cluster:
             body: Any = self._objects.get_namespaced_custom_object(
                 GROUP, VERSION, self.namespace, kind.plural, name, _request_timeout=ANSWER_SECONDS
             )
-            return Found(kind, body)
+            return Found(kind, _object(body))
 
         return self._optional(f"read {kind.singular} {name}", read)
 
     def watch(
-        self, found: Found, *, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic
+        self,
+        found: Found,
+        *,
+        seconds: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
     ) -> Iterator[Found | None]:
-        """Every state of a resource for so many seconds, and None when it is deleted."""
-        selector, end = f"metadata.name={found.name}", clock() + seconds
+        """Every state of a resource for so many seconds; None when it has been deleted.
+
+        Raises:
+            ClusterUnavailable: the API server has been away for `AWAY_SECONDS`.
+        """
+        answered = clock()
+        end = answered + seconds
         while True:
-            yield self.get(found.kind, found.name)
-            left = end - clock()
-            if left <= 0:
-                return
-            with _told(f"watch {found.label}"):
-                answer = self._objects.list_namespaced_custom_object(
-                    GROUP,
-                    VERSION,
-                    self.namespace,
-                    found.kind.plural,
-                    field_selector=selector,
-                    watch=True,
-                    timeout_seconds=max(1, round(min(WATCH_SECONDS, left))),
-                    _preload_content=False,
-                    _request_timeout=(ANSWER_SECONDS, WATCH_SECONDS + ANSWER_SECONDS),
-                )
-                for line in _lines(answer):
-                    event = json.loads(line)
-                    if event["type"] == "ERROR":
-                        break
-                    yield None if event["type"] == "DELETED" else Found(found.kind, event["object"])
+            try:
+                state, version = self._state(found)
+                answered = clock()
+                yield state
+                if clock() >= end:
+                    return
+                for state in self._changes(found, version, end - answered):
+                    answered = clock()
+                    yield state
+                    if clock() >= end:
+                        return
+            except ClusterUnavailable:
+                if clock() >= min(end, answered + AWAY_SECONDS):
+                    raise
+            pause(PAUSE_SECONDS)
+
+    def _state(self, found: Found) -> tuple[Found | None, str]:
+        """A resource as it is, and the version of the cluster's state that this is true of: nothing is missed by a
+        watch from there."""
+        with _told(f"read {found.label}"):
+            answer: Any = self._objects.list_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                self.namespace,
+                found.kind.plural,
+                field_selector=f"metadata.name={found.name}",
+                _request_timeout=ANSWER_SECONDS,
+            )
+            page = _object(answer, "metadata", "items")
+        return next((Found(found.kind, item) for item in page["items"]), None), page["metadata"]["resourceVersion"]
+
+    def _changes(self, found: Found, version: str, seconds: float) -> Iterator[Found | None]:
+        """The states from a version on, as one watch tells them; it ends by itself."""
+        with _told(f"watch {found.label}"):
+            answer = self._objects.list_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                self.namespace,
+                found.kind.plural,
+                field_selector=f"metadata.name={found.name}",
+                resource_version=version,
+                watch=True,
+                timeout_seconds=max(1, round(min(WATCH_SECONDS, seconds))),
+                _preload_content=False,
+                _request_timeout=(ANSWER_SECONDS, WATCH_SECONDS + ANSWER_SECONDS),
+            )
+            for line in _lines(answer):
+                event = _object(json.loads(line), "type", "object")
+                if event["type"] == "ERROR":
+                    return
+                yield None if event["type"] == "DELETED" else Found(found.kind, _object(event["object"]))
 
     def pods(self, found: Found) -> list[Mapping[str, Any]]:
         """A resource's pods, oldest first, as the API server has them."""
@@ -208,7 +267,7 @@ class Cluster:
                 _preload_content=False,
                 _request_timeout=ANSWER_SECONDS,
             )
-            items = json.loads(_body(answer))["items"]
+            items = _object(json.loads(_body(answer)), "items")["items"]
         return sorted(items, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
 
     def log(self, namespace: str, pod: str, *, follow: bool, tail: int | None) -> Iterator[str]:
@@ -218,6 +277,7 @@ class Cluster:
             answer = self._core.read_namespaced_pod_log(
                 pod,
                 namespace,
+                container=STEP_CONTAINER,
                 follow=follow,
                 _preload_content=False,
                 _request_timeout=(ANSWER_SECONDS, SILENCE_SECONDS) if follow else ANSWER_SECONDS,
@@ -265,6 +325,17 @@ def _body(answer: Any) -> bytes:
         answer.release_conn()
 
 
+def _object(body: Any, *fields: str) -> Any:
+    """What the API server has answered with.
+
+    Raises:
+        ValueError: it is no object of Kubernetes.
+    """
+    if not isinstance(body, Mapping) or not all(field in body for field in fields or ("metadata",)):
+        raise ValueError("no object of Kubernetes")
+    return body
+
+
 def _lines(answer: Any) -> Iterator[bytes]:
     """Lines of a streamed answer as they arrive."""
     rest = b""
@@ -296,6 +367,9 @@ def _told(what: str, *, installed: Kind | None = None) -> Iterator[None]:
         if status in _USER_ERRORS:
             raise InvalidInput("Refused", f"cannot {what}: {_message(error.body, error.reason)}") from error
         raise ClusterUnavailable(f"cannot {what}: {_message(error.body, error.reason)}") from error
+    except ValueError as error:
+        told = "what answers is no API server; see the kubeconfig's address, and whether a proxy stands before it"
+        raise ClusterUnavailable(f"cannot {what}: {told}") from error
     except (HTTPError, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise ClusterUnavailable(f"cannot {what}: the API server does not answer: {reason}") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_job.cluster.connection import Cluster, Found
 from sae_job.errors import InvalidInput
-from sae_job.storage.base import ObjectInfo, ObjectStore
+from sae_job.storage.base import ObjectInfo, ObjectStore, StoreError
 from sae_job.storage.open import open_store
 from sae_operator.api.resources import ACTIVATION_CACHE, SAE_SWEEP
 from sae_operator.api.store import StoreLocation
@@ -101,6 +101,9 @@ def result_files(store: ObjectStore, *, below: str = "", working: bool = False) 
     """The objects of a result, without the working files of the training."""
     found = []
     for entry in store.list(below):
+        # Consoles of stores mark folders by objects without content.
+        if entry.key.endswith("/") or not entry.key:
+            continue
         # A sweep has its jobs' working folders one level deeper.
         inner = entry.key.partition("/")[2]
         if working or (not entry.key.startswith(WORKING_FOLDERS) and not inner.startswith(WORKING_FOLDERS)):
@@ -116,15 +119,37 @@ def is_current(entry: ObjectInfo, path: Path) -> bool:
 
 
 def download(store: ObjectStore, entry: ObjectInfo, path: Path) -> Iterator[int]:
-    """Copies an object to a file, which is there whole or not at all; yields the bytes of each piece."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Copies an object to a file, which is there whole or not at all; yields the bytes of each piece.
+
+    Raises:
+        InvalidInput: the file cannot be written.
+        StoreError: the object has become another one meanwhile, or cannot be read.
+    """
     part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                for start in range(0, entry.size, CHUNK):
+                    length = min(CHUNK, entry.size - start)
+                    piece = store.get_range(entry.key, start, length)
+                    if len(piece) != length:
+                        raise StoreError(f"{store.uri}/{entry.key} has become shorter while it was read")
+                    file.write(piece)
+                    yield length
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tells what is wrong with a place for a file.
+
+    Raises:
+        InvalidInput: it cannot be written.
+    """
     try:
-        with part.open("wb") as file:
-            for start in range(0, entry.size, CHUNK):
-                piece = store.get_range(entry.key, start, min(CHUNK, entry.size - start))
-                file.write(piece)
-                yield len(piece)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise InvalidInput("NotWritable", f"{path} cannot be written: {error.strerror or error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -11,6 +12,11 @@ from sae_operator.api.crd import PRINTER_COLUMNS
 from sae_operator.api.resources import Kind
 
 NOTHING = "–"
+# Terminals obey these: a text of a cluster must not.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+# Of the message in a narrow terminal.
+LEAST_MESSAGE = 20
+GAP = "  "
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
 
@@ -26,6 +32,23 @@ def row(found: Found, now: datetime, *, namespaces: bool, wide: bool) -> list[st
     return [*([found.namespace] if namespaces else []), found.name, *cells, message(found)]
 
 
+def lines(cells: Sequence[Sequence[str]], width: int | None) -> list[str]:
+    """Rows as aligned lines. The last column, the message, is cut to `width`; names and figures never are."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
+    room = None if width is None else max(LEAST_MESSAGE, width - sum(widths) - len(GAP) * len(widths))
+    told = []
+    for *firsts, last in cells:
+        if room is not None and len(last) > room:
+            last = f"{last[: room - 1]}…"
+        told.append(GAP.join([*map(str.ljust, firsts, widths), last]).rstrip())
+    return told
+
+
+def plain(text: str) -> str:
+    """A text on one line, without what terminals would obey."""
+    return _CONTROL.sub(" ", text)
+
+
 def message(found: Found) -> str:
     """What the resource says of itself: its findings where there are some, else its Ready condition."""
     told = conditions(found)
@@ -35,7 +58,7 @@ def message(found: Found) -> str:
         if name not in ("Ready", "Reconciling", "Stalled") and condition.get("status") != "False"
     ]
     ready = told.get("Ready", {})
-    return findings[0] if findings and ready.get("status") != "True" else ready.get("message", "")
+    return plain(findings[0] if findings and ready.get("status") != "True" else ready.get("message", ""))
 
 
 def conditions(found: Found) -> dict[str, Mapping[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sae_job.cluster.connection import Found
-from sae_job.cluster.tables import NOTHING, conditions
+from sae_job.cluster.tables import NOTHING, conditions, plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,7 +29,7 @@ def headline(found: Found) -> str:
         parts.append(trial_text(trials))
     ready = conditions(found).get("Ready", {})
     parts.append(ready.get("message", ""))
-    return "  ".join(part for part in parts if part)
+    return plain("  ".join(part for part in parts if part))
 
 
 def progress_text(progress: Mapping[str, Any]) -> str:
@@ -60,7 +60,7 @@ def attention(found: Found) -> Iterator[str]:
     """Conditions that are there only while something needs attention, one line each."""
     for name, condition in conditions(found).items():
         if name not in ("Ready", "Reconciling", "Stalled") and condition.get("status") != "False":
-            yield f"{name}: {condition.get('message', '')}"
+            yield plain(f"{name}: {condition.get('message', '')}")
 
 
 def figures_of(entries: Sequence[Mapping[str, Any]], *, first: str) -> tuple[list[str], list[list[str]]]:
@@ -69,7 +69,8 @@ def figures_of(entries: Sequence[Mapping[str, Any]], *, first: str) -> tuple[lis
     rows = []
     for entry in entries:
         figures = [NOTHING if entry.get(field) is None else format(entry[field], form) for _, field, form in shown]
-        rows.append([str(entry.get("name")), str(entry.get("phase") or entry.get("parameters") or NOTHING), *figures])
+        second = plain(str(entry.get("phase") or entry.get("parameters") or NOTHING))
+        rows.append([plain(str(entry.get("name"))), second, *figures])
     second = "phase" if first == "SAE" else "parameters"
     return [first, second, *(heading for heading, *_ in shown)], rows
 
@@ -85,21 +86,22 @@ def render(found: Found) -> RenderableType:
     parts: list[RenderableType] = [Text(headline(found), style="bold")]
     progress = status.get("progress") or {}
     trials = status.get("trials") or {}
+    # A bar ends without a line's end, which the empty text brings.
     if progress.get("totalTokens"):
-        parts.append(ProgressBar(total=progress["totalTokens"], completed=progress.get("tokens") or 0, width=60))
+        bar = ProgressBar(total=progress["totalTokens"], completed=progress.get("tokens") or 0, width=60)
+        parts += [bar, Text()]
     elif trials.get("total"):
         ended = sum(trials.get(name) or 0 for name in ("succeeded", "failed", "stopped"))
-        parts.append(ProgressBar(total=trials["total"], completed=ended, width=60))
+        parts += [ProgressBar(total=trials["total"], completed=ended, width=60), Text()]
     entries = status.get("saes") or status.get("best") or []
     if entries:
-        names, rows = figures_of(entries, first="best trials" if status.get("best") else "SAE")
+        names, rows = figures_of(entries, first="SAE" if status.get("saes") else "best trial")
         table = Table(box=None, pad_edge=False)
         for number, name in enumerate(names):
-            table.add_column(
-                "best trial" if status.get("best") and number == 0 else name, justify="left" if number < 2 else "right"
-            )
+            table.add_column(name, justify="left" if number < 2 else "right")
         for cells in rows:
-            table.add_row(*cells)
+            # Text as it is: brackets in strings would be taken for markup.
+            table.add_row(*map(Text, cells))
         parts.append(table)
     parts += [Text(line, style="yellow") for line in attention(found)]
     return Group(*parts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,4 +33,13 @@ def open_cluster(namespace: str | None, kubeconfig: Path | None, context: str | 
     """The cluster that the options name."""
     from sae_job.cluster.connection import connect
 
+    # The client keeps the kubeconfig's keys in temporary files while it runs: they are removed on the way out.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        # `nohup` has one of them ignored.
+        if signal.getsignal(ending) is not signal.SIG_IGN:
+            signal.signal(ending, _end)
     return connect(kubeconfig=kubeconfig, context=context, namespace=namespace)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

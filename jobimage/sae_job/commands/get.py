@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,7 +15,9 @@ from sae_job.commands.cluster_options import Context, Kubeconfig, Namespace, ope
 if TYPE_CHECKING:
     from sae_job.cluster.connection import Found
 
-GET_EPILOG = "sae-job get\n\nsae-job get saejob -A -o wide\n\nsae-job get sweep/k-by-rate -o json | jq .status.best"
+GET_EPILOG = (
+    "sae-job get\n\nsae-job get saejob -A -o wide\n\nsae-job get sweep/k-by-rate -o json | jq '.[].status.best'"
+)
 
 
 def get(
@@ -60,20 +64,13 @@ def get(
 
 
 def _print_tables(found: list[Found], *, namespaces: bool, wide: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from sae_job.cluster.tables import headings, lines, row
 
-    from sae_job.cluster.tables import headings, row
-
-    console, now = Console(), datetime.now(UTC)
-    for kind in {each.kind.kind: each.kind for each in found}.values():
-        table = Table(title=kind.kind, title_justify="left", box=None, pad_edge=False)
-        names = headings(kind, namespaces=namespaces, wide=wide)
-        for name in names[:-1]:
-            table.add_column(name, no_wrap=True)
-        # Only the message gives way: names and figures are never cut.
-        table.add_column(names[-1], overflow="fold" if wide else "ellipsis", no_wrap=not wide, ratio=1)
-        for each in found:
-            if each.kind is kind:
-                table.add_row(*row(each, now, namespaces=namespaces, wide=wide))
-        console.print(table)
+    # Only a terminal has a width: what reads a pipe gets whole lines.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not wide else None
+    now = datetime.now(UTC)
+    for number, kind in enumerate({each.kind.kind: each.kind for each in found}.values()):
+        rows = [row(each, now, namespaces=namespaces, wide=wide) for each in found if each.kind is kind]
+        typer.echo("\n" * (number > 0) + kind.kind)
+        for line in lines([headings(kind, namespaces=namespaces, wide=wide), *rows], width):
+            typer.echo(line)

@@ -74,7 +74,7 @@ def report(
     """Copy the report of a finished job or sweep here, and show its figures."""
     from rich.console import Console
 
-    from sae_job.cluster.results import Access, open_results
+    from sae_job.cluster.results import Access, open_results, writing
     from sae_job.cluster.view import render
     from sae_job.storage.base import ObjectNotFound
 
@@ -88,7 +88,8 @@ def report(
             phase = found.status.get("phase") or "Pending"
             message = f"{found.label} has no report yet: it is {phase}; `sae-job watch {found.name}` waits for it"
             raise InvalidInput("NoReport", message) from error
-    path.write_bytes(page)
+    with writing(path):
+        path.write_bytes(page)
     Console().print(render(found))
     typer.echo(f"report  {path}")
     if open_it:

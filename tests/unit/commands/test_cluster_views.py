@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import itertools
+import json
+import math
 import os
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
+from urllib3.exceptions import HTTPError
 
 from sae_job.cluster import tables, view
-from sae_job.cluster.connection import Found, connect, kind_named
+from sae_job.cluster.connection import Cluster, Found, connect, kind_named
 from sae_job.cluster.results import download, is_current, output_location, result_files
 from sae_job.commands.logs import newest_pod
-from sae_job.errors import InvalidInput
+from sae_job.errors import ClusterUnavailable, InvalidInput
+from sae_job.storage.base import ObjectInfo, StoreError
 from sae_job.storage.file_store import FileStore
 from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_SWEEP, SAE_TRAINING_JOB, Kind
 
@@ -91,6 +100,19 @@ class TestRows:
         since = datetime.fromtimestamp(NOW.timestamp() - seconds, UTC).isoformat()
         assert tables.age(since, NOW) == text
 
+    def test_what_terminals_would_obey_is_taken_out(self) -> None:
+        job = found(status={"phase": "Failed", "conditions": conditions(Ready=("False", "a\x1b[31mb\r\nc\x9bd"))})
+        assert tables.message(job) == "a [31mb c d"
+        assert view.headline(job).endswith("  a [31mb c d")
+
+    def test_in_a_narrow_terminal_only_the_message_gives_way(self) -> None:
+        cells = [["Name", "Phase", "Message"], ["a-name-of-forty-letters-as-long-as-can-be", "Running", "x" * 100]]
+        name = cells[1][0]
+        assert tables.lines(cells, 40)[1] == f"{name}  Running  {'x' * 19}…"
+        assert tables.lines(cells, 80)[1] == f"{name}  Running  {'x' * 27}…"
+        assert len(tables.lines(cells, 80)[1]) == 80
+        assert tables.lines(cells, None) == [f"{'Name':<41}  Phase    Message", f"{name}  Running  {'x' * 100}"]
+
 
 class TestOutcome:
     def test_done_and_failed_are_about_the_current_spec(self) -> None:
@@ -141,6 +163,63 @@ class TestView:
         Console(file=written, width=120).print(view.render(found(status=status)))
         assert "k32" in written.getvalue()
         assert "ImagePullFailed: image x cannot be pulled" in written.getvalue()
+
+    def test_the_table_of_the_best_trials_begins_on_a_line_of_its_own(self) -> None:
+        best = [{"name": "t-1", "parameters": "dataset=[/x] [bold]", "explainedVariance": 0.5}]
+        written = io.StringIO()
+        status = {"trials": {"total": 9, "succeeded": 1}, "best": best}
+        Console(file=written, width=80).print(view.render(found(SAE_SWEEP, status=status)))
+        *_, heading, row = written.getvalue().splitlines()
+        assert heading.split() == ["best", "trial", "parameters", "explained", "variance"]
+        assert row.split() == ["t-1", "dataset=[/x]", "[bold]", "0.5000"]
+
+
+class TestWatch:
+    """The API server is a list of what its calls come to."""
+
+    @staticmethod
+    def watched(answers: list[Any], *, seconds: float = math.inf) -> list[Found | None]:
+        time = [0.0]
+
+        def answer(*_: Any, **options: Any) -> Any:
+            value = answers.pop(0)
+            if isinstance(value, Exception):
+                raise value
+            if "watch" not in options:
+                return value
+            lines = b"".join(json.dumps(event).encode() + b"\n" for event in value)
+            return SimpleNamespace(stream=lambda **_: [lines], release_conn=lambda: None)
+
+        def pause(passed: float) -> None:
+            time[0] += passed
+
+        cluster = Cluster(cast("Any", None), "team")
+        cluster._objects = cast("Any", SimpleNamespace(list_namespaced_custom_object=answer))
+        states = cluster.watch(found(), seconds=seconds, clock=lambda: time[0], pause=pause)
+        return list(itertools.islice(states, 4))
+
+    def test_an_api_server_that_comes_back_is_asked_again(self) -> None:
+        body = {"metadata": {"name": "example"}}
+        state = {"metadata": {"resourceVersion": "5"}, "items": [body]}
+        away, change = HTTPError("refused"), {"type": "MODIFIED", "object": body}
+        answers = [state, away, away, state, [{"type": "ERROR", "object": {}}], state, [change]]
+        assert [state and state.name for state in self.watched(answers)] == ["example"] * 4
+        assert answers == []
+
+    def test_one_that_stays_away_is_told(self) -> None:
+        with pytest.raises(ClusterUnavailable, match="does not answer: refused"):
+            self.watched([{"metadata": {"resourceVersion": "5"}, "items": []}, *[HTTPError("refused")] * 302])
+
+    def test_what_is_no_api_server_is_told(self) -> None:
+        with pytest.raises(ClusterUnavailable, match="what answers is no API server"):
+            self.watched(["<html>"], seconds=0)
+
+
+class TestNames:
+    @pytest.mark.parametrize("reference", ["", "saejob/", "..", "saejob/.."])
+    def test_what_is_no_name_is_asked_for_nowhere(self, reference: str) -> None:
+        with pytest.raises(InvalidInput, match="there is no"):
+            Cluster(cast("Any", None), "team").find(reference)
 
 
 class TestPods:
@@ -199,6 +278,67 @@ class TestResults:
         assert [each.name for each in path.parent.iterdir()] == ["b.json"]
         os.utime(path, (0, 0))
         assert not is_current(entry, path), "what was written again since is copied again"
+
+    def test_marks_of_folders_are_no_results(self) -> None:
+        store = SimpleNamespace(list=lambda _: [ObjectInfo("k32/", 0, ""), ObjectInfo("", 0, "")])
+        assert result_files(cast("Any", store)) == []
+
+    def test_an_object_that_became_shorter_leaves_no_file(self, tmp_path: Path) -> None:
+        store, path = FileStore(tmp_path / "store"), tmp_path / "here" / "log.txt"
+        store.put("log.txt", b"12345")
+        (entry,) = store.list()
+        store.put("log.txt", b"123")
+        with pytest.raises(StoreError, match=r"log.txt has become shorter"):
+            list(download(store, entry, path))
+        assert list(path.parent.iterdir()) == []
+
+    def test_a_place_that_cannot_be_written_is_told(self, tmp_path: Path) -> None:
+        store = FileStore(tmp_path / "store")
+        store.put("a/b", b"1")
+        (entry,) = store.list()
+        (tmp_path / "a").write_text("no folder")
+        with pytest.raises(InvalidInput, match="a/b cannot be written: "):
+            list(download(store, entry, tmp_path / "a" / "b"))
+
+
+@pytest.mark.parametrize("content", ["{ broken: [", "just text", "[]"])
+def test_a_broken_kubeconfig_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config").write_text(content)
+    with pytest.raises(InvalidInput, match="the kubeconfig cannot be read"):
+        connect(kubeconfig=tmp_path / "config", context=None, namespace=None)
+
+
+def test_a_command_that_is_ended_leaves_no_keys_behind(tmp_path: Path) -> None:
+    data = base64.b64encode(b"certificate").decode()
+    names = {"cluster": "c", "user": "u"}
+    key = base64.b64encode(b"key").decode()
+    user = {"client-certificate-data": data, "client-key-data": key}
+    content = {
+        "current-context": "x",
+        "contexts": [{"name": "x", "context": names}],
+        "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}],
+        "users": [{"name": "u", "user": user}],
+    }
+    config, temporary = tmp_path / "config", tmp_path / "temporary"
+    config.write_text(json.dumps(content))
+    temporary.mkdir()
+    program = (
+        "import os, signal, sys; from pathlib import Path; from sae_job.entry import _stop_at_once\n"
+        "signal.signal(signal.SIGTERM, _stop_at_once)\n"
+        "from sae_job.commands.cluster_options import open_cluster\n"
+        f"open_cluster(None, Path({os.fspath(config)!r}), None)\n"
+        f"print(len(os.listdir({os.fspath(temporary)!r})), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    environment = {**os.environ, "TMPDIR": os.fspath(temporary)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (143, "2\n"), done.stderr
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_namespace_that_is_no_name_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"'\.\.' is no name of a namespace"):
+        connect(kubeconfig=None, context=None, namespace="..")
 
 
 def test_without_a_kubeconfig_the_fix_is_told(tmp_path: Path) -> None:
