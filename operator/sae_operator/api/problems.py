@@ -19,6 +19,7 @@ from sae_operator.api.base import (
     URI_PATTERN,
     URL_PATTERN,
 )
+from sae_operator.api.redaction import redact
 from sae_operator.api.run_settings import ENV_NAME_PATTERN, LABEL_VALUE_PATTERN
 from sae_operator.api.schema import MAP_KEY_MESSAGE, models_in
 
@@ -141,6 +142,8 @@ def _kind(value: Any) -> str:
 
 
 def _short(value: str) -> str:
+    # Half of a credential would not be known for one.
+    value = redact(value)
     if len(value) > _SHOWN_VALUE_LENGTH:
         value = value[: _SHOWN_VALUE_LENGTH - 1] + "…"
     return repr(value)

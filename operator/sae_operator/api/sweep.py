@@ -167,7 +167,8 @@ class SAESweepSpec(ApiModel):
     """Spec of the trials' training jobs. Its `output.uri` is the sweep's folder: each trial has a folder of its own
     below it, and the report lies there."""
     space: Space
-    """What varies. May be edited: new trials are trained, removed ones are given up, and finished ones stay."""
+    """What varies. May be edited: new trials are trained, finished ones stay, and removed ones are given up; one that
+    shares a job goes on with it."""
     trials_per_job: Annotated[Count, Field(le=16)] = 1
     """Trials that are packed into one training job where they differ only in what its SAEs may differ in: one read of
     the cache trains them all. At most 16 SAEs a job."""

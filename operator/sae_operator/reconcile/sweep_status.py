@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sae_operator.api.redaction import redact
 from sae_operator.api.status import JobCounts, SweepSummary, TrialCounts, TrialStatus
 from sae_operator.api.sweep import Objective
 from sae_operator.api.sweep_expansion import trial_of
@@ -177,8 +178,9 @@ def failures_found(outline: Outline, trials: Sequence[TrialView], counts: TrialC
 
 
 def clipped(text: str, limit: int) -> str:
-    """A text on one line that takes at most so many bytes of JSON."""
-    line = " ".join(text.split())
+    """A text on one line that takes at most so many bytes of JSON. Credentials go first: half of one is told from
+    nothing else."""
+    line = redact(" ".join(text.split()))
     if _bytes(line) <= limit:
         return line
     # A character takes at most six bytes (\\u0000), and mostly one.

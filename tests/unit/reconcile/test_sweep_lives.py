@@ -165,6 +165,24 @@ def test_a_trial_with_several_saes_has_failed_when_all_of_them_have() -> None:
     assert sweep.status["failures"][0]["message"] == "NaN"
 
 
+def test_credentials_in_parameters_are_not_told() -> None:
+    path, secret = "saes[0].startFrom.uri", "s3cret-" * 8
+    places = [f"file:///saes/{'x' * length}?https://me:{secret}@host" for length in (8, 60, 120)]
+    spec = sweep_spec(space={"parameters": [{"path": path, "values": places}]})
+    sweep = FakeSweep(spec)
+    sweep.settle()
+    first, second, third = sweep.created
+    sweep.succeed(first)
+    sweep.fail(second, third)
+    sweep.settle()
+    assert "https://***" in str(sweep.status["failures"])
+    wrong = FakeSweep(spec | {"space": {"parameters": [{"path": "saes[0].dtype", "values": places}]}})
+    wrong.settle()
+    assert wrong.condition("Invalid") is not None
+    for told in (sweep, wrong):
+        assert "s3cret" not in str(told.status) + str(told.events)
+
+
 def test_suspending_and_resuming() -> None:
     sweep = FakeSweep(sweep_spec([1, 2, 3, 4], maxParallel=3))
     sweep.settle()
