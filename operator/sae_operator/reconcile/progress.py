@@ -151,4 +151,5 @@ def merge_checkpoint(
 def is_too_early(previous: ProgressStatus | None, now: datetime, interval_seconds: float) -> bool:
     """Whether live figures were written less than an interval ago."""
     written = parse_time(previous.updated_at) if previous is not None else None
-    return written is not None and (now - written).total_seconds() < interval_seconds
+    # What was written later than now was written before the clock was put back.
+    return written is not None and 0 <= (now - written).total_seconds() < interval_seconds

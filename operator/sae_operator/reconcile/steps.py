@@ -135,7 +135,8 @@ def _will_end(scene: Scene[Any], pods: tuple[PodFacts, ...]) -> bool:
 def _grace_is_over(scene: Scene[Any], job: JobFacts) -> bool:
     if job.finish_time is None:
         return True
-    return (scene.now - job.finish_time).total_seconds() >= scene.settings.result_grace_seconds
+    # A Job that ends long after now ended before the clock was put back.
+    return abs((scene.now - job.finish_time).total_seconds()) >= scene.settings.result_grace_seconds
 
 
 def drive_step(scene: Scene[Any], draft: Draft, plan: StepPlan) -> StepView:
