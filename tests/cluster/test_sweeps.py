@@ -35,11 +35,13 @@ class Trials:
     Attributes:
         holds: jobs with such an SAE run until it is changed.
         fails: jobs with such an SAE end with exit code 2.
+        diverges: such an SAE fails where others of its job are trained.
     """
 
     world: World
     holds: Callable[[int], bool] = lambda k: False
     fails: Callable[[int], bool] = lambda k: False
+    diverges: Callable[[int], bool] = lambda k: False
     report: Behaviour = field(default_factory=lambda: Ends(message=result("report")))
     _saes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -56,7 +58,9 @@ class Trials:
         if any(self.holds(k) for k in counts):
             return Runs()
         told = [
-            {"name": sae["name"], "phase": "Succeeded", "explainedVariance": 0.5 + k / 100, "l0": float(k)}
+            {"name": sae["name"], "phase": "Failed", "message": "the loss is not finite"}
+            if self.diverges(k) and len(saes) > 1
+            else {"name": sae["name"], "phase": "Succeeded", "explainedVariance": 0.5 + k / 100, "l0": float(k)}
             for sae, k in zip(saes, counts, strict=True)
         ]
         return Ends(message=result("train", tokens=900, tokensPerSecond=450.0, saes=told))
@@ -123,6 +127,24 @@ def space(counts: list[int]) -> dict[str, Any]:
 
 def told_trials(found: dict[str, Any]) -> dict[str, int]:
     return found["status"]["trials"]
+
+
+def test_a_trial_that_failed_among_others_is_trained_alone_when_retry_is_raised(
+    world: World, operator: OperatorProcess, trials: Trials
+) -> None:
+    trials.diverges = lambda k: k == 2
+    world.create(SWEEP, "sweep", sweep_spec([1, 2, 3], trialsPerJob=3))
+    sweep = world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
+    assert (told_trials(sweep)["succeeded"], told_trials(sweep)["failed"]) == (2, 1)
+    (first,) = jobs_of(world).values()
+    world.patch(SWEEP, "sweep", {"spec": {"retry": 1}})
+    sweep = world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
+    assert told_trials(sweep) == {"total": 3, "pending": 0, "running": 0, "succeeded": 3, "stopped": 0, "failed": 0}
+    assert sorted(counts_of(job) for job in jobs_of(world).values()) == [[1, 2, 3], [2]]
+    assert jobs_of(world)[first["metadata"]["name"]]["spec"] == first["spec"], "what was trained is left alone"
+    outputs = {job["spec"]["output"]["uri"] for job in jobs_of(world).values()}
+    assert len(outputs) == 2
+    assert sweep["status"]["jobs"] == {"total": 2, "unfinished": 0}
 
 
 @pytest.fixture
