@@ -108,6 +108,23 @@ def test_the_columns_of_kubectl_get(control_plane: ControlPlane, namespace: str)
     assert header == ""
 
 
+def test_whoever_runs_a_shared_cache_again_replaces_its_run_settings_as_a_whole(
+    control_plane: ControlPlane, namespace: str
+) -> None:
+    """Owners apply the cache as managers of their own. What one leaves out must not stay because of another."""
+    wrong = {"image": "no/such:1", "nodeSelector": {"gpu": "none"}, "backoffLimit": 1}
+    cache = manifest(CACHE)
+    made = {**cache, "metadata": {"name": "c", "namespace": namespace}, "spec": {**cache["spec"], "run": wrong}}
+    corrected = {**made, "spec": {**made["spec"], "run": {"backoffLimit": 2}, "retry": 1}}
+    for manager, wanted in (("first", made), ("second", made), ("first", corrected)):
+        arguments = ("--server-side", "--force-conflicts", f"--field-manager={manager}")
+        control_plane.kubectl("apply", *arguments, "-f", "-", input=json.dumps(wanted))
+    there = json.loads(control_plane.kubectl("get", "actcache", "c", "-n", namespace, "-o", "json"))["spec"]
+    assert (there["retry"], there["run"]["backoffLimit"]) == (1, 2)
+    assert "image" not in there["run"]
+    assert not there["run"].get("nodeSelector")
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_examples_are_accepted_and_mean_the_same_as_locally(
     control_plane: ControlPlane, namespace: str, path: Path

@@ -106,6 +106,10 @@ def _root_schema(kind: Kind) -> dict[str, Any]:
         **{key: value for key, value in structural_schema(kind.status).items() if key != "description"},
         "default": {"observedGeneration": UNSEEN_GENERATION},
     }
+    if kind is ACTIVATION_CACHE:
+        # Owners of an inline cache apply it as managers of their own: one who runs it again with other settings must
+        # get rid of those that another has applied, too.
+        spec["properties"]["run"] |= {"x-kubernetes-map-type": "atomic"}
     status["properties"]["observedGeneration"]["default"] = UNSEEN_GENERATION
     status["properties"]["conditions"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
     return {
