@@ -2,15 +2,14 @@
 
     SAE_CHAOS_LIVES=5000 SAE_CHAOS_SEED=7 python -m pytest tests/chaos/test_lives.py
 
-`SAE_CHAOS_LIVES` (500) is the number of lives. `SAE_CHAOS_SEED` makes them the same ones; without it they are others
-each time, and the seed is told when one fails. Hypothesis then finds the shortest life that fails the same way and
-prints its steps.
+`SAE_CHAOS_LIVES` (500) is the number of lives, `SAE_CHAOS_SEED` (1) decides which ones they are; `random` takes others
+each time and prints the seed, which replays them. Of a life that fails, Hypothesis finds the shortest one that fails
+the same way and prints its steps; they replay, too.
 """
 
 from __future__ import annotations
 
 import os
-import random
 from typing import Any
 
 import pytest
@@ -19,10 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from sae_operator.controller import progress
+from tests.chaos import seeds
 from tests.chaos.life import CACHES, JOBS, MOODS, SWEEPS, Life, Specs
 
 LIVES = int(os.environ.get("SAE_CHAOS_LIVES") or 500)
-SEED = int(os.environ.get("SAE_CHAOS_SEED") or random.SystemRandom().randrange(10**9))
+SEED = seeds.chosen()
 STEPS = 25
 NAMES = ("a", "b", "c")
 OWN_CACHES = ("cache-1", "cache-2")

@@ -3,14 +3,13 @@ somebody deletes, suspends and retries, pods fail, and the API server is away fo
 
     SAE_CHAOS_SEED=7 python -m pytest tests/chaos/test_real_lives.py
 
-The seed decides what is done and which calls go wrong; when it happens depends on the machine, so that a failure may
-need a few runs to come again.
+The seed (1, or `random`) decides what is done and which calls go wrong; when it happens depends on the machine, so that
+a failure may need a few runs to come again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 
 from sae_operator.controller.faults import ENV_FAULTS
+from tests.chaos import seeds
 from tests.chaos.observer import TERMINAL, Observer
 from tests.fake_kubelet import RESULTS, Behaviour, Ends, FakeKubelet, step_of
 from tests.operator_process import OperatorProcess, start_operator
@@ -30,7 +30,7 @@ from tests.testbed.waiting import wait_for
 
 LIVES = 100
 AT_ONCE = 20
-SEED = int(os.environ.get("SAE_CHAOS_SEED") or random.SystemRandom().randrange(10**6))
+SEED = seeds.chosen()
 NAMESPACE = "chaos"
 FAULT_RATE = 0.1
 WAVE_SECONDS, SETTLE_SECONDS = 15.0, 240.0
