@@ -110,7 +110,8 @@ def run(
     for resource in resources:
         for warning in advice_for(resource):
             print(f"warning: {resource.kind.kind}/{resource.name}: {warning}", file=sys.stderr)
-    console = Console()
+    # Paths and values are shown as they are: brackets would be taken for markup, and colons for emoji.
+    console = Console(markup=False, emoji=False)
     outcomes = run_resources(
         resources, store_root=store, display=partial(step_bar, console=console, clock=time.monotonic)
     )

@@ -7,6 +7,7 @@ interrupted goes on where it was, and an edited space keeps what has been traine
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from sae_operator.api.steps import SweepJob, SweepStep, TrainStep
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.sweep import SAESweepSpec
 from sae_operator.api.sweep_expansion import (
+    HASH_LENGTH,
     SweepInvalid,
     Trial,
     TrialJob,
@@ -41,6 +43,9 @@ from sae_operator.api.sweep_expansion import (
 from sae_operator.api.training_job import SAETrainingJobSpec
 
 logger = logging.getLogger(__name__)
+
+# Folder of a job, below its sweep's.
+_FOLDER = re.compile(rf"[0-9a-f]{{{HASH_LENGTH}}}")
 
 
 @dataclass(frozen=True)
@@ -273,14 +278,16 @@ def jobs_to_run(
 
 
 def _earlier_jobs(store: ObjectStore) -> list[tuple[str, list[str]]]:
-    """Folders and trials of the jobs of an earlier run."""
+    """Folders and trials of the jobs of an earlier run; what is damaged is left out."""
     told = read_table(store).get("jobs")
-    entries = told if isinstance(told, list) else []
-    return [
-        (entry["folder"], entry["trials"])
-        for entry in entries
-        if isinstance(entry, dict) and isinstance(entry.get("folder"), str) and isinstance(entry.get("trials"), list)
-    ]
+    found: list[tuple[str, list[str]]] = []
+    for entry in told if isinstance(told, list) else []:
+        folder, names = (entry.get("folder"), entry.get("trials")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(folder, str) or not _FOLDER.fullmatch(folder) or not isinstance(names, list):
+            continue
+        if all(isinstance(name, str) for name in names):
+            found.append((folder, names))
+    return found
 
 
 def _results_with_more(job: TrialJob, folder: ObjectStore) -> Mapping[str, Any] | None:

@@ -54,7 +54,7 @@ def _check(store: ObjectStore, data: bytes, mine: dict[str, str]) -> None:
 def _parsed(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -17,10 +17,12 @@ from sae_job import SAE, run
 from sae_job.cli import run_command_line
 from sae_job.errors import InvalidInput, Stopped
 from sae_job.steps.local import run_resources
-from sae_job.steps.local_sweep import SweepOutcome
+from sae_job.steps.local_sweep import SweepOutcome, jobs_to_run
+from sae_job.storage.file_store import FileStore
 from sae_job.storage.open import open_store
 from sae_operator.api.manifest import ManifestError, parse_manifests
 from sae_operator.api.resources import Resource
+from sae_operator.api.sweep_expansion import expand
 from tests.faults import KILLED, FaultPlan, run_in_child
 from tests.tiny_model import write_tiny_model, write_tiny_text
 
@@ -365,14 +367,33 @@ def test_the_command_line_shows_the_best_and_where_the_rest_is(
 ) -> None:
     rates = [{"path": "training.learningRate", "values": [0.001, 0.003, 1e9]}]
     file = written(tmp_path, sweep(inputs, rates, trialsPerJob=1))
-    assert run_command_line(["run", "-f", str(file), "--store", str(tmp_path / "store")]) == 1
+    assert run_command_line(["run", "-f", str(file), "--store", str(tmp_path / "store[x]")]) == 1
     shown = capsys.readouterr()
     words = " ".join(shown.out.split())
     assert "small: 3 trials in 3 training jobs: 2 succeeded, 1 failed" in words
     assert "learningRate=0.003" in "".join(words.split())
-    assert f"report {tmp_path}/store/bucket/sweep/report.html" in words
+    assert f"report {tmp_path}/store[x]/bucket/sweep/report.html" in words
+    assert f"best {tmp_path}/store[x]/bucket/sweep/" in words
     assert "failed 1 trial, e.g. t-" in words
     assert "warning: SAESweep/small: spec.template.training.learningRate" in shown.err
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '{"jobs": [{"folder": "0123456789", "trials": [{"a": 1}]}]}',
+        '{"jobs": [{"folder": "../other", "trials": ["t-0123456789"]}]}',
+        '{"jobs": [3, {"folder": 3, "trials": []}]}',
+        "[" * 100_000,
+    ],
+    ids=lambda damaged: damaged[-40:],
+)
+def test_a_damaged_table_of_an_earlier_run_is_left_out(inputs: Path, tmp_path: Path, damaged: str) -> None:
+    (resource,) = resources(sweep(inputs))
+    store = FileStore(tmp_path)
+    store.put("trials.json", damaged.encode())
+    jobs, finished = jobs_to_run(resource.spec, expand(resource.spec), store)
+    assert ([len(job.trials) for job in jobs], finished) == ([2, 2], {})
 
 
 @pytest.mark.usefixtures("_no_plots")
