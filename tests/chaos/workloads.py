@@ -312,21 +312,20 @@ class Workloads:
         )
         self.addresses[address] = current
         self.running(current)
-        self._later(current, fate.runs, self._end, fate)
+        self._later(current, fate.runs, self._end, fate, given)
 
     def _config_map(self, pod: Object) -> Object | None:
         name = next(volume["configMap"]["name"] for volume in pod["spec"]["volumes"] if "configMap" in volume)
         return self.server.objects.get(("configmaps", pod["metadata"]["namespace"], name))
 
-    def _end(self, pod: Object, fate: Fate) -> None:
+    def _end(self, pod: Object, fate: Fate, given: Object) -> None:
         current = self._current(pod)
         if current is None or "deletionTimestamp" in current["metadata"]:
             return
         message = ""
         if fate.exit_code == 0:
-            given = self._config_map(current)
-            # Deleted meanwhile: the pod has read it long ago.
-            message = self.store.finish(current["metadata"]["labels"][LABEL_STEP], given) if given is not None else ""
+            # It was read when the pod began, whatever became of the ConfigMap since.
+            message = self.store.finish(current["metadata"]["labels"][LABEL_STEP], given)
         self._finish(current, fate.exit_code, fate.reason, message if fate.message else "", disrupted=fate.disrupted)
 
     def _finish(self, pod: Object, code: int, reason: str | None, message: str, *, disrupted: bool = False) -> None:
