@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +24,7 @@ from sae_operator.reconcile.conditions import (
     POD_NOT_STARTING,
     PROGRESS_UNREACHABLE,
     SUSPENDING,
+    UNSCHEDULABLE,
     Finding,
 )
 from sae_operator.reconcile.deadlines import DEADLINE_EXCEEDED, seconds_to_start
@@ -235,15 +237,24 @@ def _without_pods(scene: Scene[Any], view: StepView) -> list[Finding]:
 
 
 def _steady(found: Sequence[Finding], before: Sequence[Condition]) -> list[Finding]:
-    """The kubelet alternates between the cause (ErrImagePull) and that it backs off: the cause stays."""
+    """The kubelet alternates between the cause (ErrImagePull) and that it backs off: the cause stays. The scheduler
+    counts nodes, which come and go: another count alone is no news."""
     told = {condition.type: condition for condition in before if condition.status == "True"}
     steady: list[Finding] = []
     for finding in found:
         known = told.get(finding.type)
-        if known is not None and finding.type == IMAGE_PULL_FAILED and finding.reason == "ImagePullBackOff":
-            finding = Finding(finding.type, known.reason, known.message)
+        if known is not None:
+            backs_off = finding.type == IMAGE_PULL_FAILED and finding.reason == "ImagePullBackOff"
+            if backs_off or (finding.type == UNSCHEDULABLE and _counts_alone_differ(finding, known)):
+                finding = Finding(finding.type, known.reason, known.message)
         steady.append(finding)
     return steady
+
+
+def _counts_alone_differ(finding: Finding, known: Condition) -> bool:
+    """Whether two messages are about the same pod and say the same of it but for numbers."""
+    (pod, _, now), (same_pod, _, before) = (said.message.partition(": ") for said in (finding, known))
+    return pod == same_pod and re.sub(r"\d+", "", now) == re.sub(r"\d+", "", before)
 
 
 def fail(scene: Scene[Any], draft: Draft, failure: Failure) -> None:

@@ -193,6 +193,26 @@ def test_what_keeps_a_pod_from_starting_is_told_and_not_fatal(pod: PodScript, co
     assert cluster.condition(JOB, "sae", condition) is None
 
 
+def test_nodes_that_come_and_go_are_no_news_but_another_cause_is() -> None:
+    said = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
+
+    def script(step: str, index: int, earlier: int) -> PodScript:
+        return PodScript(unschedulable=said) if step == "train" else PodScript(seconds=2)
+
+    cluster = FakeCluster(script)
+    cluster.create(JOB, "sae", uri_job())
+    cluster.run_until(lambda: cluster.condition(JOB, "sae", "Unschedulable") is not None)
+    calls = cluster.calls
+    for nodes in range(2, 30):
+        said = f"0/{nodes} nodes are available: {nodes} Insufficient nvidia.com/gpu."
+        cluster.wait(2)
+    assert cluster.calls == calls
+    said = "0/30 nodes are available: 30 node(s) had untolerated taint(s)."
+    cluster.wait(2)
+    assert "untolerated" in message_of(cluster, JOB, "sae", "Unschedulable")
+    assert cluster.calls == calls + 1
+
+
 def test_the_cause_of_a_pull_failure_outlasts_the_back_off() -> None:
     waits = ("ErrImagePull", "manifest unknown")
 
