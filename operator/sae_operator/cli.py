@@ -33,14 +33,24 @@ def _pattern(text: str) -> str:
     """A pattern of the command line; an empty one would allow nothing and look as if it allowed all."""
     if not text.strip():
         raise argparse.ArgumentTypeError('must be a pattern such as "ghcr.io/team/*", not empty')
+    if "," in text:
+        raise argparse.ArgumentTypeError(f"must be one pattern, repeated for others, not {text}")
     return text.strip()
 
 
 def _patterns(given: Sequence[str] | None, variable: str) -> tuple[str, ...]:
-    """What the command line gives, else what the environment does."""
+    """What the command line gives, else what the environment does.
+
+    Raises:
+        ValueError: the environment's list is set and has no pattern, which would allow all.
+    """
     if given:
         return tuple(given)
-    return tuple(part.strip() for part in os.environ.get(variable, "").split(",") if part.strip())
+    listed = os.environ.get(variable, "")
+    patterns = tuple(part.strip() for part in listed.split(",") if part.strip())
+    if listed and not patterns:
+        raise ValueError(f"{variable} must hold patterns, separated by commas, or be empty, not {listed!r}")
+    return patterns
 
 
 def _address(text: str) -> str:
@@ -138,6 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.namespace and options.lease_namespace not in (None, options.namespace):
         # Only the served namespace is watched: the heartbeat would never come back, and liveness would fail.
         reader.error("--lease-namespace must be the namespace of --namespace; leave it out")
+    try:
+        images = _patterns(options.allowed_image, ENV_ALLOWED_IMAGES)
+        service_accounts = _patterns(options.allowed_service_account, ENV_ALLOWED_SERVICE_ACCOUNTS)
+    except ValueError as error:
+        reader.error(str(error))
     if options.version:
         from importlib.metadata import version
 
@@ -160,8 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress_seconds=options.progress_seconds,
                 result_grace_seconds=options.result_grace_seconds,
                 metrics=options.metrics,
-                allowed_images=_patterns(options.allowed_image, ENV_ALLOWED_IMAGES),
-                allowed_service_accounts=_patterns(options.allowed_service_account, ENV_ALLOWED_SERVICE_ACCOUNTS),
+                allowed_images=images,
+                allowed_service_accounts=service_accounts,
                 allow_trust_remote_code=options.allow_trust_remote_code,
             )
         )

@@ -31,6 +31,8 @@ REQUEST_TIMEOUT_SECONDS = 15
 RELOAD_CREDENTIALS_SECONDS = 60
 # How the API server begins to tell that an admission webhook does not answer.
 WEBHOOK_FAILED = "failed calling webhook"
+# A server that asks for more is asked again all the same.
+LONGEST_WAIT_SECONDS = 60.0
 # What is told of a refusal, in a status among others.
 LONGEST_MESSAGE = 2048
 
@@ -221,7 +223,8 @@ class ApiClient:
             if status != 429:
                 self.breaker.failure()
             after = headers.get("Retry-After")
-            raise ServerUnavailable(message, float(after) if after and after.isdigit() else None)
+            wait = min(float(after), LONGEST_WAIT_SECONDS) if after and after.isdecimal() else None
+            raise ServerUnavailable(message, wait)
         self.breaker.success()
         raise ApiError(status, answer.get("reason") or "", message, answer.get("details"))
 

@@ -65,6 +65,7 @@ def test_what_is_allowed_comes_from_flags_or_else_from_the_environment(
     [
         ("--allowed-image=", "must be a pattern"),
         ("--allowed-service-account= ", "must be a pattern"),
+        ("--allowed-image=a/*,b/*", "must be one pattern"),
         ("--metrics=0.0.0.0:8082", "must be an address such as http://0.0.0.0:8082/metrics, not 0.0.0.0:8082"),
         ("--metrics=http://0.0.0.0:8082/readyz", "/readyz is the path of readiness"),
     ],
@@ -74,3 +75,14 @@ def test_wrong_settings_are_refused(argument: str, words: str, capsys: pytest.Ca
         main([argument])
     assert end.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", [cli.ENV_ALLOWED_IMAGES, cli.ENV_ALLOWED_SERVICE_ACCOUNTS])
+def test_a_list_without_a_pattern_does_not_allow_all(
+    variable: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, " , ")
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+    assert f"{variable} must hold patterns" in capsys.readouterr().err

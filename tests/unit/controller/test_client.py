@@ -135,6 +135,17 @@ async def test_being_asked_to_wait_is_not_being_away() -> None:
         assert not client.breaker.open
 
 
+@pytest.mark.parametrize(("asked", "wait"), [("86400", 60.0), ("\xb2", None), ("soon", None), ("-1", None)])
+async def test_no_server_puts_work_off_for_a_day(asked: str, wait: float | None) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({}, status=503, headers={"Retry-After": asked})
+
+    async with served(handler, ["t"]) as client:
+        with pytest.raises(ServerUnavailable) as caught:
+            await client.get("/x")
+        assert caught.value.retry_after == wait
+
+
 async def test_a_webhook_that_does_not_answer_is_not_the_server() -> None:
     said = 'Internal error occurred: failed calling webhook "mjob.kb.io": failed to call webhook: connection refused'
 
