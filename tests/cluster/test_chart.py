@@ -226,6 +226,15 @@ def test_names_that_yaml_takes_for_something_else_stay_names(run_helm: Any) -> N
     assert {"--namespace=1e3", "--store=s3://saes/a #b", "--region=a: b", "s3://saes/a #b"} <= told
 
 
+def test_labels_of_a_user_leave_the_selector_its_own(render: Any) -> None:
+    name = r"podLabels.app\.kubernetes\.io/name=theirs"
+    for values in ((name,), (name, "podLabels.team=a")):
+        spec = only(render("crds.install=false", *values), "Deployment")["spec"]
+        found = spec["template"]["metadata"]["labels"]
+        assert spec["selector"]["matchLabels"].items() <= found.items()
+        assert found.get("team") == ("a" if len(values) > 1 else None)
+
+
 def test_names_stay_within_their_limits(run_helm: Any) -> None:
     release = "r" * 53
     settings = [argument for value in EVERYTHING for argument in ("--set", value)]
