@@ -7,6 +7,7 @@ statuses can be checked against it.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.base import API_VERSION
 from sae_operator.api.identity import cache_location
+from sae_operator.api.run_settings import RunSettings
 from sae_operator.api.training_job import SAETrainingJobSpec
 from sae_operator.reconcile.names import is_controlled_by
 from tests.unit.reconcile.fake_cluster import CACHE, JOB, NAMESPACE, FakeCluster, PodScript
@@ -53,6 +55,8 @@ class Version:
 class WatchedCluster(FakeCluster):
     versions: list[Version] = field(default_factory=list)
     _shown: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    # By their names; the operator deletes one whose pods of one index have failed too often.
+    _failed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     # Caches that the operator creates and extends for a job go through `create` and `edit`, too; a status is written at
     # most once per resource between two looks.
@@ -68,6 +72,7 @@ class WatchedCluster(FakeCluster):
         self._record("edit")
 
     def reconcile_all(self) -> None:
+        self._failed |= {name: job for name, job in self.jobs.items() if _has_failed(job) or self._is_exhausted(name)}
         super().reconcile_all()
         self._record("operator")
 
@@ -99,10 +104,14 @@ class WatchedCluster(FakeCluster):
                 for (other, _), cache in self.resources.items()
                 if other == CACHE and raw["metadata"]["uid"] in {o["uid"] for o in cache["metadata"]["ownerReferences"]}
             }
-        return sum(
-            any(is_controlled_by(job["metadata"], uid) for uid in uids) and _has_failed(job)
-            for job in self.jobs.values()
+        return sum(any(is_controlled_by(job["metadata"], uid) for uid in uids) for job in self._failed.values())
+
+    def _is_exhausted(self, job: str) -> bool:
+        """Whether pods of one index have failed more often than a resource's default allows."""
+        pods = (
+            pod["metadata"]["annotations"]["index"] for pod in self.pods_of(job) if pod["status"]["phase"] == "Failed"
         )
+        return max(Counter(pods).values(), default=0) > RunSettings().backoff_limit
 
 
 def _has_failed(job: Mapping[str, Any]) -> bool:
