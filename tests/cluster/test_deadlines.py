@@ -5,7 +5,6 @@ What each deadline counts is specified by a fake clock, in tests/unit/reconcile/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,31 +15,11 @@ from tests.cluster.test_operator_life import except_for
 from tests.fake_kubelet import PLACEMENT, Ends, FakeKubelet, Runs, Waits, result, step_of, succeed
 from tests.operator_process import OperatorProcess, run_operator, start_operator
 from tests.operator_world import World, cache_spec, conditions, training_spec
-from tests.testbed.control_plane import ControlPlane
 from tests.testbed.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(180)
 
 ON_A_URI = {"uri": "s3://bucket/finished"}
-
-
-@pytest.fixture(scope="module")
-def kubelet(control_plane: ControlPlane) -> Iterator[FakeKubelet]:
-    with FakeKubelet(control_plane) as running:
-        yield running
-
-
-@pytest.fixture
-def world(control_plane: ControlPlane, crds: list[str], namespace: str, kubelet: FakeKubelet) -> World:
-    return World(control_plane, namespace)
-
-
-@pytest.fixture
-def operator(world: World) -> Iterator[OperatorProcess]:
-    process = start_operator(world.control_plane.kubeconfig, namespace=world.namespace)
-    yield process
-    if process.exit_code is None:
-        assert process.stop() == 0, process.tail()
 
 
 def job(**run: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sae_operator.api.sweep_expansion import expand, pack
 from tests.api_connection import ApiConnection
 from tests.fake_kubelet import Ends, FakeKubelet, Runs, result, step_of, succeed
 from tests.object_watch import ObjectWatch
-from tests.operator_process import OperatorProcess, run_operator, start_operator
+from tests.operator_process import OperatorProcess, run_operator
 from tests.operator_world import PLURALS, World, cache_spec, training_spec
 from tests.testbed.control_plane import ControlPlane, KubectlError
 from tests.testbed.paths import CHECKOUT
@@ -38,25 +38,6 @@ TRACKING = {
     "labels": {"app.kubernetes.io/instance": "experiments"},
     "annotations": {"argocd.argoproj.io/tracking-id": "experiments:sae-operator.dev/SAETrainingJob:saes/first"},
 }
-
-
-@pytest.fixture(scope="module")
-def kubelet(control_plane: ControlPlane) -> Iterator[FakeKubelet]:
-    with FakeKubelet(control_plane) as running:
-        yield running
-
-
-@pytest.fixture
-def world(control_plane: ControlPlane, crds: list[str], namespace: str, kubelet: FakeKubelet) -> World:
-    return World(control_plane, namespace)
-
-
-@pytest.fixture
-def operator(world: World) -> Iterator[OperatorProcess]:
-    process = start_operator(world.control_plane.kubeconfig, namespace=world.namespace)
-    yield process
-    if process.exit_code is None:
-        assert process.stop() == 0, process.tail()
 
 
 @pytest.fixture

@@ -135,12 +135,6 @@ def undisturbed(control_plane: ControlPlane, crds: list[str], kubelet: FakeKubel
         return set(operator.calls), signature(world, job)
 
 
-@pytest.fixture(scope="module")
-def kubelet(control_plane: ControlPlane) -> Iterator[FakeKubelet]:
-    with FakeKubelet(control_plane) as running:
-        yield running
-
-
 def test_a_life_makes_the_calls_that_every_life_makes_and_no_other_kinds(
     undisturbed: tuple[set[Call], dict[str, Any]],
 ) -> None:

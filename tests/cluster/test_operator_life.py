@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -16,29 +15,9 @@ from sae_operator.controller.faults import ENV_EXIT_AT_CALL
 from tests.fake_kubelet import POD_IP, Behaviour, Ends, FakeKubelet, Runs, Waits, result, step_of, succeed
 from tests.operator_process import OperatorProcess, run_operator, start_operator
 from tests.operator_world import World, cache_spec, conditions, training_spec
-from tests.testbed.control_plane import ControlPlane
 from tests.testbed.waiting import wait_for
 
 WHOLE_LIFE = ["cache-1", "finalize-1", "preflight-1", "prepare-1", "train-1"]
-
-
-@pytest.fixture(scope="module")
-def kubelet(control_plane: ControlPlane) -> Iterator[FakeKubelet]:
-    with FakeKubelet(control_plane) as running:
-        yield running
-
-
-@pytest.fixture
-def world(control_plane: ControlPlane, crds: list[str], namespace: str, kubelet: FakeKubelet) -> World:
-    return World(control_plane, namespace)
-
-
-@pytest.fixture
-def operator(world: World) -> Iterator[OperatorProcess]:
-    process = start_operator(world.control_plane.kubeconfig, namespace=world.namespace)
-    yield process
-    if process.exit_code is None:
-        assert process.stop() == 0, process.tail()
 
 
 def except_for(**behaviours: Behaviour) -> Any:

@@ -88,12 +88,6 @@ def without(right: Right) -> list[dict[str, Any]]:
     return kept
 
 
-@pytest.fixture(scope="module")
-def kubelet(control_plane: ControlPlane) -> Iterator[FakeKubelet]:
-    with FakeKubelet(control_plane) as running:
-        yield running
-
-
 @dataclass
 class Place(World):
     """A namespace with a ServiceAccount of the operator, and a kubelet that obeys it."""

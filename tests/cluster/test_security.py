@@ -15,19 +15,7 @@ from sae_operator.api.steps import PROGRESS_PORT
 from tests.fake_kubelet import PLACEMENT, POD_IP, Behaviour, Ends, FakeKubelet, Runs, Waits, result, step_of, succeed
 from tests.operator_process import OperatorProcess, start_operator
 from tests.operator_world import API, World, cache_spec, conditions, training_spec
-from tests.testbed.control_plane import ControlPlane
 from tests.testbed.waiting import wait_for
-
-
-@pytest.fixture(scope="module")
-def kubelet(control_plane: ControlPlane) -> Iterator[FakeKubelet]:
-    with FakeKubelet(control_plane) as running:
-        yield running
-
-
-@pytest.fixture
-def world(control_plane: ControlPlane, crds: list[str], namespace: str, kubelet: FakeKubelet) -> World:
-    return World(control_plane, namespace)
 
 
 @pytest.fixture

@@ -15,17 +15,10 @@ from sae_operator.api.sweep_expansion import expand, trial_of
 from tests.fake_kubelet import Behaviour, Ends, FakeKubelet, Runs, owner_of, result, step_of, succeed
 from tests.operator_process import OperatorProcess, run_operator, start_operator
 from tests.operator_world import World, conditions, training_spec
-from tests.testbed.control_plane import ControlPlane
 from tests.testbed.waiting import wait_for
 
 SWEEP, JOB = "SAESweep", "SAETrainingJob"
 PATH = "saes[0].architecture.k"
-
-
-@pytest.fixture(scope="module")
-def kubelet(control_plane: ControlPlane) -> Iterator[FakeKubelet]:
-    with FakeKubelet(control_plane) as running:
-        yield running
 
 
 @dataclass
@@ -75,22 +68,9 @@ class Trials:
 
 
 @pytest.fixture
-def world(control_plane: ControlPlane, crds: list[str], namespace: str, kubelet: FakeKubelet) -> World:
-    return World(control_plane, namespace)
-
-
-@pytest.fixture
 def trials(world: World, kubelet: FakeKubelet) -> Trials:
     script = kubelet.scripts[world.namespace] = Trials(world)
     return script
-
-
-@pytest.fixture
-def operator(world: World) -> Iterator[OperatorProcess]:
-    process = start_operator(world.control_plane.kubeconfig, namespace=world.namespace)
-    yield process
-    if process.exit_code is None:
-        assert process.stop() == 0, process.tail()
 
 
 def sweep_spec(counts: list[int], activations: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:

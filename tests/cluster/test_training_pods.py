@@ -9,23 +9,11 @@ import pytest
 from tests.fake_kubelet import FakeKubelet, Runs, step_of, succeed
 from tests.operator_process import OperatorProcess, start_operator
 from tests.operator_world import World, training_spec
-from tests.testbed.control_plane import ControlPlane
 from tests.testbed.paths import CHECKOUT
 from tests.testbed.waiting import wait_for
 
 NAMESPACE = "sae-operator"
 PODS = 3
-
-
-@pytest.fixture(scope="module")
-def kubelet(control_plane: ControlPlane) -> Iterator[FakeKubelet]:
-    with FakeKubelet(control_plane) as running:
-        yield running
-
-
-@pytest.fixture
-def world(control_plane: ControlPlane, crds: list[str], namespace: str, kubelet: FakeKubelet) -> World:
-    return World(control_plane, namespace)
 
 
 @pytest.fixture
