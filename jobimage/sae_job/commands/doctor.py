@@ -16,6 +16,7 @@ import typer
 
 from sae_job.commands.place import EndpointUrl, Region
 from sae_job.errors import InvalidInput
+from sae_operator.api.redaction import redact
 from sae_operator.api.steps import ENV_POD_IP, PROGRESS_PORT, ExitCode
 from sae_operator.api.store import SecretRef, StoreLocation
 
@@ -28,6 +29,8 @@ DOCTOR_EPILOG = (
     "In a cluster `helm test RELEASE` runs it in a pod."
 )
 _LOCAL_LARGE_BYTES = 2**20
+# A day, in seconds.
+LONGEST_WAIT = 86_400
 _READS = {
     "--store": "it reads s3://BUCKET/PREFIX or file://DIR",
     "--endpoint-url": "it reads http://HOST:PORT or https://HOST",
@@ -70,7 +73,10 @@ def doctor(
         ),
     ] = None,
     wait: Annotated[
-        float, typer.Option("--wait", min=0, metavar="SECONDS", help="Serve so long after the checks, for a --peer.")
+        float,
+        typer.Option(
+            "--wait", min=0, max=LONGEST_WAIT, metavar="SECONDS", help="Serve so long after the checks, for a --peer."
+        ),
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -122,7 +128,7 @@ def _open(uri: str, endpoint_url: str | None, region: str | None, secret: Path |
             "name": ("--secret", secret),
         }
         option, value = options.get(to_camel(where), ("--store", uri))
-        raise InvalidInput("InvalidStore", f"{option} {str(value)!r} is refused: {_READS[option]}") from error
+        raise InvalidInput("InvalidStore", f"{option} {redact(str(value))!r} is refused: {_READS[option]}") from error
     if not uri.startswith("s3://"):
         return open_store(location)
     mounted = None if secret is None else secret.resolve().parent

@@ -302,3 +302,15 @@ def test_a_wrong_use_is_told_with_exit_code_2(
 ) -> None:
     assert run_command_line(["doctor", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_store_that_is_refused_is_told_without_its_password(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command_line(["doctor", "--store", "s3://user:hidden@bucket/x"]) == 2
+    told = capsys.readouterr().err
+    assert "'s3://***@bucket/x' is refused" in told
+    assert "hidden" not in told
+
+
+@pytest.mark.parametrize("seconds", ["inf", "-1", "1e9"])
+def test_a_wait_has_an_end(seconds: str) -> None:
+    assert run_command_line(["doctor", "--wait", seconds]) == 2
