@@ -34,9 +34,9 @@ def show_sweep(outcome: SweepOutcome, place: str, console: Console) -> None:
     rows = by_rank(outcome.rows)
     ended = ", ".join(f"{number} {phase.lower()}" for phase, number in counts(rows).items() if number)
     metric = outcome.spec.objective.metric
-    table = Table(
-        title=f"{outcome.name}: {len(rows)} trials in {outcome.jobs} training jobs: {ended}", title_justify="left"
-    )
+    trials = f"{len(rows)} trial{'' if len(rows) == 1 else 's'}"
+    jobs = f"{outcome.jobs} training job{'' if outcome.jobs == 1 else 's'}"
+    table = Table(title=f"{outcome.name}: {trials} in {jobs}: {ended}", title_justify="left")
     table.add_column("", justify="right")
     table.add_column("trial", no_wrap=True)
     table.add_column("parameters", overflow="fold", min_width=20)

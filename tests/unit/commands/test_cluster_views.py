@@ -23,6 +23,7 @@ from sae_job.cluster import tables, view
 from sae_job.cluster.connection import Cluster, Found, connect, kind_named
 from sae_job.cluster.results import download, is_current, output_location, result_files
 from sae_job.commands.logs import newest_pod
+from sae_job.commands.pull import _copy
 from sae_job.errors import ClusterUnavailable, InvalidInput
 from sae_job.storage.base import ObjectInfo, StoreError
 from sae_job.storage.file_store import FileStore
@@ -278,6 +279,16 @@ class TestResults:
         assert [each.name for each in path.parent.iterdir()] == ["b.json"]
         os.utime(path, (0, 0))
         assert not is_current(entry, path), "what was written again since is copied again"
+
+    @pytest.mark.parametrize("key", ["../outside", "k32/../../outside", "/outside", "link/outside"])
+    def test_a_key_that_leads_out_of_the_folder_is_refused(self, tmp_path: Path, key: str) -> None:
+        target = tmp_path / "here"
+        target.mkdir()
+        (target / "link").symlink_to(tmp_path)
+        store = SimpleNamespace(uri="s3://b/x", get_range=lambda *_: b"1")
+        with pytest.raises(InvalidInput, match=f"s3://b/x/{key} would lie outside"):
+            _copy(cast("Any", store), [ObjectInfo(key, 1, "")], target)
+        assert not (tmp_path / "outside").exists()
 
     def test_marks_of_folders_are_no_results(self) -> None:
         store = SimpleNamespace(list=lambda _: [ObjectInfo("k32/", 0, ""), ObjectInfo("", 0, "")])
