@@ -169,7 +169,7 @@ def _read_config(source: ModelSource, commit: str | None) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(
             source.name, revision=commit or "main", trust_remote_code=source.trust_remote_code
         )
-    except ImportError as error:
+    except (ImportError, SyntaxError, AttributeError) as error:
         raise _code_unusable(source, error) from error
     except (OSError, ValueError, KeyError) as error:
         if not is_local(source.name) and is_connection_trouble(error):
@@ -192,7 +192,9 @@ def _class_of(source: ModelSource, config: PreTrainedConfig, commit: str | None)
     Raises:
         InvalidInput: it brings one that is needed and is not trusted, or cannot be used.
     """
-    brought: dict[str, Any] = getattr(config, "auto_map", None) or {}
+    brought: Any = getattr(config, "auto_map", None)
+    if not isinstance(brought, dict):
+        return model_class(config)
     reference = next((brought[name] for name in _AUTO_CLASSES if brought.get(name)), None)
     if reference is None:
         return model_class(config)
@@ -205,7 +207,10 @@ def _class_of(source: ModelSource, config: PreTrainedConfig, commit: str | None)
 
     try:
         found: Any = get_class_from_dynamic_module(reference, source.name, revision=commit or "main")
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
+        # It runs when it is imported: it may raise anything.
+        if not is_local(source.name) and is_connection_trouble(error):
+            raise
         raise _code_unusable(source, error) from error
     return found
 

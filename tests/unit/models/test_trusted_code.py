@@ -122,6 +122,37 @@ def test_code_that_needs_a_package_that_is_not_there_is_told(folder: Path) -> No
     assert caught.value.reason == "ModelCodeUnusable"
 
 
+@pytest.mark.parametrize(
+    ("module", "code", "told"),
+    [
+        ("modeling_own.Own", "def (", "invalid syntax"),
+        ("modeling_own.Own", "raise RuntimeError('not here')", "not here"),
+        ("modeling_own.Own", "", "has no attribute 'Own'"),
+        ("missing.Own", "", "missing.py"),
+        ("nothing", "", "not enough values"),
+    ],
+)
+def test_code_that_is_broken_is_told(folder: Path, module: str, code: str, told: str) -> None:
+    (folder / "modeling_own.py").write_text(code)
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": module}
+    change(folder / "config.json", auto_map=auto_map)
+    with pytest.raises(InvalidInput, match=told) as caught:
+        inspect_model(source_of(folder, trusted=True), [HOOK])
+    assert (caught.value.reason, caught.value.field) == ("ModelCodeUnusable", "spec.model.name")
+
+
+def test_a_configuration_whose_code_is_broken_is_told(folder: Path) -> None:
+    (folder / "configuration_own.py").write_text("def (")
+    with pytest.raises(InvalidInput, match="cannot be used here: invalid syntax"):
+        inspect_model(source_of(folder, trusted=True), [HOOK])
+
+
+def test_a_list_of_classes_that_is_none_is_no_code(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "plain")
+    change(folder / "config.json", auto_map="nothing")
+    assert inspect_model(source_of(folder, trusted=False), [HOOK]).d_in == {HOOK: WIDTH}
+
+
 def test_a_tokenizer_may_bring_code_too(folder: Path) -> None:
     (folder / "tokenization_own.py").write_text(TOKENIZER)
     change(
