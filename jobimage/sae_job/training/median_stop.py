@@ -58,7 +58,7 @@ class Verdict:
         word = "above" if metric in _LOWER_IS_BETTER else "below"
         return (
             f"stopped after {tokens} tokens: {metric} {self.figure:.4g} is {word} {self.median:.4g}, the median of "
-            f"{self.others} other SAEs (medianStop)"
+            f"{self.others} other SAE{'' if self.others == 1 else 's'} (medianStop)"
         )
 
 

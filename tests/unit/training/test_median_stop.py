@@ -100,6 +100,8 @@ def test_the_message_says_figure_median_and_number() -> None:
     assert told == (
         "stopped after 128 tokens: explained_variance 0.5 is below 0.7, the median of 3 other SAEs (medianStop)"
     )
+    one = judge(rule(minSaes=1), 0.5, [0.6]).reason("explained_variance", 128)
+    assert str(one).endswith("the median of 1 other SAE (medianStop)")
     assert "is above" in (judge(rule(metric="mse"), 9, [1, 2, 3]).reason("mse", 128) or "")
 
 
