@@ -78,12 +78,15 @@ def parse_manifests(text: str, *, source: str) -> list[Resource]:
     """
     try:
         documents = [document for document in read_yaml(text) if document is not None]
+        results = [validate_manifest(document, source=source) for document in documents]
     except YAMLError as error:
         raise ManifestError([Problem(source, "", *_yaml_problem(error))]) from None
+    except RecursionError:
+        message = "is nested too deeply, or an alias stands inside of what it names"
+        raise ManifestError([Problem(source, "", "", message)]) from None
     resources: list[Resource] = []
     problems: list[Problem] = []
-    for document in documents:
-        result = validate_manifest(document, source=source)
+    for result in results:
         if isinstance(result, Resource):
             resources.append(result)
         else:

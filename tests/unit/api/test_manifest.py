@@ -82,6 +82,13 @@ class TestYaml:
         assert line.startswith("a.yaml: line 3, column 2: ")
         assert "\n" not in line
 
+    @pytest.mark.parametrize("spec", ["&spec {model: *spec}", f"{'[' * 2000}{']' * 2000}"], ids=["alias", "depth"])
+    def test_what_has_no_end_is_told_on_one_line(self, spec: str) -> None:
+        text = CACHE_YAML.partition("spec:")[0] + f"spec: {spec}\n"
+        with pytest.raises(ManifestError, match=r"^a.yaml: is nested too deeply") as caught:
+            parse_manifests(text, source="a.yaml")
+        assert len(caught.value.problems) == 1
+
     def test_objects_of_python_are_not_made(self) -> None:
         with pytest.raises(YAMLError):
             read_yaml("a: !!python/object/apply:os.getcwd []")
