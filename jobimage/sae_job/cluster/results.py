@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sae_job.cluster.connection import Cluster, Found
 from sae_job.errors import InvalidInput
 from sae_job.storage.base import ObjectInfo, ObjectStore, StoreError
@@ -42,7 +44,7 @@ def output_location(found: Found) -> StoreLocation:
     """Where a job's or a sweep's results lie.
 
     Raises:
-        InvalidInput: the resource is a cache, which has commands of its own.
+        InvalidInput: the resource is a cache, which has commands of its own; or its place is none that is known here.
     """
     if found.kind is ACTIVATION_CACHE:
         where = found.status.get("manifestUri", "").removesuffix("/manifest.json")
@@ -50,7 +52,23 @@ def output_location(found: Found) -> StoreLocation:
         raise InvalidInput("NoResults", message)
     spec = found.body["spec"]
     output = (spec["template"] if found.kind is SAE_SWEEP else spec)["output"]
-    return StoreLocation.model_validate(output)
+    return _location(output, found.label)
+
+
+def _location(told: Mapping[str, Any], whose: str) -> StoreLocation:
+    """A place as somebody tells it.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    try:
+        return StoreLocation.model_validate(told)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InvalidInput(
+            "InvalidPlace", f"{whose} names no place that can be opened: {field}: {first['msg']}"
+        ) from error
 
 
 @contextmanager
@@ -64,7 +82,7 @@ def open_results(cluster: Cluster, found: Found, access: Access) -> Iterator[Obj
     if location.uri.startswith("s3://") and access.store_root is None:
         location = _completed(location, cluster.config_map(found.namespace, DEFAULTS_CONFIG_MAP))
     if access.endpoint_url is not None:
-        location = location.model_copy(update={"endpoint_url": access.endpoint_url})
+        location = _location({**location.model_dump(), "endpoint_url": access.endpoint_url}, "--endpoint-url")
     secret = location.secret_ref.name if location.secret_ref is not None else None
     if secret is None or access.store_root is not None or any(os.environ.get(name) for name in _CREDENTIALS):
         yield open_store(location, local_root=access.store_root)
@@ -86,7 +104,7 @@ def _completed(location: StoreLocation, defaults: Mapping[str, str]) -> StoreLoc
         changes["region"] = defaults["region"]
     if location.secret_ref is None and defaults.get("secretName"):
         changes["secret_ref"] = {"name": defaults["secretName"]}
-    return StoreLocation.model_validate({**location.model_dump(exclude_none=True), **changes})
+    return _location({**location.model_dump(), **changes}, f"ConfigMap {DEFAULTS_CONFIG_MAP}")
 
 
 def _write_secret(folder: Path, data: Mapping[str, bytes]) -> None:

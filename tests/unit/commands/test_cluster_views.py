@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from urllib3.exceptions import HTTPError
 
 from sae_job.cluster import tables, view
 from sae_job.cluster.connection import Cluster, Found, connect, kind_named
-from sae_job.cluster.results import download, is_current, output_location, result_files
+from sae_job.cluster.results import Access, download, is_current, open_results, output_location, result_files
 from sae_job.commands.logs import newest_pod
 from sae_job.commands.pull import _copy
 from sae_job.errors import ClusterUnavailable, InvalidInput
@@ -259,6 +260,24 @@ class TestResults:
         cache = found(ACTIVATION_CACHE, status={"manifestUri": "s3://saes/caches/team/0123/manifest.json"})
         with pytest.raises(InvalidInput, match="`sae-job cache inspect s3://saes/caches/team/0123`"):
             output_location(cache)
+
+    @pytest.mark.parametrize(
+        ("output", "defaults", "endpoint", "told"),
+        [
+            ({"uri": "ftp://x"}, {}, None, "saetrainingjob/example names no place that can be opened: uri: "),
+            ({"uri": "s3://saes/x", "newer": 1}, {}, None, "newer: "),
+            ({"uri": "s3://saes/x"}, {"secretName": "../x"}, None, "ConfigMap sae-operator-defaults names no place"),
+            ({"uri": "s3://saes/x"}, {"endpointUrl": "x"}, None, "ConfigMap sae-operator-defaults names no place"),
+            ({"uri": "s3://saes/x"}, {}, "x", "--endpoint-url names no place"),
+        ],
+    )
+    def test_a_place_that_is_none_is_told_on_one_line(
+        self, output: dict[str, Any], defaults: dict[str, str], endpoint: str | None, told: str
+    ) -> None:
+        cluster = SimpleNamespace(config_map=lambda *_: defaults)
+        with pytest.raises(InvalidInput, match=re.escape(told)) as caught:
+            open_results(cast("Any", cluster), found(output=output), Access(endpoint)).__enter__()
+        assert "\n" not in caught.value.message
 
     def test_working_files_are_left_out_unless_asked_for(self, tmp_path: Path) -> None:
         store = FileStore(tmp_path)
