@@ -19,8 +19,8 @@ _EXTRA_OF = {
     "tokenizers": "job",
     "safetensors": "job",
     "numpy": "job",
-    "boto3": "job",
-    "botocore": "job",
+    "boto3": "cli",
+    "botocore": "cli",
     "prometheus_client": "job",
     "matplotlib": "job",
 }
