@@ -12,6 +12,7 @@ import pytest
 from sae_operator.api.base import API_VERSION, MAX_NAME_LENGTH, NAME_LABEL_MESSAGE, NAME_LENGTH_MESSAGE
 from sae_operator.api.manifest import load_manifests, read_yaml, validate_manifest, validate_spec
 from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_SWEEP, SAE_TRAINING_JOB
+from tests.example_files import FILES
 from tests.rule_cases import RULE_CASES, RuleCase
 from tests.specs import REMOVED, SPECS, Edits, all_models, edited, live_activations, manifest
 from tests.testbed.control_plane import ControlPlane, KubectlError
@@ -19,7 +20,6 @@ from tests.testbed.control_plane import ControlPlane, KubectlError
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("crds")]
 
 CACHE, JOB, SWEEP = ACTIVATION_CACHE.kind, SAE_TRAINING_JOB.kind, SAE_SWEEP.kind
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def test_whoever_runs_a_shared_cache_again_replaces_its_run_settings_as_a_whole(
     assert not there["run"].get("nodeSelector")
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_examples_are_accepted_and_mean_the_same_as_locally(
     control_plane: ControlPlane, namespace: str, path: Path
 ) -> None:

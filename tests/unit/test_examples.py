@@ -14,12 +14,8 @@ from sae_operator.api.manifest import load_manifests, read_yaml, validate_spec
 from sae_operator.api.resources import ACTIVATION_CACHE, SAE_SWEEP, SAE_TRAINING_JOB
 from sae_operator.api.sweep_expansion import expand, pack
 from sae_operator.api.training_job import SAETrainingJobSpec
+from tests.example_files import EXAMPLES, FILES
 from tests.tiny_model import write_tiny_model, write_tiny_text
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-# What belongs to Kueue and Kubernetes there, tests/cluster/test_kueue.py applies.
-OTHERS = {EXAMPLES / "kueue" / name for name in ("cluster.yaml", "namespace.yaml")}
-FILES = sorted(path for path in EXAMPLES.rglob("*.yaml") if path not in OTHERS)
 
 
 def the_job(path: Path) -> SAETrainingJobSpec:
