@@ -25,10 +25,10 @@ quickstart: $(INSTALLED) ## Cache activations of a small real model and train an
 
 test: lint ## Run every check and test: unit, random lives, a real API server and Kueue, real pods and S3, peers
 	$(BIN)/python -m tests.testbed build
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 unit: $(INSTALLED) ## Run the unit tests alone (a minute or two)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
 testbed: $(INSTALLED) ## Start a real control plane, S3 server, node and operator on loopback, to play with
 	$(BIN)/python -m tests.testbed up --operator

@@ -41,17 +41,6 @@ BUILDS: dict[str, Callable[[], Path]] = {
 }
 
 
-# Folders whose tests share a control plane: they stay in one process of several.
-TOGETHER = ("cluster", "e2e")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (`-n 3 --dist loadgroup`) a file stays in one of them, as do the folders of `TOGETHER`."""
-    for item in items:
-        folder = item.path.relative_to(CHECKOUT / "tests").parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder if folder in TOGETHER else item.path.as_posix()))
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Build what the collected tests need before any of them runs, where progress is seen and no time limit applies."""
     if session.config.option.collectonly:
