@@ -159,6 +159,8 @@ def test_metrics_and_readiness_follow_its_life(control_plane: ControlPlane, crds
         assert found["sae_operator_breaker_open"] == 0
         kubelet.scripts[namespace] = succeed
         job = world.wait_phase("SAETrainingJob", "job", "Succeeded")
+        # The status is written before it is told.
+        wait_for(lambda: "Succeeded:" in operator.log.read_text(), what="the line about its end")
         lines = [json.loads(line) for line in operator.log.read_text().splitlines()]
     about = [line for line in lines if line.get("name") == "job"]
     assert {line["uid"] for line in about} == {job["metadata"]["uid"]}
