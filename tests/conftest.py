@@ -69,7 +69,7 @@ def crds(control_plane: ControlPlane) -> list[str]:
     assert files, f"no CRDs in {folder}"
     arguments = [argument for path in files for argument in ("-f", os.fspath(path))]
     applied = control_plane.kubectl("apply", "--server-side", *arguments, "-o", "name").split()
-    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", *applied)
+    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=120s", *applied)
     names = [name.split("/", 1)[1] for name in applied]
     # The storage of a new kind answers 429 for a moment, which kubectl waits out.
     control_plane.kubectl("get", ",".join(names), "--all-namespaces")

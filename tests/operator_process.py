@@ -40,7 +40,7 @@ class OperatorProcess:
         path = _exit_file(self.log)
         return int(path.read_text()) if path.exists() else None
 
-    def wait(self, timeout: float = 30.0) -> int:
+    def wait(self, timeout: float = 90.0) -> int:
         """The exit code, once it has ended."""
         wait_for(lambda: self.exit_code is not None, timeout, what=lambda: f"the operator ended:\n{self.tail()}")
         assert self.exit_code is not None

@@ -97,14 +97,14 @@ class World:
         assert found is not None, f"{kind} {name} is gone"
         return found.get("status") or {}
 
-    def wait_phase(self, kind: str, name: str, *phases: str, timeout: float = 30.0) -> dict[str, Any]:
+    def wait_phase(self, kind: str, name: str, *phases: str, timeout: float = 90.0) -> dict[str, Any]:
         """The resource, once its phase is one of these and its status is about its current spec."""
         return self.wait_resource(
             kind, name, lambda found: (found.get("status") or {}).get("phase") in phases, timeout=timeout
         )
 
     def wait_resource(
-        self, kind: str, name: str, holds: Callable[[dict[str, Any]], bool], *, timeout: float = 30.0
+        self, kind: str, name: str, holds: Callable[[dict[str, Any]], bool], *, timeout: float = 90.0
     ) -> dict[str, Any]:
         last: dict[str, Any] = {}
 
@@ -120,7 +120,7 @@ class World:
         return found
 
     def wait_condition(
-        self, kind: str, name: str, condition: str, status: str = "True", timeout: float = 30.0
+        self, kind: str, name: str, condition: str, status: str = "True", timeout: float = 90.0
     ) -> dict[str, Any]:
         """The condition, once it has this status."""
 

@@ -364,7 +364,7 @@ def test_an_installed_operator_works_with_the_rights_it_is_given(
     control_plane.kubectl("apply", "--server-side", "-f", str(CHECKOUT / "manifests" / "crds"))
     world = World(control_plane, namespace)
     settings = [argument for key, value in values.items() for argument in ("--set-json", f"{key}={json.dumps(value)}")]
-    run_helm("install", release, str(CHART), f"--namespace={namespace}", "--wait", "--timeout=60s", *settings)
+    run_helm("install", release, str(CHART), f"--namespace={namespace}", "--wait", "--timeout=120s", *settings)
     try:
         pod = next(pod for pod in world.list("Pod") if pod["metadata"]["name"].startswith(release))
 
@@ -382,13 +382,13 @@ def test_an_installed_operator_works_with_the_rights_it_is_given(
         assert "sae_operator_ready 1.0" in said
         assert 'sae_operator_resources{kind="SAETrainingJob",phase="Succeeded"} 1.0' in said
         # An upgrade narrows what is allowed: what is finished stays, what is new is held to it.
-        upgraded = ("upgrade", release, str(CHART), f"--namespace={namespace}", "--wait", "--timeout=60s")
+        upgraded = ("upgrade", release, str(CHART), f"--namespace={namespace}", "--wait", "--timeout=120s")
         run_helm(*upgraded, "--reuse-values", "--set", "allowedImages={ghcr.io/team/*}")
         world.create("SAETrainingJob", "second", training_spec(run={**PLACEMENT, "image": "docker.io/other:1"}))
-        told = world.wait_condition("SAETrainingJob", "second", "Stalled", timeout=60)
+        told = world.wait_condition("SAETrainingJob", "second", "Stalled", timeout=120)
         assert told["reason"] == "NotAllowed"
         assert told["message"].startswith('spec.run.image: the operator does not allow image "docker.io/other:1"')
         assert world.status("SAETrainingJob", "first")["phase"] == "Succeeded"
     finally:
-        run_helm("uninstall", release, f"--namespace={namespace}", "--wait", "--timeout=60s")
+        run_helm("uninstall", release, f"--namespace={namespace}", "--wait", "--timeout=120s")
     assert world.get("SAETrainingJob", "first") is not None, "resources stay"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests.rule_cases import RULE_CASES, RuleCase
 from tests.specs import REMOVED, SPECS, Edits, all_models, edited, live_activations, manifest
 from tests.testbed.control_plane import ControlPlane, KubectlError
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("crds")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("crds")]
 
 CACHE, JOB, SWEEP = ACTIVATION_CACHE.kind, SAE_TRAINING_JOB.kind, SAE_SWEEP.kind
 
@@ -68,13 +69,15 @@ class Resources:
 
 
 @pytest.fixture(scope="module")
-def resources(control_plane: ControlPlane) -> Resources:
-    """One namespace for all tests that need nothing but the API server."""
+def resources(control_plane: ControlPlane) -> Iterator[Resources]:
+    """One namespace for all tests that need nothing but the API server. It goes with them: an operator of later tests
+    may serve all namespaces."""
     name = "custom-resources"
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
     code, body = control_plane.request("POST", "/api/v1/namespaces", namespace)
     assert code == 201, body
-    return Resources(control_plane, name)
+    yield Resources(control_plane, name)
+    control_plane.request("DELETE", f"/api/v1/namespaces/{name}")
 
 
 def test_all_kinds_are_served_under_all_their_names(control_plane: ControlPlane, namespace: str) -> None:

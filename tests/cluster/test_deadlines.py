@@ -17,7 +17,7 @@ from tests.operator_process import OperatorProcess, run_operator, start_operator
 from tests.operator_world import World, cache_spec, conditions, training_spec
 from tests.testbed.waiting import wait_for
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 ON_A_URI = {"uri": "s3://bucket/finished"}
 
@@ -46,9 +46,10 @@ class TestActiveDeadline:
         since = world.wait_phase("SAETrainingJob", "first", "Running")["status"]["activeSince"]
         found = world.wait_phase("SAETrainingJob", "first", "Failed")
         assert conditions(found)["Ready"]["reason"] == "DeadlineExceeded"
-        assert found["status"]["activeSeconds"] == 4
+        # Never before it is due; how much later, says how busy the machine is.
+        assert 4 <= found["status"]["activeSeconds"] <= 20
         took = time_of(found["status"]["completionTime"]) - time_of(since)
-        assert timedelta(seconds=2) <= took <= timedelta(seconds=8)
+        assert timedelta(seconds=2) <= took <= timedelta(seconds=20)
         (pod,) = [pod for pod in world.list("Pod", ours=True) if step_of(pod) == "train"]
         wait_for(lambda: pod_is_ending(world, pod["metadata"]["name"]), what="the pod has been told to end")
         kubelet.scripts[world.namespace] = succeed
@@ -65,7 +66,7 @@ class TestActiveDeadline:
         first.kill()
         wait_for(lambda: datetime.now(UTC) > since + timedelta(seconds=7), what="the deadline has passed")
         with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
-            found = world.wait_phase("SAETrainingJob", "first", "Failed", timeout=15)
+            found = world.wait_phase("SAETrainingJob", "first", "Failed")
         assert conditions(found)["Ready"]["reason"] == "DeadlineExceeded"
         assert len(world.jobs()) <= 2
 
@@ -248,7 +249,7 @@ class TestRetries:
         log = "\n".join([*(f"step {i} of 100 is done" for i in range(100)), "RuntimeError: the device is lost"])
         kubelet.scripts[world.namespace] = except_for(train=Ends(1, log))
         world.create("SAETrainingJob", "first", job(backoffLimit=2))
-        found = world.wait_phase("SAETrainingJob", "first", "Failed", timeout=60)
+        found = world.wait_phase("SAETrainingJob", "first", "Failed", timeout=120)
         assert "RuntimeError: the device is lost (after 3 failed pods)" in conditions(found)["Ready"]["message"]
         attempts = found["status"]["attempts"]
         assert attempts

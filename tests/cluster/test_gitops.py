@@ -477,7 +477,7 @@ class TestFluxExpressions:
             if what in ("failed", "current")
         ]
         control_plane.apply(definition)
-        control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", f"crd/{names}")
+        control_plane.kubectl("wait", "--for=condition=Established", "--timeout=120s", f"crd/{names}")
         path = f"/apis/flux.example.com/v1alpha1/namespaces/{namespace}/{plural}?dryRun=All"
         wait_for(lambda: control_plane.request("GET", path)[0] == 200, what="the kind is served")
         (tests,) = read_yaml((CUSTOMIZATIONS / kind / "health_test.yaml").read_text())
@@ -494,4 +494,4 @@ class TestFluxExpressions:
             assert {text.rpartition(": ")[2] for text in true} == {expected}, (case, true)
             answers.add(expected)
         assert answers == {"failed", "current"}
-        control_plane.kubectl("delete", "crd", names, "--timeout=30s")
+        control_plane.kubectl("delete", "crd", names, "--timeout=120s")

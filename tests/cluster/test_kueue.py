@@ -315,7 +315,7 @@ def test_a_queue_that_does_not_answer_delays_and_fails_nothing(
         assert told["status"]["phase"] != "Failed"
     finally:
         kueue.start()
-    world.wait_phase("SAETrainingJob", "first", "Succeeded", timeout=60)
+    world.wait_phase("SAETrainingJob", "first", "Succeeded", timeout=120)
     assert world.steps() == ["preflight-1", "train-1"]
 
 

@@ -12,7 +12,7 @@ from tests.operator_process import run_operator
 from tests.operator_world import World, conditions, training_spec
 from tests.testbed.control_plane import ControlPlane
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(500)
 
 
 def pods_of(world: World, step: str) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def test_running_is_not_told_of_a_pod_that_nobody_hears_of_and_its_loss_costs_no
             (lost,) = pods_of(world, "train")
             kubelet.die()
             # The node controller waits for 40 s before it takes a node for lost.
-            told = world.wait_condition("SAETrainingJob", "first", "NodeUnreachable", timeout=90)
+            told = world.wait_condition("SAETrainingJob", "first", "NodeUnreachable", timeout=150)
             assert lost["metadata"]["name"] in told["message"]
             assert world.status("SAETrainingJob", "first")["phase"] == "Queued"
             assert [pod["metadata"]["uid"] for pod in pods_of(world, "train")] == [lost["metadata"]["uid"]]
@@ -40,6 +40,6 @@ def test_running_is_not_told_of_a_pod_that_nobody_hears_of_and_its_loss_costs_no
         world.wait_condition("SAETrainingJob", "first", "Unschedulable", timeout=150)
         assert lost["metadata"]["uid"] not in {pod["metadata"]["uid"] for pod in pods_of(world, "train")}
         with FakeKubelet(control_plane):
-            found = world.wait_phase("SAETrainingJob", "first", "Succeeded", timeout=60)
+            found = world.wait_phase("SAETrainingJob", "first", "Succeeded", timeout=120)
     assert found["status"]["attempt"] == 1
     assert not {"NodeUnreachable", "Unschedulable"} & conditions(found).keys()

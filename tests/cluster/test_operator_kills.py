@@ -27,7 +27,7 @@ from tests.testbed.waiting import wait_for
 
 # Lives that are led at the same time; more only wait for each other on two cores.
 LIVES_AT_ONCE = 4
-LIFE_SECONDS = 60.0
+LIFE_SECONDS = 120.0
 # What every life makes, however its changes fall together: a ConfigMap and a Job for each of five steps; a status for
 # each phase (the cache's are Preparing, Queued, Finalizing, Ready; the job's Preflight, WaitingForCache, Queued,
 # Succeeded) and an event for each but Queued, and one that the cache was asked for; a look at the pods of each Job

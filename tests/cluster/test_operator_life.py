@@ -337,7 +337,7 @@ def test_what_the_api_server_refuses_is_told(world: World, operator: OperatorPro
     assert "exceeded quota" in conditions(job)["Ready"]["message"]
     wait_for(lambda: any(event["reason"] == "CreateRefused" for event in world.list("Event")), what="an event")
     world.delete("ResourceQuota", "none")
-    world.wait_phase("SAETrainingJob", "first", "Succeeded", timeout=60)
+    world.wait_phase("SAETrainingJob", "first", "Succeeded", timeout=120)
 
 
 def test_the_heartbeat_is_the_only_write_at_rest(world: World, operator: OperatorProcess) -> None:

@@ -114,7 +114,7 @@ def test_it_stops_at_once_in_the_midst_of_work_and_loses_nothing(
         assert "Traceback" not in first.log.read_text()
         with run_operator(control_plane.kubeconfig, namespace=namespace):
             for number in range(12):
-                world.wait_phase("SAETrainingJob", f"job-{number}", "Succeeded", timeout=60)
+                world.wait_phase("SAETrainingJob", f"job-{number}", "Succeeded", timeout=120)
     assert world.steps() == sorted(["preflight-1", "train-1"] * 12)
 
 

@@ -12,7 +12,7 @@ from tests.operator_world import World, training_spec
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.waiting import wait_for
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 def claim(name: str, namespace: str) -> list[dict[str, Any]]:
@@ -108,4 +108,4 @@ def test_a_claim_that_does_not_exist_is_told(control_plane: ControlPlane, crds: 
         wait_for(
             lambda: control_plane.get("pvc", "nowhere", "-n", namespace)["status"]["phase"] == "Bound", what="a volume"
         )
-        world.wait_phase("SAETrainingJob", "first", "Succeeded", timeout=60)
+        world.wait_phase("SAETrainingJob", "first", "Succeeded", timeout=120)

@@ -91,14 +91,14 @@ def test_every_pod_is_admitted_by_restricted_and_holds_no_rights(world: World, o
     try:
         cache = cache_spec(run=RICH_RUN, storage={"uri": "s3://bucket/caches", "secretRef": {"name": "s3"}})
         world.create("SAETrainingJob", "job", training_spec({"cache": cache}, parallelism=2, run=RICH_RUN))
-        job = world.wait_phase("SAETrainingJob", "job", "Succeeded", "Failed", timeout=60)
+        job = world.wait_phase("SAETrainingJob", "job", "Succeeded", "Failed", timeout=120)
     finally:
         world.control_plane.kubectl("delete", "persistentvolume", volume["metadata"]["name"], "--wait=false")
     assert job["status"]["phase"] == "Succeeded", job["status"]
     template = training_spec({"uri": "s3://bucket/cache"}, output={"uri": "s3://bucket/sweep"})
     spec = {"template": template, "space": space(1, 2), "report": PLACEMENT["cpuSteps"]}
     world.create("SAESweep", "sweep", spec)
-    world.wait_phase("SAESweep", "sweep", "Succeeded", timeout=60)
+    world.wait_phase("SAESweep", "sweep", "Succeeded", timeout=120)
     pods = world.list("Pod", ours=True)
     assert {step_of(pod) for pod in pods} == {"preflight", "prepare", "cache", "finalize", "train", "report"}
     for pod in pods:

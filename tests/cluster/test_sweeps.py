@@ -114,11 +114,11 @@ def test_a_trial_that_failed_among_others_is_trained_alone_when_retry_is_raised(
 ) -> None:
     trials.diverges = lambda k: k == 2
     world.create(SWEEP, "sweep", sweep_spec([1, 2, 3], trialsPerJob=3))
-    sweep = world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
+    sweep = world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=120)
     assert (told_trials(sweep)["succeeded"], told_trials(sweep)["failed"]) == (2, 1)
     (first,) = jobs_of(world).values()
     world.patch(SWEEP, "sweep", {"spec": {"retry": 1}})
-    sweep = world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
+    sweep = world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=120)
     assert told_trials(sweep) == {"total": 3, "pending": 0, "running": 0, "succeeded": 3, "stopped": 0, "failed": 0}
     assert sorted(counts_of(job) for job in jobs_of(world).values()) == [[1, 2, 3], [2]]
     assert jobs_of(world)[first["metadata"]["name"]]["spec"] == first["spec"], "what was trained is left alone"
@@ -146,14 +146,14 @@ def test_values_that_are_nested_too_deep_are_refused_and_keep_nobody_from_work(w
     # One that starts lists them, and one that runs is told of them.
     with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
         world.create(SWEEP, "sweep", sweep_spec([1, 2]))
-        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
+        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=120)
         for depth in (150, 230, 300, 9000):
             refused = world.wait_condition(SWEEP, f"deep-{depth}", "Invalid", "True")
             assert ("nested too deep" in refused["message"]) == (depth > 200)
         world.patch(SWEEP, "deep-9000", {"metadata": {"labels": {"a": "b"}}})
         world.patch(SWEEP, "sweep", space([1, 2, 3]))
         world.wait_resource(SWEEP, "sweep", lambda found: told_trials(found)["total"] == 3)
-        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
+        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=120)
 
 
 def test_a_packed_sweep_trains_all_trials_from_one_cache_and_reports(
@@ -162,7 +162,7 @@ def test_a_packed_sweep_trains_all_trials_from_one_cache_and_reports(
     spec = sweep_spec([1, 2, 3, 4, 5], training_spec()["activations"], trialsPerJob=2)
     created = world.create(SWEEP, "sweep", spec)
     assert created["status"]["observedGeneration"] == -1
-    sweep = world.wait_phase(SWEEP, "sweep", "Succeeded", "Failed", timeout=60)
+    sweep = world.wait_phase(SWEEP, "sweep", "Succeeded", "Failed", timeout=120)
     status = sweep["status"]
     assert status["phase"] == "Succeeded", status
     assert told_trials(sweep) == {"total": 5, "pending": 0, "running": 0, "succeeded": 5, "stopped": 0, "failed": 0}
@@ -324,7 +324,7 @@ def test_an_operator_that_is_killed_makes_nothing_twice(world: World, trials: Tr
     trials.holds = lambda k: False
     wait_for(lambda: 2 not in by_k(world), what="the job is gone")
     with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
-        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
+        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=120)
     jobs = jobs_of(world)
     assert sorted(counts_of(job) for job in jobs.values()) == [[1], [2], [3], [4]]
     assert set(made) <= set(jobs)
@@ -335,7 +335,7 @@ def test_an_operator_that_is_killed_makes_nothing_twice(world: World, trials: Tr
 def test_two_operators_at_once_make_nothing_twice(world: World, operator: OperatorProcess, trials: Trials) -> None:
     with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
         world.create(SWEEP, "sweep", sweep_spec([1, 2, 3, 4, 5], trialsPerJob=2))
-        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=60)
+        world.wait_phase(SWEEP, "sweep", "Succeeded", timeout=120)
         world.patch(SWEEP, "sweep", space([1, 2, 5, 6]))
         edited = world.wait_resource(
             SWEEP, "sweep", lambda found: found["status"]["phase"] == "Succeeded" and told_trials(found)["total"] == 4

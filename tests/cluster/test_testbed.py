@@ -21,7 +21,7 @@ from tests.testbed.object_server import ObjectServer
 from tests.testbed.paths import CHECKOUT
 from tests.testbed.waiting import wait_for
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 SERVER = """
 import http.server, os
@@ -148,7 +148,7 @@ def test_an_indexed_job_completes_once_per_index(pods: Pods) -> None:
     spec = {"completions": 2, "parallelism": 2, "completionMode": "Indexed"}
     pods.control_plane.apply(job(pods.namespace, "indexed", python(code), **spec))
     in_namespace = ("--namespace", pods.namespace)
-    pods.control_plane.kubectl("wait", "--for=condition=Complete", "job/indexed", "--timeout=30s", *in_namespace)
+    pods.control_plane.kubectl("wait", "--for=condition=Complete", "job/indexed", "--timeout=120s", *in_namespace)
     listed = pods.control_plane.get("pods", "--selector", "job-name=indexed", *in_namespace)
     states = [pod["status"]["containerStatuses"][0]["state"]["terminated"] for pod in listed["items"]]
     assert sorted(state["message"] for state in states) == ["0", "1"]
@@ -158,7 +158,7 @@ def test_an_indexed_job_completes_once_per_index(pods: Pods) -> None:
 def test_a_job_fails_soon_after_its_last_try(pods: Pods) -> None:
     pods.control_plane.apply(job(pods.namespace, "failing", python("raise SystemExit(3)"), backoffLimit=2))
     in_namespace = ("--namespace", pods.namespace)
-    pods.control_plane.kubectl("wait", "--for=condition=Failed", "job/failing", "--timeout=30s", *in_namespace)
+    pods.control_plane.kubectl("wait", "--for=condition=Failed", "job/failing", "--timeout=120s", *in_namespace)
     status = pods.control_plane.get("job", "failing", *in_namespace)["status"]
     assert status["failed"] == 3
     assert [one["reason"] for one in status["conditions"] if one["type"] == "Failed"] == ["BackoffLimitExceeded"]
@@ -306,7 +306,7 @@ def test_a_pod_that_ignores_sigterm_is_killed_after_its_grace_period(pods: Pods)
     spec["terminationGracePeriodSeconds"] = 1
     name = pods.start("stubborn", spec)
     wait_for(lambda: pods.container(name).get("running"))
-    pods.control_plane.kubectl("delete", "pod", name, "--namespace", pods.namespace, "--timeout=20s")
+    pods.control_plane.kubectl("delete", "pod", name, "--namespace", pods.namespace, "--timeout=120s")
 
 
 def test_an_evicted_pod_of_a_job_keeps_its_disruption_condition(pods: Pods) -> None:

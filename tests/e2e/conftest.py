@@ -16,9 +16,12 @@ NAMESPACE = "sae-operator"
 PERMISSIONS = ("namespace", "service_account", "cluster_role")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def operator(control_plane: ControlPlane, crds: list[str], node: Node) -> Iterator[OperatorProcess]:
-    """An operator for all namespaces, as its own service account."""
+    """An operator for all namespaces, as its own service account. It ends with the file: those of tests/cluster,
+    which may come next in the same process, each have an operator of their own."""
+    # Else it would run what earlier tests of the same process have left.
+    control_plane.kubectl("delete", ",".join(crds), "--all", "--all-namespaces", "--timeout=120s")
     folder = CHECKOUT / "manifests" / "operator"
     for name in PERMISSIONS:
         control_plane.kubectl("apply", "--namespace", NAMESPACE, "-f", str(folder / f"{name}.yaml"))

@@ -18,7 +18,7 @@ from tests.testbed.data import POD_DATA, data_directory
 from tests.testbed.object_server import ObjectServer
 
 BUCKET = "failures"
-SECONDS = 180
+SECONDS = 300
 
 
 def job(name: str) -> dict[str, Any]:
@@ -240,4 +240,4 @@ def test_an_image_that_does_not_exist_is_told_while_the_job_waits(user: User) ->
         SECONDS,
     )
     assert Life.phase_of(state) not in ("Running", "Succeeded", "Failed")
-    user.control_plane.kubectl("delete", "--namespace", user.namespace, "saejob", "image", "--timeout=30s")
+    user.control_plane.kubectl("delete", "--namespace", user.namespace, "saejob", "image", "--timeout=120s")

@@ -20,7 +20,7 @@ from tests.testbed.object_server import ObjectServer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "testbed" / "sae-job.yaml"
 BUCKET = "saes"
-SECONDS = 240
+SECONDS = 400
 SAE_FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
 
 
@@ -106,7 +106,7 @@ def first_light(
         )
         table = kubectl("get", "saejobs", name)
         done = job.wait_for_phase("Succeeded", "Failed", seconds=SECONDS)
-        waited = kubectl("wait", "--for=condition=Ready", f"saejob/{name}", "--timeout=10s")
+        waited = kubectl("wait", "--for=condition=Ready", f"saejob/{name}", "--timeout=120s")
         bucket_prefix = f"caches/{namespace}/"
         before = etags(s3, bucket_prefix)
 

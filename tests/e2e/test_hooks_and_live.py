@@ -20,7 +20,7 @@ from tests.testbed.object_server import ObjectServer
 from tests.tiny_model import WIDTH
 
 BUCKET = "extensions"
-SECONDS = 120
+SECONDS = 300
 A, B = "model.layers.1", "model.layers.0"
 SECRET = {"secretRef": {"name": "s3"}}
 

@@ -20,7 +20,7 @@ from tests.testbed.node import Node
 from tests.testbed.object_server import ObjectServer
 
 BUCKET = "preemption"
-SECONDS = 240
+SECONDS = 400
 SECRET = {"secretRef": {"name": "s3"}}
 # More than the test has time for.
 ENDLESS = 500_000_000

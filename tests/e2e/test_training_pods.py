@@ -17,7 +17,7 @@ from tests.testbed.data import POD_DATA
 from tests.testbed.object_server import ObjectServer
 
 BUCKET = "pods"
-SECONDS = 180
+SECONDS = 300
 SECRET = {"secretRef": {"name": "s3"}}
 CACHE = {
     "model": {"name": f"{POD_DATA}/tiny-model", "dtype": "float32"},

@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 def wait_for(
     condition: Callable[[], Result],
-    timeout: float = 30.0,
+    timeout: float = 90.0,
     *,
     what: str | Callable[[], str] = "the condition",
     interval: float = 0.05,

@@ -114,5 +114,5 @@ class Sweeper:
 
     async def _metadata(self, path: str, query: dict[str, str]) -> AsyncIterator[dict[str, Any]]:
         async for page in self._client.pages(path, query, metadata_only=True, limit=PAGE):
-            for item in page:
+            for item in page.items:
                 yield item["metadata"]

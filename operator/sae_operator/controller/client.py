@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 from pydantic_core import from_json, to_json
@@ -90,6 +90,18 @@ def connection_info(credentials: Credentials) -> kopf.ConnectionInfo:
     )
 
 
+class Page(NamedTuple):
+    """A part of a LIST.
+
+    Attributes:
+        items: what it lists.
+        version: the moment that the whole listing shows, the same on each page; a later one has a larger version.
+    """
+
+    items: list[dict[str, Any]]
+    version: int
+
+
 class ApiClient:
     """One session per set of credentials; a 401 or a rotated token makes a new one.
 
@@ -142,14 +154,15 @@ class ApiClient:
 
     async def pages(
         self, path: str, query: Mapping[str, str], *, metadata_only: bool = False, limit: int = 200
-    ) -> AsyncIterator[list[dict[str, Any]]]:
+    ) -> AsyncIterator[Page]:
         """The items of a LIST, page by page, so that memory is bounded whatever the number of objects."""
         accept = METADATA_LIST if metadata_only else JSON
         params = {**query, "limit": str(limit)}
         while True:
             answer = await self.request("GET", path, query=params, accept=accept)
-            yield answer.get("items") or []
-            token = answer.get("metadata", {}).get("continue")
+            meta = answer.get("metadata", {})
+            yield Page(answer.get("items") or [], int(meta.get("resourceVersion") or 0))
+            token = meta.get("continue")
             if not token:
                 return
             params["continue"] = token

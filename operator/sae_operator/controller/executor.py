@@ -144,12 +144,13 @@ class Executor:
         Raises:
             RetryAfter: there are some.
         """
-        uid, pods = stored.metadata.uid, list[PodFacts]()
+        uid, pods, version = stored.metadata.uid, list[PodFacts](), 0
         query = {"labelSelector": f"{LABEL_UID}={uid}"}
         async for page in self._client.pages(paths.pods(stored.key.namespace), query):
-            pods += [projection.pod_facts(raw) for raw in page]
+            pods += [projection.pod_facts(raw) for raw in page.items]
+            version = page.version
         if any(not pod.finished for pod in pods):
-            self._store.put_pods(uid, pods)
+            self._store.put_pods(uid, pods, version)
             raise RetryAfter(CONFLICT_RETRY_SECONDS)
 
     async def _refresh(self, stored: StoredResource) -> None:

@@ -107,18 +107,21 @@ class PodPoller:
     async def list_pods(self, stored: StoredResource) -> None:
         """Lists all pods of one resource, ended ones included: a Job has just ended, and its pods hold the result."""
         query = {"labelSelector": f"{LABEL_UID}={stored.metadata.uid}"}
-        pods: list[PodFacts] = []
+        pods, version = list[PodFacts](), 0
         async for page in self._client.pages(paths.pods(stored.key.namespace), query):
-            pods += [projection.pod_facts(raw) for raw in page]
-        self._store.put_pods(stored.metadata.uid, pods)
+            pods += [projection.pod_facts(raw) for raw in page.items]
+            version = page.version
+        self._store.put_pods(stored.metadata.uid, pods, version)
 
     async def _tick(self, session: aiohttp.ClientSession) -> None:
         live: dict[str, list[PodFacts]] = defaultdict(list)
         gpus: Counter[str] = Counter()
+        version = 0
         query = {"labelSelector": f"{LABEL_MANAGED_BY}={MANAGED_BY}", "fieldSelector": LIVE}
         uids = {stored.metadata.uid: key for key in self._watched if (stored := self._store.get(key))}
         async for page in self._client.pages(paths.pods(self._namespace), query):
-            for raw in page:
+            version = page.version
+            for raw in page.items:
                 uid = (raw["metadata"].get("labels") or {}).get(LABEL_UID)
                 # Anybody can label a pod, but only in a namespace of theirs.
                 if uid in uids and uids[uid].namespace == raw["metadata"]["namespace"]:
@@ -129,7 +132,7 @@ class PodPoller:
         self._metrics.saw_gpus(gpus)
         changed: set[Key] = set()
         for uid, key in uids.items():
-            if self._merge(uid, live.get(uid, [])):
+            if self._merge(uid, live.get(uid, []), version):
                 changed.add(key)
         polls = [
             self._poll(session, uid, key, pod, changed)
@@ -140,15 +143,18 @@ class PodPoller:
         await asyncio.gather(*polls)
         self._look_at(changed)
 
-    def _merge(self, uid: str, live: list[PodFacts]) -> bool:
+    def _merge(self, uid: str, live: list[PodFacts], version: int) -> bool:
         """Takes over the live pods. When one that was alive is not listed, it has ended: then all are to be listed."""
         family = self._store.children(uid)
+        if version < family.pods_version:
+            # Listed in full meanwhile.
+            return False
         names = {pod.name for pod in live}
         if any(not pod.finished and pod.name not in names for pod in family.pods):
             family.pods_due = True
             return True
         due = family.pods_due
-        changed = self._store.put_pods(uid, [*live, *(pod for pod in family.pods if pod.finished)])
+        changed = self._store.put_pods(uid, [*live, *(pod for pod in family.pods if pod.finished)], version)
         family.pods_due = due
         return changed
 

@@ -68,6 +68,7 @@ class Offspring:
     Attributes:
         pods_due: a pod has ended since the pods were listed last.
         pods_listed: they have been listed at all.
+        pods_version: the version of the listing that shows them.
     """
 
     jobs: dict[str, JobFacts] = field(default_factory=dict)
@@ -77,6 +78,7 @@ class Offspring:
     unreachable: dict[str, str] = field(default_factory=dict)
     pods_due: bool = False
     pods_listed: bool = False
+    pods_version: int = 0
 
 
 class Store:
@@ -237,9 +239,13 @@ class Store:
             return self._keys.get(uid)
         return None
 
-    def put_pods(self, uid: str, pods: Iterable[PodFacts]) -> bool:
-        """All pods of a UID, as listed now; returns whether anything changed that is worth a look."""
+    def put_pods(self, uid: str, pods: Iterable[PodFacts], version: int) -> bool:
+        """All pods of a UID, as a listing of this version shows them; returns whether anything changed that is worth a
+        look. Of two listings that are under way at once the older one may be answered last: it tells nothing."""
         family, fresh = self.children(uid), tuple(sorted(pods, key=lambda pod: pod.name))
+        if version < family.pods_version:
+            return False
+        family.pods_version = version
         changed = [pod for pod in fresh if not _merely_waits(pod)] != [
             pod for pod in family.pods if not _merely_waits(pod)
         ]

@@ -11,7 +11,7 @@ import pytest
 from sae_operator.api.resources import KINDS
 from sae_operator.controller import census, paths
 from sae_operator.controller.census import Sweeper
-from sae_operator.controller.client import ServerUnavailable
+from sae_operator.controller.client import Page, ServerUnavailable
 from sae_operator.controller.queue import Key
 from sae_operator.controller.store import Store
 
@@ -35,11 +35,11 @@ class Server:
         self.while_listing: Callable[[], None] = lambda: None
         self.failures = 0
 
-    async def pages(self, path: str, query: Any, **_: Any) -> AsyncIterator[list[dict[str, Any]]]:
+    async def pages(self, path: str, query: Any, **_: Any) -> AsyncIterator[Page]:
         if self.failures:
             self.failures -= 1
             raise ServerUnavailable("away")
-        yield [{"metadata": meta} for meta in self.listed.get(path, [])]
+        yield Page([{"metadata": meta} for meta in self.listed.get(path, [])], 1)
         self.while_listing()
 
 

@@ -182,10 +182,11 @@ async def test_a_list_is_read_page_by_page() -> None:
         token = request.query.get("continue")
         asked.append((request.query.get("limit"), token))
         following = {None: "two", "two": "three"}.get(token)
-        meta = {"continue": following} if following else {}
+        meta = {"resourceVersion": "7"} | ({"continue": following} if following else {})
         return web.json_response({"items": [{"page": token or "one"}], "metadata": meta})
 
     async with served(handler, ["t"]) as client:
         pages = [page async for page in client.pages("/x", {"labelSelector": "a=b"}, limit=2)]
-    assert [item["page"] for page in pages for item in page] == ["one", "two", "three"]
+    assert [item["page"] for page in pages for item in page.items] == ["one", "two", "three"]
+    assert {page.version for page in pages} == {7}
     assert asked == [("2", None), ("2", "two"), ("2", "three")]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sae_operator.controller.client import ApiError, WebhookUnavailable
+from sae_operator.controller.client import ApiError, Page, WebhookUnavailable
 from sae_operator.controller.executor import Executor
 from sae_operator.controller.queue import Key, RetryAfter
 from sae_operator.controller.store import Store, StoredResource
@@ -40,8 +40,8 @@ class Server:
     async def delete(self, path: str, uid: str, *, propagation: str) -> dict[str, Any]:
         return self._answer(f"DELETE {path}", (uid, propagation), {})
 
-    async def pages(self, path: str, query: Mapping[str, str]) -> AsyncIterator[list[dict[str, Any]]]:
-        yield self._answer(f"LIST {path}", query, {"items": []})["items"]
+    async def pages(self, path: str, query: Mapping[str, str]) -> AsyncIterator[Page]:
+        yield Page(self._answer(f"LIST {path}", query, {"items": []})["items"], 1)
 
     def _answer(self, call: str, body: Any, usual: Any) -> dict[str, Any]:
         self.calls.append(call)

@@ -10,10 +10,12 @@ import aiohttp
 import pytest
 
 from sae_operator.api.steps import Progress, SaeProgress
+from sae_operator.controller.client import Page
 from sae_operator.controller.progress import ANSWER_LIMIT_BYTES, PodPoller, ask
 from sae_operator.controller.queue import Key
 from sae_operator.controller.store import Store
 from sae_operator.reconcile.names import LABEL_UID
+from sae_operator.reconcile.observed import PodFacts
 
 KEY = Key("SAETrainingJob", "ns", "a")
 
@@ -24,8 +26,8 @@ class Server:
     def __init__(self, pods: list[dict[str, Any]]) -> None:
         self._pods = pods
 
-    async def pages(self, path: str, query: Any) -> AsyncIterator[list[dict[str, Any]]]:
-        yield self._pods
+    async def pages(self, path: str, query: Any) -> AsyncIterator[Page]:
+        yield Page(self._pods, 1)
 
 
 def pod(name: str, namespace: str) -> dict[str, Any]:
@@ -52,6 +54,16 @@ def poller_of(pods: list[dict[str, Any]]) -> tuple[PodPoller, Store]:
 def test_the_next_look_is_never_later_than_without_haste(took: float, gap: float) -> None:
     poller, _ = poller_of([])
     assert poller.gap_after(took) == pytest.approx(gap)
+
+
+async def test_a_tick_that_began_before_all_pods_were_listed_tells_nothing() -> None:
+    poller, store = poller_of([])
+    ended = PodFacts(name="p", job_name="j", step="train", phase="Succeeded")
+    runs = PodFacts(name="q", job_name="j", step="train", phase="Running", running=True)
+    store.put_pods("uid-a", [ended, runs], 2)
+    await poller._tick(None)  # type: ignore[arg-type]
+    assert store.children("uid-a").pods == (ended, runs)
+    assert not store.children("uid-a").pods_due
 
 
 async def test_a_pod_of_another_namespace_is_nobodys_whatever_its_label_says() -> None:

@@ -64,7 +64,7 @@ def test_what_is_learnt_of_a_resource_that_is_gone_is_not_kept() -> None:
     store = Store()
     store.put_resource(JOB, resource("a"))
     store.drop_resource("uid-a")
-    store.put_pods("uid-a", [PodFacts(name="p", job_name="j", step="train")])
+    store.put_pods("uid-a", [PodFacts(name="p", job_name="j", step="train")], 1)
     assert not store.children("uid-a").pods
 
 
@@ -111,21 +111,31 @@ def test_pods_are_due_when_a_pod_of_a_job_has_ended() -> None:
     store.put_job(child("j", parent="a", version=2, failed=1))
     assert store.children("uid-a").pods_due
     ended = PodFacts(name="p", job_name="j", step="train", phase="Failed", exit_code=1)
-    assert store.put_pods("uid-a", [ended])
+    assert store.put_pods("uid-a", [ended], 2)
     assert not store.children("uid-a").pods_due
-    assert not store.put_pods("uid-a", [ended])
+    assert not store.put_pods("uid-a", [ended], 3)
+
+
+def test_a_listing_that_is_answered_after_a_later_one_tells_nothing() -> None:
+    store = Store()
+    store.put_resource(JOB, resource("a"))
+    runs = PodFacts(name="p", job_name="j", step="train", phase="Running", running=True)
+    ended = replace(runs, phase="Succeeded", running=False)
+    assert store.put_pods("uid-a", [ended], 8)
+    assert not store.put_pods("uid-a", [runs], 7)
+    assert store.children("uid-a").pods == (ended,)
 
 
 def test_a_pod_that_has_merely_not_started_is_not_worth_a_look() -> None:
     store = Store()
     store.put_resource(JOB, resource("a"))
     waits = PodFacts(name="p", job_name="j", step="train")
-    assert not store.put_pods("uid-a", [waits])
+    assert not store.put_pods("uid-a", [waits], 4)
     assert store.children("uid-a").pods == (waits,)
-    assert store.put_pods("uid-a", [replace(waits, unschedulable="no node fits")])
-    assert store.put_pods("uid-a", [replace(waits, waiting_reason="ImagePullBackOff")])
-    assert store.put_pods("uid-a", [replace(waits, phase="Running", running=True)])
-    assert store.put_pods("uid-a", [])
+    assert store.put_pods("uid-a", [replace(waits, unschedulable="no node fits")], 5)
+    assert store.put_pods("uid-a", [replace(waits, waiting_reason="ImagePullBackOff")], 6)
+    assert store.put_pods("uid-a", [replace(waits, phase="Running", running=True)], 7)
+    assert store.put_pods("uid-a", [], 8)
 
 
 def test_a_job_that_was_replaced_is_not_dropped_with_the_old_one() -> None:
