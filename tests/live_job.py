@@ -16,7 +16,7 @@ from sae_job.steps.preflight import run_preflight
 from sae_job.steps.prepare import run_prepare
 from sae_job.steps.train import run_train
 from sae_job.storage.base import ObjectStore
-from sae_job.storage.file_store import FileStore, path_of_file_uri
+from sae_job.storage.file_store import PARTIAL_SUFFIX, FileStore, path_of_file_uri
 from sae_job.training.place import ALONE, Place
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.identity import cache_location, cache_of, live_location
@@ -121,11 +121,12 @@ class LiveJob:
         return run_train(self.train_step(), context(faults, **options))
 
     def left(self) -> dict[str, bytes]:
-        """What the training left; the contexts are the preflight's."""
+        """What readers find of the training; the contexts are the preflight's. Where a kill catches another thread amid
+        a write, nobody reads its unfinished file."""
         return {
             name: data
             for name, data in folder_bytes(self.output).items()
-            if name not in NOT_COMPARED and not name.startswith("activations/")
+            if name not in NOT_COMPARED and not name.startswith("activations/") and not name.endswith(PARTIAL_SUFFIX)
         }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sae_job.storage.file_store import FileStore
+from sae_job.storage.file_store import PARTIAL_SUFFIX, FileStore
 from sae_operator.api.steps import TrainStep
 from sae_operator.api.store import StoreLocation
 from tests.faults import folder_bytes
@@ -89,7 +89,11 @@ class Launched:
 
     def left(self) -> dict[str, bytes]:
         left_out = (*NOT_COMPARED, "log.txt", "sae-operator.json")
-        return {name: data for name, data in folder_bytes(self.output).items() if name not in left_out}
+        return {
+            name: data
+            for name, data in folder_bytes(self.output).items()
+            if name not in left_out and not name.endswith(PARTIAL_SUFFIX)
+        }
 
 
 def children_of(process: int) -> list[int]:
