@@ -228,11 +228,11 @@ class FakeKubelet:
         """Keeps the node Ready for another while."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         room = {
-            "cpu": "1000",
-            "memory": "1000Gi",
+            "cpu": "100000",
+            "memory": "100000Gi",
             "pods": "10000",
             "nvidia.com/gpu": "1000",
-            "ephemeral-storage": "1000Gi",
+            "ephemeral-storage": "100000Gi",
         }
         ready = {"type": "Ready", "status": "True", "reason": "Fake", "lastHeartbeatTime": now}
         patch = {"status": {"capacity": room, "allocatable": room, "conditions": [ready]}}

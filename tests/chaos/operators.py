@@ -1,4 +1,4 @@
-"""The real operator on the cluster in memory: only kopf's watches and the session to the API server are replaced.
+"""The real operator on the cluster in memory: only the watches and the session to the API server are replaced.
 
 A watch brings the events of one plural in order, a moment late. When its connection is lost it starts again after a
 while, either where it was, or (what it missed has expired) with a new list, whose objects have no event type and which
@@ -26,6 +26,8 @@ from tests.chaos.transport import Gateway, SimulatedClient, share
 NAMESPACE = "lab"
 LATEST_SECONDS = 0.3
 LONGEST_BACKOFF_SECONDS = 30.0
+# Kinds that the operator watches without kopf.
+MANY = ("jobs", "saetrainingjobs")
 SELECTORS = {
     "jobs": f"{LABEL_MANAGED_BY}={MANAGED_BY}",
     "leases": "app.kubernetes.io/name=sae-operator",
@@ -43,22 +45,29 @@ class SimulatedOperator(Operator):
         self.gateway = gateway
         self.number = number
         self._loop = loop
-        self._watches = [
-            _Watch(self, loop, gateway, plural, self._take(plural)) for plural in (*sorted(OURS), "jobs", "leases")
-        ]
+        self._watches = {
+            plural: _Watch(self, loop, gateway, plural, self._take(plural))
+            for plural in (*sorted(OURS), "jobs", "leases")
+        }
 
     def look_at(self, keys: Iterable[Key]) -> None:
         # Sets have another order in each process: a life must replay.
         super().look_at(sorted(keys))
 
     async def watch(self) -> None:
+        await self._watch(plural for plural in self._watches if plural not in MANY)
+
+    async def watch_many(self) -> None:
+        await self._watch(MANY)
+
+    async def _watch(self, plurals: Iterable[str]) -> None:
         async with asyncio.TaskGroup() as group:
-            for watch in self._watches:
-                group.create_task(watch.run())
+            for plural in plurals:
+                group.create_task(self._watches[plural].run())
 
     def lose_watches(self, *, expired: bool) -> None:
         """All connections of watches break; with `expired` what they miss until they are back is never told."""
-        for watch in self._watches:
+        for watch in self._watches.values():
             watch.lose(expired=expired)
 
     def _take(self, plural: str) -> Callable[[dict[str, Any]], None]:

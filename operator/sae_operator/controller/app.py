@@ -19,8 +19,8 @@ from typing import Any
 import uvloop
 
 from sae_operator.api.base import API_VERSION
-from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_SWEEP
-from sae_operator.controller import endpoints, logs
+from sae_operator.api.resources import ACTIVATION_CACHE, KINDS, SAE_SWEEP, SAE_TRAINING_JOB
+from sae_operator.controller import endpoints, logs, paths
 from sae_operator.controller import heartbeat as heartbeats
 from sae_operator.controller.census import Sweeper
 from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable, connection_info
@@ -38,7 +38,9 @@ from sae_operator.controller.progress import PodPoller
 from sae_operator.controller.queue import Key, RetryAfter, WorkQueue
 from sae_operator.controller.settings import configure
 from sae_operator.controller.store import Store, StoredResource
+from sae_operator.controller.watch import Watch
 from sae_operator.reconcile.cache import reconcile_cache
+from sae_operator.reconcile.names import LABEL_MANAGED_BY, MANAGED_BY
 from sae_operator.reconcile.observed import Defaults, InvalidSpec, OperatorSettings
 from sae_operator.reconcile.sweep import reconcile_sweep
 from sae_operator.reconcile.sweep_observed import is_at_rest
@@ -48,6 +50,7 @@ from sae_operator.reconcile.wanted import Wanted
 logger = logging.getLogger(__name__)
 
 CRD_RETRY_SECONDS = 2.0
+OUR_JOBS = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
 # For the calls that are under way when the operator is told to stop; most take milliseconds.
 FINISH_SECONDS = 4.0
 # A resource whose pods stay as they are is looked at only every third time that they are listed.
@@ -164,6 +167,7 @@ class Operator:
         self._parts = [
             asyncio.create_task(self._work(), name="work"),
             asyncio.create_task(self.heartbeat.run(), name="heartbeat"),
+            asyncio.create_task(self.watch_many(), name="watches of many objects"),
         ]
         watches = asyncio.create_task(self.watch(), name="watches")
         try:
@@ -251,7 +255,7 @@ class Operator:
             else:
                 self.queue.add(key)
 
-    # What kopf's handlers call
+    # What the watches call
 
     def resource_event(self, kind: str, event: Mapping[str, Any]) -> None:
         raw = event["object"]
@@ -349,8 +353,16 @@ class Operator:
             self.metrics.relisted()
             self.sweeper.relisted()
 
+    async def watch_many(self) -> None:
+        """Feeds in what happens to the kinds of which there may be thousands, until cancelled."""
+        namespace, kind = self._options.namespace, SAE_TRAINING_JOB.kind
+        take = functools.partial(self.resource_event, kind)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(Watch(self.client, paths.resources(kind, namespace), "", take).run())
+            group.create_task(Watch(self.client, paths.jobs(namespace), OUR_JOBS, self.job_event).run())
+
     async def watch(self) -> None:
-        """Feeds what the API server's watches bring to the handlers, until cancelled."""
+        """Feeds in what kopf's watches bring, until cancelled."""
         # kopf would ask for the name of the user, whom a container need not know.
         identity: Any = self.heartbeat.identity
         await kopf.operator(

@@ -25,7 +25,7 @@ SWEEP_SECONDS = 300.0
 # Relists come in bursts: one per kind and namespace.
 SETTLE_SECONDS = 2.0
 LISTING_DEADLINE_SECONDS = 10.0
-PAGE = 500
+PAGE = 250
 
 
 class Sweeper:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -27,6 +27,9 @@ METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 REQUEST_TIMEOUT_SECONDS = 15
+CONNECT_TIMEOUT_SECONDS = 5
+# Objects of a page: as JSON and parsed, 100 pods or Jobs take 4 MiB.
+PAGE = 100
 # Tokens from files and plugins rotate; the kubelet renews its own well over ten minutes before they expire.
 RELOAD_CREDENTIALS_SECONDS = 60
 # How the API server begins to tell that an admission webhook does not answer.
@@ -153,7 +156,7 @@ class ApiClient:
         return await self.request("DELETE", path, body=options)
 
     async def pages(
-        self, path: str, query: Mapping[str, str], *, metadata_only: bool = False, limit: int = 200
+        self, path: str, query: Mapping[str, str], *, metadata_only: bool = False, limit: int = PAGE
     ) -> AsyncIterator[Page]:
         """The items of a LIST, page by page, so that memory is bounded whatever the number of objects."""
         accept = METADATA_LIST if metadata_only else JSON
@@ -166,6 +169,36 @@ class ApiClient:
             if not token:
                 return
             params["continue"] = token
+
+    async def stream(self, path: str, query: Mapping[str, str], *, silence_seconds: float) -> AsyncGenerator[Any]:
+        """The events of a watch, as they come, until the server ends it.
+
+        Raises:
+            ApiError, ServerUnavailable: as `request`; also where nothing comes for `silence_seconds`.
+        """
+        session, credentials = await self._current(expired=False)
+        timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_SECONDS, sock_read=silence_seconds)
+        answered = False
+        try:
+            async with session.get(credentials.server.rstrip("/") + path, params=query, timeout=timeout) as response:
+                answered = True
+                if response.status == 401:
+                    await self._current(expired=True, used=session)
+                if response.status != 200:
+                    self._answer("GET", path, response.status, response.headers, await response.read())
+                    raise ServerUnavailable(f"GET {path}: HTTP {response.status}")
+                self.breaker.success()
+                begun = b""
+                async for part in response.content.iter_any():
+                    *lines, begun = (begun + part).split(b"\n")
+                    for line in lines:
+                        yield from_json(line)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            if not answered:
+                self.breaker.failure()
+            raise ServerUnavailable(redact(f"GET {path}: {type(error).__name__} {error}".rstrip())) from error
+        except ValueError as error:
+            raise ServerUnavailable(f"GET {path}: not an event") from error
 
     async def request(
         self,
@@ -302,6 +335,6 @@ def _open_session(credentials: Credentials) -> aiohttp.ClientSession:
         connector=aiohttp.TCPConnector(ssl=info.as_ssl_context(), limit=64, keepalive_timeout=60),
         # Unpacking gzip costs more CPU than the bytes cost on a cluster's network.
         headers={**info.as_http_headers(), "User-Agent": "sae-operator", "Accept-Encoding": "identity"},
-        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS, sock_connect=5),
+        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS, sock_connect=CONNECT_TIMEOUT_SECONDS),
         proxy=credentials.proxy_url,
     )

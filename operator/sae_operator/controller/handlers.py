@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from sae_operator.api.base import GROUP, VERSION
-from sae_operator.api.resources import KINDS
+from sae_operator.api.resources import KINDS, SAE_TRAINING_JOB
 from sae_operator.controller.framework import kopf
 
 
@@ -18,8 +18,6 @@ class Inbox(Protocol):
     """Where events go."""
 
     def resource_event(self, kind: str, event: Mapping[str, Any]) -> None: ...
-
-    def job_event(self, event: Mapping[str, Any]) -> None: ...
 
     def lease_event(self, event: Mapping[str, Any]) -> None: ...
 
@@ -33,11 +31,9 @@ class Inbox(Protocol):
 def register(registry: kopf.OperatorRegistry, inbox: Inbox) -> kopf.OperatorRegistry:
     """Registers all handlers in `registry` and returns it."""
     for kind in KINDS.values():
-        _register_resource(registry, inbox, kind.kind, kind.plural)
-
-    @kopf.on.event("batch", "v1", "jobs", registry=registry)
-    async def job(event: Any, **_: Any) -> None:
-        inbox.job_event(event)
+        # Those have a watch of their own: see `watch`.
+        if kind.kind != SAE_TRAINING_JOB.kind:
+            _register_resource(registry, inbox, kind.kind, kind.plural)
 
     @kopf.on.event("coordination.k8s.io", "v1", "leases", registry=registry)
     async def lease(event: Any, **_: Any) -> None:

@@ -32,6 +32,8 @@ LARGEST_SHARE = 0.03
 SHORTEST_GAP_SECONDS = 0.5
 # With many active Jobs each is looked at less often, so that polling never takes over.
 SECONDS_PER_ACTIVE_KEY = 0.02
+# A pod that no node takes is told within half a minute, however many there are.
+LONGEST_INTERVAL_SECONDS = 25.0
 
 
 class PodPoller:
@@ -57,7 +59,8 @@ class PodPoller:
     @property
     def interval(self) -> float:
         """Seconds between two ticks, when nothing asks for an earlier one."""
-        return max(self._poll_seconds, SECONDS_PER_ACTIVE_KEY * len(self._watched))
+        by_number = min(SECONDS_PER_ACTIVE_KEY * len(self._watched), LONGEST_INTERVAL_SECONDS)
+        return max(self._poll_seconds, by_number)
 
     @property
     def watched(self) -> int:

@@ -42,7 +42,7 @@ class OperatorSettings:
     allow_trust_remote_code: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Metadata:
     """What a reconcile needs of a resource's `metadata`; see `projection.metadata`."""
 
@@ -74,7 +74,7 @@ class InvalidSpec:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PodFacts:
     """One pod of a step's Job.
 
@@ -132,7 +132,7 @@ class PodFacts:
         return self.phase in ("Succeeded", "Failed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class JobFacts:
     """One Job of a resource.
 
