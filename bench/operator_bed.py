@@ -142,8 +142,6 @@ class OperatorProcess:
                 env={
                     **os.environ,
                     "MALLOC_ARENA_MAX": "2",
-                    "MALLOC_MMAP_THRESHOLD_": "131072",
-                    "MALLOC_TRIM_THRESHOLD_": "131072",
                 },
             )
 

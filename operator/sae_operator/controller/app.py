@@ -348,8 +348,12 @@ class Operator:
     # Parts
 
     def _note_listing(self, event_type: str | None) -> None:
-        # kopf gives listed objects no type.
-        if event_type is None and self._started:
+        # Objects of a list come without a type.
+        if event_type is None:
+            self._relisted()
+
+    def _relisted(self) -> None:
+        if self._started:
             self.metrics.relisted()
             self.sweeper.relisted()
 
@@ -358,8 +362,11 @@ class Operator:
         namespace, kind = self._options.namespace, SAE_TRAINING_JOB.kind
         take = functools.partial(self.resource_event, kind)
         async with asyncio.TaskGroup() as group:
-            group.create_task(Watch(self.client, paths.resources(kind, namespace), "", take).run())
-            group.create_task(Watch(self.client, paths.jobs(namespace), OUR_JOBS, self.job_event).run())
+            for path, selector, deliver in (
+                (paths.resources(kind, namespace), "", take),
+                (paths.jobs(namespace), OUR_JOBS, self.job_event),
+            ):
+                group.create_task(Watch(self.client, path, selector, deliver, relisted=self._relisted).run())
 
     async def watch(self) -> None:
         """Feeds in what kopf's watches bring, until cancelled."""

@@ -108,7 +108,7 @@ class Page(NamedTuple):
 class ApiClient:
     """One session per set of credentials; a 401 or a rotated token makes a new one.
 
-    `called` hears of every call: method, path, the answer's HTTP status (None without an answer), and seconds.
+    `called` hears of every call but watches: method, path, the answer's HTTP status (None without one), and seconds.
     """
 
     def __init__(
@@ -124,6 +124,8 @@ class ApiClient:
         self._session: aiohttp.ClientSession | None = None
         # Replaced sessions, on which requests may still be in flight; by the time of the next one they have ended.
         self._retired: list[aiohttp.ClientSession] = []
+        # The session of each watch that is open. It must not be closed: aiohttp would let the reader wait for ever.
+        self._streaming: list[aiohttp.ClientSession] = []
         self._loaded_at = 0.0
         self._loading = asyncio.Lock()
         self.breaker = CircuitBreaker(self._is_back)
@@ -177,6 +179,7 @@ class ApiClient:
             ApiError, ServerUnavailable: as `request`; also where nothing comes for `silence_seconds`.
         """
         session, credentials = await self._current(expired=False)
+        self._streaming.append(session)
         timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_SECONDS, sock_read=silence_seconds)
         answered = False
         try:
@@ -184,21 +187,30 @@ class ApiClient:
                 answered = True
                 if response.status == 401:
                     await self._current(expired=True, used=session)
+                    raise ServerUnavailable(f"GET {path}: HTTP 401")
                 if response.status != 200:
                     self._answer("GET", path, response.status, response.headers, await response.read())
                     raise ServerUnavailable(f"GET {path}: HTTP {response.status}")
                 self.breaker.success()
                 begun = b""
-                async for part in response.content.iter_any():
+                while True:
+                    # After a chunk that is none, aiohttp's own timer never fires.
+                    async with asyncio.timeout(silence_seconds):
+                        part = await response.content.readany()
+                    if not part:
+                        return
                     *lines, begun = (begun + part).split(b"\n")
                     for line in lines:
-                        yield from_json(line)
+                        event = _parsed(line)
+                        if not isinstance(event, dict) or not isinstance(event.get("object"), dict):
+                            raise ServerUnavailable(f"GET {path}: not an event")
+                        yield event
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             if not answered:
                 self.breaker.failure()
             raise ServerUnavailable(redact(f"GET {path}: {type(error).__name__} {error}".rstrip())) from error
-        except ValueError as error:
-            raise ServerUnavailable(f"GET {path}: not an event") from error
+        finally:
+            self._streaming.remove(session)
 
     async def request(
         self,
@@ -257,6 +269,8 @@ class ApiClient:
         if not isinstance(answer, dict):
             # A proxy's page, say.
             answer = {"message": payload[:300].decode(errors="replace")}
+            if status < 400:
+                raise ServerUnavailable(f"{method} {path}: no object is answered")
         if status < 400:
             self.breaker.success()
             return answer
@@ -300,9 +314,12 @@ class ApiClient:
                 return self._session, self._credentials
             if self._session is None or fresh != self._credentials:
                 old, self._session, self._credentials = self._session, _open_session(fresh), fresh
-                for retired in self._retired:
+                idle = [retired for retired in self._retired if retired not in self._streaming]
+                self._retired = [retired for retired in self._retired if retired in self._streaming]
+                if old is not None:
+                    self._retired.append(old)
+                for retired in idle:
                     await retired.close()
-                self._retired = [old] if old is not None else []
             assert self._session is not None
             return self._session, fresh
 

@@ -1,6 +1,6 @@
-"""One Lease that is renewed and watched: that it comes back proves that writes and watches work.
+"""One Lease that is renewed and watched: that it comes back proves that writes and kopf's watches work.
 
-The liveness probe asks here.
+The liveness probe asks here. Our own watch (`watch`) leaves by itself a connection that says nothing.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -175,6 +176,18 @@ async def test_the_breaker_opens_while_the_server_is_away_and_closes_when_it_is_
         assert await client.get("/x") == {}
 
 
+@pytest.mark.parametrize("text", ["<html>a proxy</html>", "[]", "null"])
+async def test_a_good_answer_that_is_no_object_is_none(text: str) -> None:
+    """An empty list would say that everything has been deleted."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text=text)
+
+    async with served(handler, ["t"]) as client:
+        with pytest.raises(ServerUnavailable, match="GET /x"):
+            await client.get("/x")
+
+
 async def test_a_list_is_read_page_by_page() -> None:
     asked: list[tuple[str | None, str | None]] = []
 
@@ -190,3 +203,55 @@ async def test_a_list_is_read_page_by_page() -> None:
     assert [item["page"] for page in pages for item in page.items] == ["one", "two", "three"]
     assert {page.version for page in pages} == {7}
     assert asked == [("2", None), ("2", "two"), ("2", "three")]
+
+
+EVENT = b'{"type": "ADDED", "object": {}}\n'
+
+
+async def test_a_watch_outlives_credentials_that_rotate_often() -> None:
+    accepted, ends = "Bearer a", asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if request.path != "/watch":
+            return web.json_response({}, status=200 if request.headers["Authorization"] == accepted else 401)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(EVENT)
+        await ends.wait()
+        await response.write(EVENT)
+        return response
+
+    async with served(handler, ["a", "b", "c", "d", "e"]) as client, asyncio.timeout(10):
+        events = client.stream("/watch", {}, silence_seconds=5.0)
+        await anext(events)
+        for token in "bcd":
+            accepted = f"Bearer {token}"
+            assert await client.get("/x") == {}
+        ends.set()
+        assert len([event async for event in events]) == 1
+        # Its session is closed by the next change.
+        assert len(client._retired) == 2
+        accepted = "Bearer e"
+        assert await client.get("/x") == {}
+        assert len(client._retired) == 1
+
+
+async def test_a_watch_that_breaks_off_amid_what_is_no_chunk_is_left() -> None:
+    hangs = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(EVENT)
+        assert request.transport is not None
+        # Else both would arrive as one, which aiohttp takes better.
+        await asyncio.sleep(0.05)
+        request.transport.write(b"no chunk\r\n")
+        await hangs.wait()
+        return response
+
+    async with served(handler, ["t"]) as client, asyncio.timeout(10):
+        async with contextlib.aclosing(client.stream("/watch", {}, silence_seconds=0.2)) as events:
+            with pytest.raises(ServerUnavailable):
+                _ = [event async for event in events]
+        hangs.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from sae_operator.controller.watch import Watch
 from tests.testbed.waiting import wait_for
 
 SELECTOR = "a=b"
+Sleep = Callable[[float], Awaitable[None]]
 
 
 def job(name: str, version: int) -> dict[str, Any]:
@@ -67,8 +68,10 @@ class Server:
 
 
 @asynccontextmanager
-async def watched(server: Server, deliver: Callable[[Any], None] | None = None) -> AsyncIterator[list[tuple[Any, str]]]:
-    """Types and names of the events that a watch of the server delivers."""
+async def watched(
+    server: Server, deliver: Callable[[Any], None] | None = None, *, sleep: Sleep = asyncio.sleep
+) -> AsyncIterator[list[tuple[Any, str]]]:
+    """Types and names of the events that a watch of the server delivers; and `relisted`."""
     application = web.Application()
     application.router.add_get("/jobs", server.handle)
     runner = web.AppRunner(application, shutdown_timeout=0.1)
@@ -84,7 +87,16 @@ async def watched(server: Server, deliver: Callable[[Any], None] | None = None) 
             deliver(event)
         taken.append((event["type"], event["object"]["metadata"]["name"]))
 
-    task = asyncio.create_task(Watch(client, "/jobs", SELECTOR, take, uniform=lambda low, high: 0.01).run())
+    watch = Watch(
+        client,
+        "/jobs",
+        SELECTOR,
+        take,
+        relisted=lambda: taken.append(("relisted", "")),
+        uniform=lambda low, high: 0.01,
+        sleep=sleep,
+    )
+    task = asyncio.create_task(watch.run())
     try:
         yield taken
         assert not task.done(), "nothing ends a watch"
@@ -137,10 +149,27 @@ async def test_after_a_version_that_has_expired_everything_is_listed_again(scrip
     async with watched(server) as taken:
         await until(lambda: len(server.asked) == 4)
     assert server.asked == ["list", "10", "list", "10"]
-    assert taken == [(None, "listed")] * 2
+    assert taken == [(None, "listed"), (None, "listed"), ("relisted", "")]
 
 
-@pytest.mark.parametrize("script", [503, 429, [b"<html>\n"]], ids=["away", "busy", "a proxy's page"])
+async def test_between_watches_that_bring_nothing_it_pauses() -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    server = Server([], [], [told("ADDED", job("a", 11))], [], ends=True)
+    async with watched(server, sleep=sleep):
+        await until(lambda: len(server.asked) == 5)
+    assert server.asked == ["list", "10", "10", "10", "11"]
+    assert pauses == [0.01, 0.01]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [503, 429, 401, [b"<html>\n"], [b'{"status": "ok"}\n'], [b"null\n"]],
+    ids=["away", "busy", "a token that has expired", "a proxy's page", "its JSON", "its null"],
+)
 async def test_a_server_that_is_away_for_a_moment_costs_no_list(script: Any) -> None:
     server = Server(script, [told("ADDED", job("a", 11))])
     async with watched(server) as taken:
@@ -167,3 +196,13 @@ async def test_an_object_that_nobody_understands_keeps_no_other_back() -> None:
         await until(lambda: len(taken) == 2)
     assert taken == [(None, "listed"), ("ADDED", "a")]
     assert server.asked == ["list", "10"]
+
+
+async def test_an_object_may_be_nested_deeper_than_the_faster_parser_reads() -> None:
+    deep = job("deep", 11)
+    for _ in range(300):
+        deep = {**job("deep", 11), "spec": deep}
+    server = Server([told("ADDED", deep), told("ADDED", job("a", 12))])
+    async with watched(server) as taken:
+        await until(lambda: len(taken) == 3)
+    assert taken[1:] == [("ADDED", "deep"), ("ADDED", "a")]
