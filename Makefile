@@ -52,7 +52,7 @@ generate: $(INSTALLED) ## Write the CRDs and the reference documentation from th
 	$(BIN)/python tools/argo_cd_config.py --out gitops/argo-cd
 
 bench: $(INSTALLED) ## Run the benchmarks, quickly; each prints one line of JSON last
-	for name in operator text caching reading training many_saes quality storage_quality; do $(BIN)/python bench/$$name.py --quick || exit 1; done
+	for name in operator first_step text caching reading training many_saes quality storage_quality; do $(BIN)/python bench/$$name.py --quick || exit 1; done
 
 gpu-check: $(INSTALLED) ## Compare GPU and CPU results; needs a CUDA device
 	$(BIN)/python -m pytest tests/gpu

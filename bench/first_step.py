@@ -12,20 +12,22 @@ checks of the output and the cache. Prints one line of JSON last:
                                medians of its parts: until the train Job is there, its pod runs, that answer
 """
 
-from __future__ import annotations
+# ruff: noqa: E402 - the import path comes first.
+import os
+import sys
+
+# This folder would hide the standard library's `operator`.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ruamel.yaml import YAML
 
