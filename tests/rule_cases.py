@@ -140,10 +140,7 @@ _AT_REQUIREMENT = (
     ".nodeSelectorTerms[0].matchExpressions[0].values"
 )
 _VALUES_OF = "values belong to operators In, NotIn, Gt and Lt, and to no other"
-_CODE_OF_ENV = (
-    "PATH and names that begin with LD_, PYTHON or OPENSSL_ could load code that the image does not hold; build an"
-    " image instead"
-)
+_CODE_OF_ENV = "a variable of this name could load code that the image does not hold; build an image instead"
 _POD_CASES = [
     *(
         RuleCase(
@@ -153,7 +150,16 @@ _POD_CASES = [
             _CODE_OF_ENV,
             {"run.env": [{"name": f"MY_{name}", "value": "x"}]},
         )
-        for name in ("LD_PRELOAD", "PYTHONPATH", "PATH", "OPENSSL_CONF")
+        for name in ("LD_PRELOAD", "PYTHONPATH", "PATH", "OPENSSL_CONF", "TRITON_PTXAS_PATH", "CC")
+    ),
+    *(
+        RuleCase(
+            JOB, {"run.env": [{"name": name, "value": "x"}]}, "spec.run.env[0].name", _CODE_OF_ENV, {"run.env": [ok]}
+        )
+        for name, ok in (
+            ("NCCL_NET_PLUGIN", {"name": "NCCL_DEBUG", "value": "INFO"}),
+            ("CUDA_INJECTION64_PATH", {"name": "CUDA_VISIBLE_DEVICES", "value": "0"}),
+        )
     ),
     *(
         RuleCase(

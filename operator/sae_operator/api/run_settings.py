@@ -112,8 +112,12 @@ class SecretKeyRef(ApiModel):
     """Key in the Secret."""
 
 
-# A folder of a claim holds code, too: with PATH it would stand in for the command, with the others in libraries.
-CODE_LOADERS = "^(PATH$|LD_|PYTHON|OPENSSL_)"
+# A folder of a claim holds code, too: with PATH it would stand in for the command, with others for a compiler or in a
+# cache of compiled code, with the rest in libraries, as which NCCL and CUDA load plugins.
+CODE_LOADERS = (
+    "^(PATH|HOME|ENV|BASH_ENV|GCONV_PATH|CC|CXX|CUDA_HOME|CUDA_PATH|TORCHINDUCTOR_CACHE_DIR|TORCH_EXTENSIONS_DIR)$"
+    "|^(LD_|PYTHON|OPENSSL_|TRITON_)|_PLUGIN$|_INJECTION"
+)
 
 
 class EnvVar(ApiModel):
@@ -133,8 +137,7 @@ class EnvVar(ApiModel):
         Rule(
             f"!self.name.matches('{CODE_LOADERS}')",
             lambda variable: re.search(CODE_LOADERS, variable.name) is None,
-            "PATH and names that begin with LD_, PYTHON or OPENSSL_ could load code that the image does not hold; build"
-            " an image instead",
+            "a variable of this name could load code that the image does not hold; build an image instead",
             "name",
         ),
     )
