@@ -212,7 +212,7 @@ def coefficient_of(results: list[Result], rate: float) -> float | None:
 def compare(bench: Bench, architecture: str, sides: Sequence[str], tokens: int, options: argparse.Namespace) -> None:
     """Everything of one architecture; see the module's docstring."""
     batch = default_batch_size(tokens)
-    ours = default_learning_rate(batch, tokens // batch)
+    ours = default_learning_rate(batch, tokens // batch, architecture)
     bases = {side: Run(side, architecture, tokens, batch, 0.0, None, 0) for side in sides}
     bench.carry_out(sweep(base, default_rate(side, architecture, ours=ours)) for side, base in bases.items())
     if options.sweep_only:

@@ -62,16 +62,18 @@ def test_batch_size_leaves_a_thousand_steps(tokens: int, size: int) -> None:
 
 
 def test_learning_rate_goes_through_the_measured_points() -> None:
-    assert default_learning_rate(256, 1390) == pytest.approx(1e-3)
-    assert default_learning_rate(512, 695) == pytest.approx(2e-3)
-    assert default_learning_rate(2048, 174) == pytest.approx(4e-3)
+    assert default_learning_rate(256, 1390, "topk") == pytest.approx(1e-3)
+    assert default_learning_rate(512, 695, "topk") == pytest.approx(2e-3)
+    assert default_learning_rate(2048, 174, "topk") == pytest.approx(4e-3)
+    assert default_learning_rate(256, 1390, "standard") == pytest.approx(2.5e-3)
 
 
-@given(st.integers(1, 10**9), st.integers(1, 10**6))
-def test_learning_rate_falls_with_steps_and_rises_with_the_batch(batch: int, steps: int) -> None:
-    rate = default_learning_rate(batch, steps)
+@given(st.integers(1, 10**9), st.integers(1, 10**6), st.sampled_from(["topk", "standard"]))
+def test_learning_rate_falls_with_steps_and_rises_with_the_batch(batch: int, steps: int, architecture: str) -> None:
+    rate = default_learning_rate(batch, steps, architecture)
     assert 0 < rate <= 4e-3
-    assert default_learning_rate(batch, steps + 1) <= rate <= default_learning_rate(batch + 1, steps)
+    assert default_learning_rate(batch, steps + 1, architecture) <= rate
+    assert rate <= default_learning_rate(batch + 1, steps, architecture)
 
 
 def test_defaults() -> None:
