@@ -139,10 +139,7 @@ class OperatorProcess:
                 command,
                 stdout=log,
                 stderr=log,
-                env={
-                    **os.environ,
-                    "MALLOC_ARENA_MAX": "2",
-                },
+                env={**os.environ, "MALLOC_ARENA_MAX": "2"},
             )
 
     @property

@@ -40,7 +40,7 @@ from sae_operator.controller.settings import configure
 from sae_operator.controller.store import Store, StoredResource
 from sae_operator.controller.watch import Watch
 from sae_operator.reconcile.cache import reconcile_cache
-from sae_operator.reconcile.names import LABEL_MANAGED_BY, MANAGED_BY
+from sae_operator.reconcile.names import OURS
 from sae_operator.reconcile.observed import Defaults, InvalidSpec, OperatorSettings
 from sae_operator.reconcile.sweep import reconcile_sweep
 from sae_operator.reconcile.sweep_observed import is_at_rest
@@ -50,7 +50,6 @@ from sae_operator.reconcile.wanted import Wanted
 logger = logging.getLogger(__name__)
 
 CRD_RETRY_SECONDS = 2.0
-OUR_JOBS = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
 # For the calls that are under way when the operator is told to stop; most take milliseconds.
 FINISH_SECONDS = 4.0
 # A resource whose pods stay as they are is looked at only every third time that they are listed.
@@ -364,7 +363,7 @@ class Operator:
         async with asyncio.TaskGroup() as group:
             for path, selector, deliver in (
                 (paths.resources(kind, namespace), "", take),
-                (paths.jobs(namespace), OUR_JOBS, self.job_event),
+                (paths.jobs(namespace), OURS, self.job_event),
             ):
                 group.create_task(Watch(self.client, path, selector, deliver, relisted=self._relisted).run())
 

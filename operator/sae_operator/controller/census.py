@@ -17,7 +17,7 @@ from sae_operator.controller import paths
 from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable
 from sae_operator.controller.queue import Key
 from sae_operator.controller.store import Store, parent_uid
-from sae_operator.reconcile.names import LABEL_MANAGED_BY, MANAGED_BY
+from sae_operator.reconcile.names import OURS
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +105,7 @@ class Sweeper:
         for kind in KINDS:
             async for meta in self._metadata(paths.resources(kind, self._namespace), {}):
                 resources.add(meta["uid"])
-        ours = {"labelSelector": f"{LABEL_MANAGED_BY}={MANAGED_BY}"}
-        async for meta in self._metadata(paths.jobs(self._namespace), ours):
+        async for meta in self._metadata(paths.jobs(self._namespace), {"labelSelector": OURS}):
             parent = parent_uid(meta)
             if parent is not None:
                 jobs[meta["uid"]] = parent

@@ -172,7 +172,9 @@ class ApiClient:
                 return
             params["continue"] = token
 
-    async def stream(self, path: str, query: Mapping[str, str], *, silence_seconds: float) -> AsyncGenerator[Any]:
+    async def stream(
+        self, path: str, query: Mapping[str, str], *, silence_seconds: float
+    ) -> AsyncGenerator[dict[str, Any]]:
         """The events of a watch, as they come, until the server ends it.
 
         Raises:
@@ -201,10 +203,7 @@ class ApiClient:
                         return
                     *lines, begun = (begun + part).split(b"\n")
                     for line in lines:
-                        event = _parsed(line)
-                        if not isinstance(event, dict) or not isinstance(event.get("object"), dict):
-                            raise ServerUnavailable(f"GET {path}: not an event")
-                        yield event
+                        yield _event(path, line)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             if not answered:
                 self.breaker.failure()
@@ -331,6 +330,14 @@ class ApiClient:
                 return response.status < 500
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
+
+
+def _event(path: str, line: bytes) -> dict[str, Any]:
+    """One event of a watch."""
+    event = _parsed(line)
+    if not isinstance(event, dict) or not isinstance(event.get("object"), dict):
+        raise ServerUnavailable(f"GET {path}: not an event")
+    return event
 
 
 def _parsed(payload: bytes) -> Any:

@@ -16,11 +16,10 @@ from sae_operator.controller import paths
 from sae_operator.controller.client import ApiClient, ApiError, WebhookUnavailable
 from sae_operator.controller.events import EventRecorder
 from sae_operator.controller.merge import merge_patch
+from sae_operator.controller.pods import list_pods
 from sae_operator.controller.queue import Key, RetryAfter
 from sae_operator.controller.store import Store, StoredResource
-from sae_operator.reconcile import projection
-from sae_operator.reconcile.names import LABEL_UID, is_controlled_by
-from sae_operator.reconcile.observed import PodFacts
+from sae_operator.reconcile.names import is_controlled_by
 from sae_operator.reconcile.wanted import CacheApplication, EventWanted, TrainingJobPatch, Wanted
 
 logger = logging.getLogger(__name__)
@@ -144,13 +143,9 @@ class Executor:
         Raises:
             RetryAfter: there are some.
         """
-        uid, pods, version = stored.metadata.uid, list[PodFacts](), 0
-        query = {"labelSelector": f"{LABEL_UID}={uid}"}
-        async for page in self._client.pages(paths.pods(stored.key.namespace), query):
-            pods += [projection.pod_facts(raw) for raw in page.items]
-            version = page.version
+        pods, version = await list_pods(self._client, stored)
         if any(not pod.finished for pod in pods):
-            self._store.put_pods(uid, pods, version)
+            self._store.put_pods(stored.metadata.uid, pods, version)
             raise RetryAfter(CONFLICT_RETRY_SECONDS)
 
     async def _refresh(self, stored: StoredResource) -> None:

@@ -15,10 +15,11 @@ from sae_operator.api.steps import PROGRESS_PORT, Progress
 from sae_operator.controller import paths
 from sae_operator.controller.client import ApiClient, ApiError, ServerUnavailable
 from sae_operator.controller.metrics import Metrics, gpus_of
+from sae_operator.controller.pods import list_pods
 from sae_operator.controller.queue import Key
 from sae_operator.controller.store import Store, StoredResource
 from sae_operator.reconcile import projection
-from sae_operator.reconcile.names import LABEL_MANAGED_BY, LABEL_UID, MANAGED_BY
+from sae_operator.reconcile.names import LABEL_UID, OURS
 from sae_operator.reconcile.observed import PodFacts
 
 logger = logging.getLogger(__name__)
@@ -109,18 +110,14 @@ class PodPoller:
 
     async def list_pods(self, stored: StoredResource) -> None:
         """Lists all pods of one resource, ended ones included: a Job has just ended, and its pods hold the result."""
-        query = {"labelSelector": f"{LABEL_UID}={stored.metadata.uid}"}
-        pods, version = list[PodFacts](), 0
-        async for page in self._client.pages(paths.pods(stored.key.namespace), query):
-            pods += [projection.pod_facts(raw) for raw in page.items]
-            version = page.version
+        pods, version = await list_pods(self._client, stored)
         self._store.put_pods(stored.metadata.uid, pods, version)
 
     async def _tick(self, session: aiohttp.ClientSession) -> None:
         live: dict[str, list[PodFacts]] = defaultdict(list)
         gpus: Counter[str] = Counter()
         version = 0
-        query = {"labelSelector": f"{LABEL_MANAGED_BY}={MANAGED_BY}", "fieldSelector": LIVE}
+        query = {"labelSelector": OURS, "fieldSelector": LIVE}
         uids = {stored.metadata.uid: key for key in self._watched if (stored := self._store.get(key))}
         async for page in self._client.pages(paths.pods(self._namespace), query):
             version = page.version

@@ -12,6 +12,8 @@ from sae_operator.reconcile.observed import Metadata
 
 MANAGED_BY = "sae-operator"
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+# Selects what the operator has made.
+OURS = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
 LABEL_KIND = f"{GROUP}/kind"
 LABEL_NAME = f"{GROUP}/name"
 LABEL_UID = f"{GROUP}/uid"

@@ -56,6 +56,15 @@ def test_the_next_look_is_never_later_than_without_haste(took: float, gap: float
     assert poller.gap_after(took) == pytest.approx(gap)
 
 
+@pytest.mark.parametrize(("watched", "seconds"), [(1, 5.0), (500, 10.0), (3000, 25.0)])
+def test_many_are_looked_at_less_often_but_always_within_half_a_minute(watched: int, seconds: float) -> None:
+    poller, _ = poller_of([])
+    poller.watch(KEY, False)
+    for number in range(watched):
+        poller.watch(Key("SAETrainingJob", "ns", f"job-{number}"), True)
+    assert poller.interval == seconds
+
+
 async def test_a_tick_that_began_before_all_pods_were_listed_tells_nothing() -> None:
     poller, store = poller_of([])
     ended = PodFacts(name="p", job_name="j", step="train", phase="Succeeded")
