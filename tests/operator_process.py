@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import selectors
 import signal
 import subprocess
 import sys
@@ -162,39 +163,49 @@ def _serve() -> None:
     from sae_operator import cli
     from sae_operator.controller import app, logs  # noqa: F401
 
-    running: dict[int, Path] = {}
-
-    def reap(*_: object) -> None:
+    # An end wakes the same wait as an order does: a signal's handler would run late if the signal came just before the
+    # wait began.
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(sys.stdin, selectors.EVENT_READ)
         while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            log = running.pop(pid, None)
-            if log is not None:
-                told = log.with_name(f"{log.name}.exit.new")
-                told.write_text(str(os.waitstatus_to_exitcode(status)))
-                told.rename(_exit_file(log))
+            for key, _ in waiting.select():
+                if key.data is not None:
+                    waiting.unregister(key.fileobj)
+                    os.close(key.fd)
+                    key.data.tell()
+                    continue
+                line = sys.stdin.readline()
+                if not line:
+                    for child in [key.data for key in waiting.get_map().values() if key.data is not None]:
+                        os.kill(child.pid, signal.SIGKILL)
+                    return
+                child = _fork(cli.main, json.loads(line))
+                waiting.register(os.pidfd_open(child.pid), selectors.EVENT_READ, child)
+                print(child.pid, flush=True)
 
-    signal.signal(signal.SIGCHLD, reap)
-    for line in sys.stdin:
-        order = json.loads(line)
-        # A child that ends at once must be known before it is reaped.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-        _exit_file(Path(order["log"])).unlink(missing_ok=True)
-        pid = os.fork()
-        if pid == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-            os._exit(_operator(cli.main, order))
-        running[pid] = Path(order["log"])
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-        print(pid, flush=True)
-    for pid in list(running):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+
+@dataclass(frozen=True)
+class _Child:
+    """An operator that was forked and not yet waited for."""
+
+    pid: int
+    exit_file: Path
+
+    def tell(self) -> None:
+        """Write how it ended; it has."""
+        _, status = os.waitpid(self.pid, 0)
+        told = self.exit_file.with_name(f"{self.exit_file.name}.new")
+        told.write_text(str(os.waitstatus_to_exitcode(status)))
+        told.rename(self.exit_file)
+
+
+def _fork(main: object, order: dict[str, object]) -> _Child:
+    exit_file = _exit_file(Path(str(order["log"])))
+    exit_file.unlink(missing_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(_operator(main, order))
+    return _Child(pid, exit_file)
 
 
 def _operator(main: object, order: dict[str, object]) -> int:

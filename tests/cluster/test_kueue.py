@@ -189,9 +189,14 @@ def test_a_preempted_training_goes_on_from_its_checkpoint(
     # Its pod still writes the checkpoint: neither is it running any more, nor has it ended.
     held = wait_held(world, "low")
     assert held["status"]["checkpoint"]["uri"] == "s3://bucket/out/checkpoints/640/"
-    (pod,) = training_pods(world, "low")
-    assert pod["status"]["phase"] == "Running"
-    assert pod["metadata"]["deletionTimestamp"]
+
+    def is_asked_to_end() -> bool:
+        (pod,) = training_pods(world, "low")
+        assert pod["status"]["phase"] == "Running"
+        return "deletionTimestamp" in pod["metadata"]
+
+    # A Job says that it is suspended before its pods are asked to end.
+    wait_for(is_asked_to_end, what="the pre-empted pod is asked to end")
     world.wait_phase("SAETrainingJob", "high", "Succeeded")
     assert len(training_pods(world, "low")) == 1, "no pod begins before the one that it replaces has ended"
     kubelet.scripts[world.namespace] = training("low", Runs(checkpoint_tokens=640))
