@@ -15,6 +15,7 @@ ENV_NAMESPACE = "SAE_OPERATOR_NAMESPACE"
 # Patterns, separated by commas.
 ENV_ALLOWED_IMAGES = "SAE_OPERATOR_ALLOWED_IMAGES"
 ENV_ALLOWED_SERVICE_ACCOUNTS = "SAE_OPERATOR_ALLOWED_SERVICE_ACCOUNTS"
+ENV_ALLOWED_ENV = "SAE_OPERATOR_ALLOWED_ENV"
 ENV_ALLOW_TRUST_REMOTE_CODE = "SAE_OPERATOR_ALLOW_TRUST_REMOTE_CODE"
 
 
@@ -109,6 +110,15 @@ def parser() -> argparse.ArgumentParser:
         f" (default: ${ENV_ALLOWED_SERVICE_ACCOUNTS}, separated by commas, else all)",
     )
     made.add_argument(
+        "--allowed-env",
+        metavar="PATTERN",
+        action="append",
+        type=_pattern,
+        help="names of environment variables that resources may set, e.g. 'TEAM_*', instead of those of known libraries"
+        f" (HF_*, WANDB_*, NCCL_*, ...); may be repeated (default: ${ENV_ALLOWED_ENV}, separated by commas, else known"
+        " ones)",
+    )
+    made.add_argument(
         "--allow-trust-remote-code",
         action="store_true",
         default=os.environ.get(ENV_ALLOW_TRUST_REMOTE_CODE, "").lower() in ("1", "true", "yes"),
@@ -151,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         images = _patterns(options.allowed_image, ENV_ALLOWED_IMAGES)
         service_accounts = _patterns(options.allowed_service_account, ENV_ALLOWED_SERVICE_ACCOUNTS)
+        env = _patterns(options.allowed_env, ENV_ALLOWED_ENV)
     except ValueError as error:
         reader.error(str(error))
     if options.version:
@@ -177,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 metrics=options.metrics,
                 allowed_images=images,
                 allowed_service_accounts=service_accounts,
+                allowed_env=env,
                 allow_trust_remote_code=options.allow_trust_remote_code,
             )
         )

@@ -173,6 +173,7 @@ EVERYTHING = (
     "cacheGc.delete=true",
     "allowedImages={ghcr.io/team/*}",
     "allowedServiceAccounts={sae-*}",
+    "allowedEnv={HF_*,TEAM_*}",
     "allowTrustRemoteCode=true",
 )
 
@@ -289,6 +290,7 @@ def test_settings_of_what_is_allowed_reach_the_operator(render: Any) -> None:
     given = cli.parser().parse_args(arguments)
     assert given.allowed_image == ["ghcr.io/team/*"]
     assert given.allowed_service_account == ["sae-*"]
+    assert given.allowed_env == ["HF_*", "TEAM_*"]
     assert given.allow_trust_remote_code
 
 

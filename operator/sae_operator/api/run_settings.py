@@ -143,7 +143,8 @@ class EnvVar(ApiModel):
     )
 
     name: Annotated[str, StringConstraints(max_length=128, pattern=ENV_NAME_PATTERN)]
-    """Name of the environment variable, e.g. `HF_TOKEN`."""
+    """Name of the environment variable, e.g. `HF_TOKEN`; one of known libraries, unless the operator's administrator
+    allows others."""
     value: Annotated[str, StringConstraints(max_length=1024)] | None = None
     """Its value, in the clear."""
     secret_key_ref: SecretKeyRef | None = None

@@ -77,7 +77,7 @@ class Options:
         result_grace_seconds: how long the message of a pod that has ended is waited for.
         liveness: where health is served, e.g. `http://0.0.0.0:8081/healthz`; not at all when None.
         metrics: where metrics are, e.g. `http://0.0.0.0:8082/metrics`, and `/readyz` beside them; the same.
-        allowed_images, allowed_service_accounts, allow_trust_remote_code: see `OperatorSettings`.
+        allowed_images, allowed_service_accounts, allowed_env, allow_trust_remote_code: see `OperatorSettings`.
     """
 
     job_image: str
@@ -91,6 +91,7 @@ class Options:
     metrics: str | None = None
     allowed_images: tuple[str, ...] = ()
     allowed_service_accounts: tuple[str, ...] = ()
+    allowed_env: tuple[str, ...] = ()
     allow_trust_remote_code: bool = False
 
 
@@ -128,6 +129,7 @@ class Operator:
             result_grace_seconds=options.result_grace_seconds,
             allowed_images=options.allowed_images,
             allowed_service_accounts=options.allowed_service_accounts,
+            allowed_env=options.allowed_env,
             allow_trust_remote_code=options.allow_trust_remote_code,
         )
         self.metrics = Metrics(clock)

@@ -1,4 +1,5 @@
-"""What the operator's administrator allows: images, ServiceAccounts, and code that models' repositories bring.
+"""What the operator's administrator allows: images, ServiceAccounts, environment variables, and code that models'
+repositories bring.
 
 A refusal comes before anything is created. Pods that were let in when they were still allowed go on to their end.
 """
@@ -24,6 +25,18 @@ SHOWN = 5
 IMAGE_OF_DEFAULTS = f"ConfigMap {DEFAULTS_CONFIG_MAP}: image"
 # The ServiceAccount of a pod that names none; every namespace has it.
 DEFAULT_SERVICE_ACCOUNT = "default"
+# Environment variables that resources may set where the administrator has no list: settings of the libraries in the job
+# image, of what they use, and of the network. The specs' own rules refuse among them what would load other code.
+KNOWN_ENV = (
+    *("HF_*", "WANDB_*", "AWS_*", "NCCL_*", "OMP_*"),  # the ones that a message shows
+    *("TRANSFORMERS_*", "TOKENIZERS_*", "DATASETS_*", "TQDM_*"),
+    *("TORCH_*", "TORCHINDUCTOR_*", "PYTORCH_*", "CUDA_*", "CUBLAS_*", "NVIDIA_*"),
+    *("GLOO_*", "UCX_*", "FI_*"),
+    *("MKL_*", "KMP_*", "OPENBLAS_*", "MALLOC_*", "GOMP_*"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+    *("TZ", "LANG", "LC_*", "NO_COLOR"),
+)
 
 
 def check_cache(
@@ -100,6 +113,10 @@ def _of_run(run: RunSettings, defaults: Defaults, settings: OperatorSettings, fi
     if account and account != DEFAULT_SERVICE_ACCOUNT and not _matches(account, settings.allowed_service_accounts):
         place = f"{field}.serviceAccountName"
         yield SpecProblem(place, _unlisted("ServiceAccount", account, settings.allowed_service_accounts))
+    names = settings.allowed_env or KNOWN_ENV
+    for index, variable in enumerate(run.env):
+        if not _matches(variable.name, names):
+            yield SpecProblem(f"{field}.env[{index}].name", _unlisted("environment variable", variable.name, names))
 
 
 def _of_model(model: ModelSource, settings: OperatorSettings, field: str) -> Iterator[SpecProblem]:

@@ -28,6 +28,7 @@ class OperatorSettings:
         slow_start_seconds: a container that is still being created after this is reported.
         allowed_images: patterns (`fnmatch`) of images that resources may name; none allows all.
         allowed_service_accounts: the same of ServiceAccounts.
+        allowed_env: the same of names of environment variables; none allows those of known libraries.
         allow_trust_remote_code: whether resources may run code that a model's repository brings.
     """
 
@@ -39,6 +40,7 @@ class OperatorSettings:
     slow_start_seconds: float = 30.0
     allowed_images: tuple[str, ...] = ()
     allowed_service_accounts: tuple[str, ...] = ()
+    allowed_env: tuple[str, ...] = ()
     allow_trust_remote_code: bool = False
 
 

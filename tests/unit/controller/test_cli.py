@@ -43,21 +43,21 @@ def test_what_is_allowed_comes_from_flags_or_else_from_the_environment(
     options_of: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = options_of()
-    assert (nothing.allowed_images, nothing.allowed_service_accounts, nothing.allow_trust_remote_code) == (
-        (),
-        (),
-        False,
-    )
+    assert (nothing.allowed_images, nothing.allowed_service_accounts, nothing.allowed_env) == ((), (), ())
+    assert not nothing.allow_trust_remote_code
     monkeypatch.setenv(cli.ENV_ALLOWED_IMAGES, "ghcr.io/team/*, *@sha256:*,")
     monkeypatch.setenv(cli.ENV_ALLOWED_SERVICE_ACCOUNTS, "sae-*")
+    monkeypatch.setenv(cli.ENV_ALLOWED_ENV, "HF_*,TEAM_*")
     monkeypatch.setenv(cli.ENV_ALLOW_TRUST_REMOTE_CODE, "true")
     given = options_of()
     assert given.allowed_images == ("ghcr.io/team/*", "*@sha256:*")
     assert given.allowed_service_accounts == ("sae-*",)
+    assert given.allowed_env == ("HF_*", "TEAM_*")
     assert given.allow_trust_remote_code
     flags = ("--allowed-image=a/*", "--allowed-image=b/*", "--allowed-service-account=c")
     assert options_of(*flags).allowed_images == ("a/*", "b/*")
     assert options_of(*flags).allowed_service_accounts == ("c",)
+    assert options_of("--allowed-env=*").allowed_env == ("*",)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_wrong_settings_are_refused(argument: str, words: str, capsys: pytest.Ca
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("variable", [cli.ENV_ALLOWED_IMAGES, cli.ENV_ALLOWED_SERVICE_ACCOUNTS])
+@pytest.mark.parametrize("variable", [cli.ENV_ALLOWED_IMAGES, cli.ENV_ALLOWED_SERVICE_ACCOUNTS, cli.ENV_ALLOWED_ENV])
 def test_a_list_without_a_pattern_does_not_allow_all(
     variable: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

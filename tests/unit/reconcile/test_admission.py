@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.sweep import SAESweepSpec
 from sae_operator.api.sweep_expansion import expand, pack
 from sae_operator.api.training_job import SAETrainingJobSpec
-from sae_operator.reconcile.admission import again_after, check_cache, check_sweep, check_training_job
+from sae_operator.reconcile.admission import KNOWN_ENV, again_after, check_cache, check_sweep, check_training_job
 from sae_operator.reconcile.observed import Defaults, OperatorSettings
 from tests.unit.reconcile import fake_cluster
 from tests.unit.reconcile.fake_cluster import CACHE, JOB, FakeCluster, PodScript
@@ -44,6 +45,11 @@ TRAINING_CASES = {
         job_spec(run={"serviceAccountName": "admin"}),
         "spec.run.serviceAccountName",
         "admin",
+    ),
+    "environment variable": (
+        job_spec(run={"env": [{"name": "HF_HOME", "value": "/tmp"}, {"name": "ELSEWHERE", "value": "x"}]}),
+        "spec.run.env[1].name",
+        "HF_*, WANDB_*",
     ),
     "remote code of the inline cache": (
         job_spec({"cache": remote_code()}),
@@ -107,6 +113,26 @@ def test_what_is_allowed_is_allowed() -> None:
     open_minded = replace(STRICT, allowed_images=(), allowed_service_accounts=(), allow_trust_remote_code=True)
     anything = remote_code(run={"image": "any", "serviceAccountName": "any"})
     assert check_cache(ActivationCacheSpec.model_validate(anything), Defaults(), open_minded) is None
+
+
+def test_environment_variables_of_known_libraries_need_no_leave_and_a_list_replaces_them() -> None:
+    def refused(*names: str, settings: OperatorSettings) -> list[str]:
+        env = [{"name": name, "value": "x"} for name in names]
+        found = check_cache(ActivationCacheSpec.model_validate(cache_spec(run={"env": env})), Defaults(), settings)
+        return [] if found is None else [problem.field for problem in found.problems]
+
+    known = ("HF_TOKEN", "WANDB_MODE", "AWS_REGION", "NCCL_DEBUG", "HTTPS_PROXY", "OMP_NUM_THREADS", "TZ", "LC_ALL")
+    assert refused(*known, settings=STRICT) == []
+    assert refused("TEAM_FLAG", settings=STRICT) == ["spec.run.env[0].name"]
+    assert refused("MY_HF_TOKEN", "hf_token", settings=STRICT) == ["spec.run.env[0].name", "spec.run.env[1].name"]
+    own = replace(STRICT, allowed_env=("TEAM_*",))
+    assert refused("TEAM_FLAG", "HF_TOKEN", settings=own) == ["spec.run.env[1].name"]
+    assert refused("TEAM_FLAG", "HF_TOKEN", settings=replace(STRICT, allowed_env=("*",))) == []
+
+
+def test_known_variables_are_documented() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
+    assert [name for name in KNOWN_ENV if f"`{name.upper()}`" not in text] == []
 
 
 def test_the_operators_own_job_image_needs_no_leave_where_it_is_named() -> None:
