@@ -15,6 +15,8 @@ rights of its ServiceAccount, and its calls are counted in the API server's audi
     large       burst_3000_s, rss_mib_3000     the same for 3,000
                 restart_3000_s                 from the start of another operator until it is quiet
                 restart_rss_mib_3000, restart_writes
+                unschedulable_3000_s           from the creation of one more, for whose pod there is no node, until its
+                                               status says so
     life        writes_per_life                children and status of a training job on a Ready cache, without events
                 events_per_life
     rest        rest_writes                    within two minutes at rest with 3,000 finished, but for the heartbeat

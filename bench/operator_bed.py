@@ -191,8 +191,8 @@ class Bed:
         finally:
             self.problems += operator.stop()
 
-    def create(self, name: str, activations: dict[str, Any] | None = None) -> None:
-        self.call("POST", RESOURCES, resource(name, activations), 201)
+    def create(self, name: str, activations: dict[str, Any] | None = None, run: dict[str, Any] | None = None) -> None:
+        self.call("POST", RESOURCES, resource(name, activations, run), 201)
 
     def create_all(self, names: list[str], activations: dict[str, Any] | None = None) -> None:
         with ThreadPoolExecutor(CREATORS) as pool:
@@ -267,7 +267,7 @@ def rss_mib(pid: int) -> float:
     raise RuntimeError("no VmRSS")
 
 
-def resource(name: str, activations: dict[str, Any] | None = None) -> dict[str, Any]:
+def resource(name: str, activations: dict[str, Any] | None = None, run: dict[str, Any] | None = None) -> dict[str, Any]:
     """A training job on a finished cache, unless it is told to read something else."""
     return {
         "apiVersion": "sae-operator.dev/v1alpha1",
@@ -277,7 +277,7 @@ def resource(name: str, activations: dict[str, Any] | None = None) -> dict[str, 
             "activations": activations or {"uri": "s3://bucket/cache"},
             "saes": [{"name": "k32", "architecture": {"type": "topk", "k": 32}, "dSae": 1024}],
             "output": {"uri": f"s3://bucket/{name}"},
-            "run": PLACEMENT,
+            "run": run or PLACEMENT,
         },
     }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.operator_bed import GROUP, NAMESPACE, RESOURCES, Bed, OperatorProcess, Watch, settled, writes
 from sae_operator.api.steps import PROGRESS_PORT
-from tests.fake_kubelet import POD_IP, RESULTS, Behaviour, Ends, Runs, step_of
+from tests.fake_kubelet import PLACEMENT, POD_IP, RESULTS, Behaviour, Ends, Runs, step_of
 from tests.operator_world import cache_spec
 from tests.testbed.waiting import wait_for
 
@@ -91,13 +91,30 @@ def large(bed: Bed, count: int) -> Figures:
     with bed.operator() as operator:
         quiet = settled(operator) - start
         memory = operator.rss_mib()
+        restart_writes = sum(writes(bed.asked()[asked:]).values())
+        unschedulable = _told_unschedulable(bed)
     return {
         "burst_3000_s": found["burst_3000_s"],
         "rss_mib_3000": found["rss_mib"],
         "restart_3000_s": quiet,
         "restart_rss_mib_3000": memory,
-        "restart_writes": sum(writes(bed.asked()[asked:]).values()),
+        "restart_writes": restart_writes,
+        "unschedulable_3000_s": unschedulable,
     }
+
+
+def _told_unschedulable(bed: Bed) -> float:
+    """Seconds from a resource's creation, for whose first pod there is no node, until its status says so."""
+    start = time.perf_counter()
+    bed.create("nowhere", run={**PLACEMENT, "cpuSteps": {**PLACEMENT["cpuSteps"], "nodeSelector": {"no": "node"}}})
+
+    def told() -> bool:
+        found = json.loads(bed.api.request("GET", f"{RESOURCES}/nowhere")[1])
+        conditions = (found.get("status") or {}).get("conditions") or []
+        return any(condition.get("reason") == "Unschedulable" for condition in conditions)
+
+    wait_for(told, 120, what="a pod without a node is told", interval=0.2)
+    return time.perf_counter() - start
 
 
 def life(bed: Bed, count: int) -> Figures:
