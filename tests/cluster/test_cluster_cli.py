@@ -145,7 +145,7 @@ class TestWatch:
     def test_a_time_that_is_over_is_told(self, world: World, sae_job: Run) -> None:
         world.create("SAETrainingJob", "one", training_spec())
         done = sae_job("watch", "one", "--timeout", "1")
-        assert (done.returncode, done.stderr) == (1, "saetrainingjob/one has not ended yet\n")
+        assert (done.returncode, done.stderr) == (124, "saetrainingjob/one has not ended yet\n")
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 WATCH_EPILOG = "sae-job watch gpt2-l8 && sae-job pull gpt2-l8\n\nsae-job watch sweep/k-by-rate --timeout 3600"
 # Without a terminal, progress alone is told this often.
 PLAIN_EVERY_SECONDS = 15.0
+# As of timeout(1): a script may wait on, where a failure is final.
+TIMED_OUT = 124
 
 
 def watch(
@@ -31,7 +33,8 @@ def watch(
     kubeconfig: Kubeconfig = None,
     context: Context = None,
 ) -> None:
-    """Show a resource's progress and figures until it has ended: exit code 0 when it succeeded, 1 when it failed."""
+    """Show a resource's progress and figures until it has ended: exit code 0 when it succeeded, 1 when it failed or was
+    deleted, 124 when --timeout came first."""
     from rich.console import Console
 
     cluster = open_cluster(namespace, kubeconfig, context)
@@ -90,4 +93,5 @@ def _exit_code(found: Found, last: Found | None) -> int:
     ended = outcome(last)
     if ended is None:
         typer.echo(f"{found.label} has not ended yet", err=True)
+        return TIMED_OUT
     return ExitCode.DONE if ended == "done" else ExitCode.FAILED
