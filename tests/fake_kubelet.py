@@ -18,6 +18,7 @@ from typing import Any
 
 from tests.api_connection import ApiConnection
 from tests.testbed.control_plane import ControlPlane
+from tests.testbed.waiting import wait_for
 
 NODE = "fake-node"
 # Tests that run at the same time in several processes serve the progress of their pods apart from each other.
@@ -118,7 +119,8 @@ class FakeKubelet:
         self._api = ApiConnection(self.control_plane)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fake kubelet", daemon=True)
-        self._applied: dict[str, Behaviour] = {}
+        # What each pod's status tells; None where it could not be written.
+        self._applied: dict[str, Behaviour | None] = {}
         self._beat_at = 0.0
 
     def __enter__(self) -> FakeKubelet:
@@ -128,7 +130,8 @@ class FakeKubelet:
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
-        self._thread.join(10)
+        # For as long as it takes: beside the next one it would end that one's pods, of whose scripts it knows nothing.
+        self._thread.join()
         self._call("DELETE", f"/api/v1/nodes/{NODE}")
         if self.failure is not None:
             raise self.failure
@@ -136,7 +139,7 @@ class FakeKubelet:
     def die(self) -> None:
         """The node is cut off: its heartbeats cease, and its pods are told of as they were."""
         self._stop.set()
-        self._thread.join(10)
+        self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -160,10 +163,11 @@ class FakeKubelet:
                 if self._applied.get(meta["uid"]) != behaviour:
                     if meta["uid"] not in self._applied:
                         self.started.append((meta["namespace"], meta["name"], step_of(pod)))
-                    self._applied[meta["uid"]] = behaviour
-                    self._set_status(pod, behaviour)
+                    # One that met a conflict is written in the next round.
+                    self._applied[meta["uid"]] = behaviour if self._set_status(pod, behaviour) else None
 
-    def _set_status(self, pod: dict[str, Any], behaviour: Behaviour) -> None:
+    def _set_status(self, pod: dict[str, Any], behaviour: Behaviour) -> bool:
+        """Whether it was written."""
         container = {
             "name": pod["spec"]["containers"][0]["name"],
             "image": "fake",
@@ -197,7 +201,7 @@ class FakeKubelet:
                 "containerStatuses": [{**container, "ready": ready, "started": ready, "state": state}],
             }
         }
-        self._call("PATCH", f"{_path(pod)}/status", patch, "application/strategic-merge-patch+json")
+        return self._call("PATCH", f"{_path(pod)}/status", patch, "application/strategic-merge-patch+json")
 
     def _remove(self, pod: dict[str, Any]) -> None:
         if pod["status"].get("phase") == "Running":
@@ -211,7 +215,7 @@ class FakeKubelet:
         self._call("DELETE", _path(pod), options)
 
     def register(self) -> None:
-        """Makes the node, Ready and roomy."""
+        """Makes the node, Ready and roomy; returns when pods are let on it."""
         self._call(
             "POST",
             "/api/v1/nodes",
@@ -223,6 +227,14 @@ class FakeKubelet:
             },
         )
         self.beat()
+
+        def takes_pods() -> bool:
+            status, body = self._api.request("GET", f"/api/v1/nodes/{NODE}")
+            assert status == 200, body
+            return [taint["key"] for taint in json.loads(body)["spec"]["taints"]] == [LABEL]
+
+        # The API server taints a new node, until the node controller has seen that it is Ready.
+        wait_for(takes_pods, what="the node's taint for not being ready is taken away")
 
     def beat(self) -> None:
         """Keeps the node Ready for another while."""
@@ -239,10 +251,11 @@ class FakeKubelet:
         self._call("PATCH", f"/api/v1/nodes/{NODE}/status", patch, "application/strategic-merge-patch+json")
         self._beat_at = time.monotonic()
 
-    def _call(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> None:
+    def _call(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> bool:
         status, answer = self._api.request(method, path, body, content_type)
         # Gone, or there already: another one was faster, which is what the real one meets, too.
         assert status < 300 or status in (404, 409), (method, path, status, answer)
+        return status < 300
 
 
 def _path(pod: dict[str, Any]) -> str:

@@ -31,7 +31,9 @@ def install_operator(control_plane: ControlPlane) -> None:
     manifests = json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
     control_plane.kubectl("apply", "--server-side", "-f", "-", input=manifests)
     names = [f"crd/{name}" for name in definitions]
-    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", *names)
+    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=120s", *names)
+    # The storage of a new kind answers 429 for a moment, which kubectl waits out.
+    control_plane.kubectl("get", ",".join(definitions), "--all-namespaces")
 
 
 def queue_manifests(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,10 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 
 from sae_job.training.place import Place
 from sae_job.training.ranks import DistributedRanks, joined
+from tests.testbed.processes import free_ports
+
+# How long processes of a test may take on a machine that is busy with others.
+_SECONDS = 240
 
 Act = Callable[[DistributedRanks, Any], Any]
 
@@ -26,9 +29,8 @@ def in_processes(size: int, act: Callable[[Place, Any], Any], folder: Path, give
 
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    (port,) = free_ports(1)
+    return port
 
 
 def on_ranks(size: int, act: Act, folder: Path, given: Any = None, *, device: str = "cpu") -> list[Any]:
@@ -52,7 +54,7 @@ def _results(size: int, run: Callable[..., None], folder: Path, arguments: tuple
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(_SECONDS)
         assert process.exitcode == 0, process.exitcode
     return [pickle.loads((folder / f"{index}.pickle").read_bytes()) for index in range(size)]
 

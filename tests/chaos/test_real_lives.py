@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from sae_operator.api.resources import KINDS
 from sae_operator.controller.faults import ENV_FAULTS
 from tests.chaos import seeds
 from tests.chaos.observer import TERMINAL, Observer
@@ -33,7 +34,7 @@ AT_ONCE = 20
 SEED = seeds.chosen()
 NAMESPACE = "chaos"
 FAULT_RATE = 0.1
-WAVE_SECONDS, SETTLE_SECONDS = 15.0, 240.0
+WAVE_SECONDS, SETTLE_SECONDS = 15.0, 600.0
 # After which wave the API server goes away, and for how long.
 OUTAGES = {1: 5.0, 3: 60.0}
 FATES = (
@@ -100,7 +101,9 @@ def own_plane(tmp_path: Path) -> Iterator[ControlPlane]:
     """A control plane of its own, whose API server may be stopped."""
     with ControlPlane(tmp_path / "control-plane") as started:
         started.kubectl("apply", "--server-side", "-f", str(CHECKOUT / "manifests" / "crds"))
-        started.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
+        started.kubectl("wait", "--for=condition=Established", "--timeout=120s", "crd", "--all")
+        # The storage of a new kind answers 429 for a moment, which kubectl waits out.
+        started.kubectl("get", ",".join(kind.plural for kind in KINDS.values()), "--all-namespaces")
         started.kubectl("create", "namespace", NAMESPACE)
         account = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/default"
         wait_for(lambda: started.request("GET", account)[0] == 200, what="the service account")
@@ -147,7 +150,7 @@ def spec(number: int) -> dict[str, Any]:
     return training_spec({"cache": cache_spec(dataset={"path": f"text-{number % 4}"})}, output=output)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_100_lives_on_a_real_api_server(own_plane: ControlPlane) -> None:
     print(f"SAE_CHAOS_SEED={SEED}")
     random_, world, operators = random.Random(SEED), World(own_plane, NAMESPACE), Operators(own_plane)
@@ -208,7 +211,7 @@ def settle(own_plane: ControlPlane, world: World, operators: Operators) -> None:
         def live_jobs() -> list[str]:
             return [name for name, job in world.jobs().items() if not (job.get("status") or {}).get("conditions")]
 
-        wait_for(lambda: not live_jobs(), 60, what=lambda: f"Jobs of finished resources: {live_jobs()}")
+        wait_for(lambda: not live_jobs(), what=lambda: f"Jobs of finished resources: {live_jobs()}")
         for kind in ("Job", "ConfigMap"):
             for child in world.list(kind, ours=True):
                 owners = {one["uid"] for one in child["metadata"].get("ownerReferences") or []}

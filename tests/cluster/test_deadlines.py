@@ -42,29 +42,30 @@ class TestActiveDeadline:
         self, world: World, operator: OperatorProcess, kubelet: FakeKubelet
     ) -> None:
         kubelet.scripts[world.namespace] = except_for(train=Runs(checkpoint_tokens=500, lingers=True))
-        world.create("SAETrainingJob", "first", job(activeDeadlineSeconds=4))
+        # Long enough for Running to be told before, however busy the machine is.
+        world.create("SAETrainingJob", "first", job(activeDeadlineSeconds=8))
         since = world.wait_phase("SAETrainingJob", "first", "Running")["status"]["activeSince"]
         found = world.wait_phase("SAETrainingJob", "first", "Failed")
         assert conditions(found)["Ready"]["reason"] == "DeadlineExceeded"
         # Never before it is due; how much later, says how busy the machine is.
-        assert 4 <= found["status"]["activeSeconds"] <= 20
+        assert 8 <= found["status"]["activeSeconds"] <= 24
         took = time_of(found["status"]["completionTime"]) - time_of(since)
-        assert timedelta(seconds=2) <= took <= timedelta(seconds=20)
+        assert timedelta(seconds=6) <= took <= timedelta(seconds=24)
         (pod,) = [pod for pod in world.list("Pod", ours=True) if step_of(pod) == "train"]
         wait_for(lambda: pod_is_ending(world, pod["metadata"]["name"]), what="the pod has been told to end")
         kubelet.scripts[world.namespace] = succeed
         wait_for(lambda: not [name for name in world.jobs() if "train" in name], what="the Job is gone")
         world.patch("SAETrainingJob", "first", {"spec": {"retry": 1}})
         again = world.wait_phase("SAETrainingJob", "first", "Succeeded")
-        assert again["status"].get("activeSeconds", 0) < 4
+        assert again["status"].get("activeSeconds", 0) < 8
 
     def test_it_goes_on_while_the_operator_is_away(self, world: World, kubelet: FakeKubelet) -> None:
         kubelet.scripts[world.namespace] = except_for(train=Runs())
         first = start_operator(world.control_plane.kubeconfig, namespace=world.namespace)
-        world.create("SAETrainingJob", "first", job(activeDeadlineSeconds=6))
+        world.create("SAETrainingJob", "first", job(activeDeadlineSeconds=8))
         since = time_of(world.wait_phase("SAETrainingJob", "first", "Running")["status"]["activeSince"])
         first.kill()
-        wait_for(lambda: datetime.now(UTC) > since + timedelta(seconds=7), what="the deadline has passed")
+        wait_for(lambda: datetime.now(UTC) > since + timedelta(seconds=9), what="the deadline has passed")
         with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
             found = world.wait_phase("SAETrainingJob", "first", "Failed")
         assert conditions(found)["Ready"]["reason"] == "DeadlineExceeded"
@@ -107,18 +108,19 @@ class TestBeforeAPodStarts:
         self, world: World, operator: OperatorProcess, kubelet: FakeKubelet
     ) -> None:
         kubelet.scripts[world.namespace] = except_for(train=Waits("ErrImagePull", "manifest unknown"))
-        world.create("SAETrainingJob", "first", job(startupDeadlineSeconds=8))
+        world.create("SAETrainingJob", "first", job(startupDeadlineSeconds=12))
         told = world.wait_condition("SAETrainingJob", "first", "ImagePullFailed")
         (pod,) = [pod for pod in world.list("Pod", ours=True) if step_of(pod) == "train"]
         start = time_of(pod["status"]["startTime"])
-        assert time_of(told["lastTransitionTime"]) - start <= timedelta(seconds=5)
+        assert time_of(told["lastTransitionTime"]) - start <= timedelta(seconds=8)
         found = world.wait_phase("SAETrainingJob", "first", "Failed")
         ended = time_of(found["status"]["completionTime"])
-        assert timedelta(seconds=8) <= ended - start <= timedelta(seconds=10)
+        # Never before it is due; how much later, says how busy the machine is.
+        assert timedelta(seconds=12) <= ended - start <= timedelta(seconds=24)
         ready = conditions(found)["Ready"]
         assert ready["reason"] == "ImagePullFailed"
         assert "manifest unknown" in ready["message"]
-        assert "spec.run.startupDeadlineSeconds (8 s)" in ready["message"]
+        assert "spec.run.startupDeadlineSeconds (12 s)" in ready["message"]
         kubelet.scripts[world.namespace] = succeed
         world.patch("SAETrainingJob", "first", {"spec": {"retry": 1}})
         world.wait_phase("SAETrainingJob", "first", "Succeeded")
@@ -127,22 +129,25 @@ class TestBeforeAPodStarts:
 class TestTtlAfterFinished:
     def test_jobs_pods_config_maps_and_service_go_and_the_resource_stays(self, world: World) -> None:
         with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
-            spec = training_spec(ON_A_URI, run={**PLACEMENT, "ttlSecondsAfterFinished": 3}, parallelism=2)
+            # Long enough for all to be seen before.
+            spec = training_spec(ON_A_URI, run={**PLACEMENT, "ttlSecondsAfterFinished": 10}, parallelism=2)
             world.create("SAETrainingJob", "first", {**spec, "training": {"tokens": 900}})
             ended = time_of(world.wait_phase("SAETrainingJob", "first", "Succeeded")["status"]["completionTime"])
             assert {name.split()[0] for name in leftovers(world)} == {"Job", "Pod", "ConfigMap", "Service"}
-            wait_for(lambda: not leftovers(world), 30, what=lambda: f"all is gone; there are {leftovers(world)}")
-            assert datetime.now(UTC) >= ended + timedelta(seconds=3)
+            wait_for(lambda: not leftovers(world), what=lambda: f"all is gone; there are {leftovers(world)}")
+            assert datetime.now(UTC) >= ended + timedelta(seconds=10)
             world.wait_resource("SAETrainingJob", "first", lambda found: "jobName" not in found["status"])
-            world.patch("SAETrainingJob", "first", {"spec": {"training": {"tokens": 1800}}})
+            more = {"training": {"tokens": 1800}, "run": {"ttlSecondsAfterFinished": 3}}
+            world.patch("SAETrainingJob", "first", {"spec": more})
             world.wait_resource("SAETrainingJob", "first", lambda found: found["status"]["observedTokens"] == 1800)
             world.wait_phase("SAETrainingJob", "first", "Succeeded")
-            wait_for(lambda: not leftovers(world), 30, what=lambda: f"all is gone; there are {leftovers(world)}")
+            wait_for(lambda: not leftovers(world), what=lambda: f"all is gone; there are {leftovers(world)}")
             rest = world.wait_resource("SAETrainingJob", "first", lambda found: "jobName" not in found["status"])
         telling = {ENV_EXIT_AT_CALL: "never"}
         with run_operator(world.control_plane.kubeconfig, namespace=world.namespace, environment=telling) as again:
-            wait_for(lambda: "sae-operator-defaults" in again.tail(), what="it has looked at everything")
-            kinds = {call.kind for call in again.calls}
+            wait_for(lambda: "sae-operator-defaults" in again.tail(), what="it looks at everything")
+        # Told to end, it finishes what it has begun: these are all of its calls.
+        kinds = {call.kind for call in again.calls}
         assert {kind for kind in kinds if not kind.startswith("GET ")} <= {"PATCH leases"}
         after = world.get("SAETrainingJob", "first")
         assert after is not None
@@ -155,12 +160,13 @@ class TestTtlAfterFinished:
         wrong = result("train", exitCode=2, reason="ShardCorrupt", message="shard 3 is corrupt")
         kubelet.scripts[world.namespace] = except_for(train=Ends(2, wrong))
         with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
-            world.create("SAETrainingJob", "first", job(ttlSecondsAfterFinished=4))
+            # Long enough for this operator to end before.
+            world.create("SAETrainingJob", "first", job(ttlSecondsAfterFinished=10))
             ended = time_of(world.wait_phase("SAETrainingJob", "first", "Failed")["status"]["completionTime"])
         assert leftovers(world)
-        wait_for(lambda: datetime.now(UTC) > ended + timedelta(seconds=5), what="the time has passed")
+        wait_for(lambda: datetime.now(UTC) > ended + timedelta(seconds=11), what="the time has passed")
         with run_operator(world.control_plane.kubeconfig, namespace=world.namespace):
-            wait_for(lambda: not leftovers(world), 30, what=lambda: f"all is gone; there are {leftovers(world)}")
+            wait_for(lambda: not leftovers(world), what=lambda: f"all is gone; there are {leftovers(world)}")
             found = world.get("SAETrainingJob", "first")
             assert found is not None
             assert conditions(found)["Ready"]["reason"] == "ShardCorrupt"
@@ -179,7 +185,8 @@ class TestWhatSomebodyDeletes:
 
         def replaced() -> bool:
             pods = [found for found in world.list("Pod", ours=True) if step_of(found) == "train"]
-            return any(found["status"]["phase"] == "Running" for found in pods if found["metadata"] != pod["metadata"])
+            others = [found for found in pods if found["metadata"]["uid"] != pod["metadata"]["uid"]]
+            return any(found["status"]["phase"] == "Running" for found in others)
 
         wait_for(replaced, what="another pod runs")
         kubelet.scripts[world.namespace] = succeed
@@ -205,7 +212,7 @@ class TestWhatSomebodyDeletes:
         wait_for(lambda: world.list("Pod", ours=True), what="a pod")
         (before,) = world.list("ConfigMap", ours=True)
         world.delete("ConfigMap", before["metadata"]["name"])
-        wait_for(lambda: world.list("ConfigMap", ours=True), 60, what="the ConfigMap is there again")
+        wait_for(lambda: world.list("ConfigMap", ours=True), what="the ConfigMap is there again")
         (after,) = world.list("ConfigMap", ours=True)
         assert after["metadata"]["uid"] != before["metadata"]["uid"]
         assert (after["metadata"]["name"], after["data"]) == (before["metadata"]["name"], before["data"])
@@ -275,7 +282,6 @@ class TestANamespaceThatIsDeleted:
         assert world.control_plane.request("DELETE", path)[0] == 200
         wait_for(
             lambda: world.control_plane.request("GET", path)[0] == 404,
-            60,
             what=lambda: f"the namespace is gone; it is {world.control_plane.request('GET', path)[1]!r}",
         )
         if operated:

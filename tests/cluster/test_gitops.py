@@ -96,6 +96,7 @@ class TestKstatusInAWatch:
 
         kubelet.scripts[world.namespace] = except_for(train=Runs())
         watches[JOB].caught_up(world.wait_phase(JOB, "first", "Running"))
+        watches[CACHE].caught_up(world.wait_phase(CACHE, name, "Ready"))
         assert story(watches[CACHE].of(name)) == ["InProgress", "Current"]
         assert story(watches[JOB].of("first")) == ["InProgress"]
 
@@ -165,6 +166,7 @@ class TestKstatusInAWatch:
             assert story(watches[kind].of(name)) == ["InProgress", "Failed", "InProgress"]
         kubelet.scripts[world.namespace] = succeed
         watches[JOB].caught_up(world.wait_phase(JOB, "sae", "Succeeded"))
+        watches[CACHE].caught_up(world.wait_phase(CACHE, "acts", "Ready"))
         for kind, name in ((CACHE, "acts"), (JOB, "sae")):
             assert story(watches[kind].of(name)) == ["InProgress", "Failed", "InProgress", "Current"]
             judge(watches[kind].of(name))
@@ -201,6 +203,8 @@ class TestKstatusInAWatch:
         watch.caught_up(world.wait_phase(SWEEP, "sweep", "Succeeded"))
         assert story(watch.of("sweep")) == ["InProgress", "Failed", "InProgress", "Current", "InProgress", "Current"]
         judge(watch.of("sweep"))
+        for job in world.list(JOB):
+            watches[JOB].caught_up(job)
         trained = {version["metadata"]["name"] for version in watches[JOB].versions}
         assert len(trained) == 3
         for name in trained:
@@ -284,7 +288,8 @@ class TestDrift:
             self.apply(world, *manifests)
             for name in ("first", "reader"):
                 world.wait_phase(JOB, name, "Running")
-            world.wait_phase(SWEEP, "sweep", "Running")
+            # Both of its jobs train: no status changes any more while what is live is compared.
+            world.wait_resource(SWEEP, "sweep", lambda found: found["status"]["trials"].get("running") == 2)
             self.assert_no_drift(world, *manifests)
             self.assert_children_have_no_tracking(world)
             kubelet.scripts[world.namespace] = succeed

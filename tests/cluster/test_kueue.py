@@ -12,9 +12,10 @@ import pytest
 
 from sae_operator.api.manifest import read_yaml
 from sae_operator.reconcile.projection import parse_time
+from tests.api_connection import ApiConnection
 from tests.fake_kubelet import LABEL, NODE, PLACEMENT, Behaviour, FakeKubelet, Runs, owner_of, step_of, succeed
 from tests.operator_process import OperatorProcess, start_operator
-from tests.operator_world import MERGE, World, cache_spec, conditions, training_spec
+from tests.operator_world import MERGE, PLURALS, World, cache_spec, conditions, training_spec
 from tests.progress_server import progress_served
 from tests.queueing import (
     GPU,
@@ -127,18 +128,24 @@ def wait_held(world: World, name: str) -> dict[str, Any]:
 def phases_of(world: World, created: dict[str, Any]) -> list[str]:
     """The phases that a training has shown since it was created, as a watch tells them: each once while it stays."""
     meta = created["metadata"]
-    path = f"/apis/sae-operator.dev/v1alpha1/namespaces/{world.namespace}/saetrainingjobs"
+    now = world.get("SAETrainingJob", meta["name"])
+    assert now is not None
+    path = PLURALS["SAETrainingJob"].format(world.namespace)
     selected = f"fieldSelector=metadata.name%3D{meta['name']}&resourceVersion={meta['resourceVersion']}"
-    status, answer = world.control_plane.request("GET", f"{path}?watch=1&timeoutSeconds=1&{selected}")
-    assert status == 200, answer
+    # Read up to what it is now: how much comes within a time, says how busy the machine is.
+    api = ApiConnection(world.control_plane)
+    answer = api.stream(f"{path}?watch=1&{selected}")
+    assert answer.status == 200, answer.read()
     seen: list[str] = []
-    for line in answer.splitlines():
+    for line in answer:
         event = json.loads(line)
         assert event["type"] == "MODIFIED", event
         phase = event["object"]["status"]["phase"]
         if seen[-1:] != [phase]:
             seen.append(phase)
-    return seen
+        if event["object"]["metadata"]["resourceVersion"] == now["metadata"]["resourceVersion"]:
+            return seen
+    raise AssertionError(f"the watch ended early; it told {seen}")
 
 
 def test_a_second_training_waits_for_the_quota_of_the_first(
@@ -274,13 +281,14 @@ def test_time_in_a_queue_counts_for_no_deadline(world: World, operator: Operator
     kubelet.scripts[world.namespace] = lambda pod: Runs() if step_of(pod) == "train" else succeed(pod)
     world.create("SAETrainingJob", "first", queued_training())
     world.wait_phase("SAETrainingJob", "first", "Running")
-    deadlines = {"activeDeadlineSeconds": 3, "startupDeadlineSeconds": 3}
+    # Long enough for Running to be told before, however busy the machine is.
+    deadlines = {"activeDeadlineSeconds": 8, "startupDeadlineSeconds": 8}
     spec = queued_training(run=deadlines, output={"uri": "s3://bucket/second"})
     world.create("SAETrainingJob", "second", spec)
     wait_held(world, "second")
     made = parse_time(training_job(world, "second")["metadata"]["creationTimestamp"])
     assert made is not None
-    wait_for(lambda: (datetime.now(UTC) - made).total_seconds() > 5, what="both deadlines would have passed")
+    wait_for(lambda: (datetime.now(UTC) - made).total_seconds() > 10, what="both deadlines would have passed")
     wait_held(world, "second")
     world.delete("SAETrainingJob", "first")
     world.wait_phase("SAETrainingJob", "second", "Running")

@@ -12,7 +12,7 @@ import pytest
 
 from sae_operator.api.steps import PROGRESS_PORT, CacheStep, TrainStep
 from sae_operator.controller.faults import ENV_EXIT_AT_CALL
-from tests.fake_kubelet import POD_IP, Behaviour, Ends, FakeKubelet, Runs, Waits, result, step_of, succeed
+from tests.fake_kubelet import PLACEMENT, POD_IP, Behaviour, Ends, FakeKubelet, Runs, Waits, result, step_of, succeed
 from tests.operator_process import OperatorProcess, run_operator, start_operator
 from tests.operator_world import World, cache_spec, conditions, training_spec
 from tests.testbed.waiting import wait_for
@@ -43,8 +43,12 @@ def test_a_training_job_with_an_inline_cache_succeeds(world: World, operator: Op
     assert cache["status"]["tokens"] == 1000
     assert cache["status"]["manifestUri"].endswith("/manifest.json")
     assert world.steps() == WHOLE_LIFE
-    reasons = {event["reason"] for event in world.list("Event") if event["involvedObject"]["name"] == "first"}
-    assert {"Preflight", "WaitingForCache", "Succeeded"} <= reasons
+
+    def reasons() -> set[str]:
+        return {event["reason"] for event in world.list("Event") if event["involvedObject"]["name"] == "first"}
+
+    # A status is written before its event.
+    wait_for(lambda: {"Preflight", "WaitingForCache", "Succeeded"} <= reasons(), what=lambda: f"events: {reasons()}")
 
 
 def test_pods_are_given_the_resolved_spec(world: World, operator: OperatorProcess) -> None:
@@ -306,13 +310,14 @@ def test_a_pod_that_fits_no_node_is_told(world: World, operator: OperatorProcess
 
 def test_two_kills_for_memory_end_a_job(world: World, operator: OperatorProcess, kubelet: FakeKubelet) -> None:
     kubelet.scripts[world.namespace] = except_for(train=Ends(137, "", "OOMKilled"))
-    world.create("SAETrainingJob", "first", training_spec())
+    limit = 7
+    world.create("SAETrainingJob", "first", training_spec(run={**PLACEMENT, "backoffLimit": limit}))
     job = world.wait_phase("SAETrainingJob", "first", "Failed")
     assert conditions(job)["Ready"]["reason"] == "OOMKilled"
-    assert "memory" in conditions(job)["Ready"]["message"]
+    assert conditions(job)["Ready"]["message"].startswith("killed for memory"), "not because of its backoffLimit"
     assert {item["reason"] for item in job["status"]["attempts"]} == {"OOMKilled"}
-    # A third may have started before the Job was ended; a fourth would have used up its backoffLimit.
-    assert [step for space, _, step in kubelet.started if space == world.namespace].count("train") in (2, 3)
+    # How many more start before the Job is ended, says how busy the machine is.
+    assert 2 <= [step for space, _, step in kubelet.started if space == world.namespace].count("train") <= limit
 
 
 def test_a_result_that_was_lost_does_not_hold_a_job(world: World, kubelet: FakeKubelet) -> None:
@@ -343,7 +348,8 @@ def test_what_the_api_server_refuses_is_told(world: World, operator: OperatorPro
 def test_the_heartbeat_is_the_only_write_at_rest(world: World, operator: OperatorProcess) -> None:
     world.create("SAETrainingJob", "first", training_spec())
     job = world.wait_phase("SAETrainingJob", "first", "Succeeded")
-    lease = world.get("Lease", "sae-operator")
+    # The heartbeat is a task of its own.
+    lease = wait_for(lambda: world.get("Lease", "sae-operator"), what="the heartbeat")
     assert lease is not None
     assert lease["spec"]["holderIdentity"]
     operator.stop()
@@ -351,8 +357,9 @@ def test_the_heartbeat_is_the_only_write_at_rest(world: World, operator: Operato
     with run_operator(world.control_plane.kubeconfig, namespace=world.namespace, environment=telling) as again:
         marker = "Work begins"
         wait_for(lambda: marker in again.tail(), what="the operator has started again")
-        wait_for(lambda: "sae-operator-defaults" in again.tail(), what="it has looked at everything")
-        kinds = {call.kind for call in again.calls}
+        wait_for(lambda: "sae-operator-defaults" in again.tail(), what="it looks at everything")
+    # Told to end, it finishes what it has begun: these are all of its calls.
+    kinds = {call.kind for call in again.calls}
     assert "GET configmaps" in kinds
     assert {kind for kind in kinds if not kind.startswith("GET ")} <= {"PATCH leases"}
     after = world.get("SAETrainingJob", "first")

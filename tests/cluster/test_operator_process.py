@@ -42,9 +42,16 @@ def test_it_waits_for_its_definitions_serves_all_namespaces_and_answers_its_prob
         wait_for(lambda: log_of_wait in operator.tail(), what="it says what it waits for")
         own_plane.kubectl("apply", "--server-side", "-f", str(CHECKOUT / "manifests" / "crds"))
         wait_for(lambda: "Work begins" in operator.tail(), what=lambda: f"work begins:\n{operator.tail()}")
-        with urllib.request.urlopen(probe, timeout=10) as answer:
-            figures = next(iter(json.load(answer).values()))
-        assert figures["oldest_key_seconds"] < 60
+
+        def figures() -> dict[str, float]:
+            try:
+                with urllib.request.urlopen(probe, timeout=10) as answer:
+                    return next(iter(json.load(answer).values()))
+            except OSError:
+                return {}
+
+        # kopf begins to serve it at its own pace.
+        assert wait_for(figures, what="the probe answers")["oldest_key_seconds"] < 60
         world = World(own_plane, "default")
         world.create("SAETrainingJob", "first", training_spec())
         world.wait_phase("SAETrainingJob", "first", "Succeeded")
@@ -150,18 +157,21 @@ def test_metrics_and_readiness_follow_its_life(control_plane: ControlPlane, crds
 
         gpus = f'sae_operator_gpu_seconds_total{{namespace="{namespace}"}}'
         wait_for(lambda: metrics().get(gpus, 0) > 2, what=lambda: f"GPU time in {metrics()}")
+        # A pod's GPUs are counted when it is listed, and it is asked after that.
+        polls = 'sae_operator_pod_polls_total{result="failed"}'
+        wait_for(lambda: metrics().get(polls, 0) >= 1, what="a question that nobody answers")
         found = metrics()
         assert found['sae_operator_resources{kind="SAETrainingJob",phase="Running"}'] == 1
         assert found['sae_operator_jobs_active{kind="SAETrainingJob"}'] == 1
         assert found['sae_operator_api_requests_total{code="201",resource="jobs",verb="create"}'] == 2
         assert found['sae_operator_reconcile_seconds_count{kind="SAETrainingJob",result="ok"}'] >= 3
-        assert found['sae_operator_pod_polls_total{result="failed"}'] >= 1, "nobody serves progress here"
         assert found["sae_operator_breaker_open"] == 0
         kubelet.scripts[namespace] = succeed
         job = world.wait_phase("SAETrainingJob", "job", "Succeeded")
         # The status is written before it is told.
         wait_for(lambda: "Succeeded:" in operator.log.read_text(), what="the line about its end")
-        lines = [json.loads(line) for line in operator.log.read_text().splitlines()]
+    # Whole lines: the operator has ended.
+    lines = [json.loads(line) for line in operator.log.read_text().splitlines()]
     about = [line for line in lines if line.get("name") == "job"]
     assert {line["uid"] for line in about} == {job["metadata"]["uid"]}
     told = [line["message"].partition(":")[0] for line in about if line["level"] == "info"]

@@ -166,7 +166,7 @@ def resume_after(call: str) -> Callable[[Place], OperatorProcess]:
     def lead(world: Place) -> OperatorProcess:
         first = world.start(kill=f"{call}#1:after")
         world.create("SAETrainingJob", "job", training_spec(parallelism=2))
-        assert first.wait(60) == EXIT_CODE, first.tail()
+        assert first.wait() == EXIT_CODE, first.tail()
         defaults = {"metadata": {"name": "sae-operator-defaults"}, "data": {"region": "eu-test-1"}}
         world._call("POST", PLURALS["ConfigMap"].format(world.namespace), defaults)
         return world.start()
@@ -177,7 +177,7 @@ def resume_after(call: str) -> Callable[[Place], OperatorProcess]:
 def suspend(world: Place) -> OperatorProcess:
     world.pods(runs("preflight"))
     operator = live(world)
-    wait_for(world.jobs, 60, what=lambda: f"a Job:\n{operator.tail()}")
+    wait_for(world.jobs, what=lambda: f"a Job:\n{operator.tail()}")
     world.patch("SAETrainingJob", "job", {"spec": {"suspend": True}})
     return operator
 
@@ -195,7 +195,7 @@ def lose_a_job(kind: str, step: str) -> Callable[[Place], OperatorProcess]:
             name = (world.status(kind, "job") or {}).get("jobName") or ""
             return name if f"-{step}-" in name else None
 
-        name = wait_for(told, 60, what=lambda: f"the Job of {step}:\n{operator.tail()}")
+        name = wait_for(told, what=lambda: f"the Job of {step}:\n{operator.tail()}")
         assert name is not None
         world.delete("Job", name)
         return operator
@@ -236,7 +236,7 @@ def change_a_sweep(changes: dict[str, Any]) -> Callable[[Place], OperatorProcess
             jobs = world.list("SAETrainingJob")
             return len(jobs) == 2 and all(job["status"].get("phase") == "Running" for job in jobs)
 
-        wait_for(all_train, 60, what=lambda: f"the sweep's jobs train:\n{operator.tail()}")
+        wait_for(all_train, what=lambda: f"the sweep's jobs train:\n{operator.tail()}")
         world.patch("SAESweep", "sweep", {"spec": changes})
         return operator
 
@@ -249,7 +249,7 @@ def lose_the_report(world: Place) -> OperatorProcess:
     def told() -> str | None:
         return world.status("SAESweep", "sweep").get("jobName")
 
-    name = wait_for(told, 60, what=lambda: f"the report:\n{operator.tail()}")
+    name = wait_for(told, what=lambda: f"the report:\n{operator.tail()}")
     assert name is not None
     world.delete("Job", name)
     return operator
@@ -354,6 +354,19 @@ def aggregated(control_plane: ControlPlane, crds: list[str]) -> Iterator[None]:
         control_plane.request("DELETE", f"/apis/rbac.authorization.k8s.io/v1/clusterroles/{role['metadata']['name']}")
 
 
+def is_allowed(
+    control_plane: ControlPlane, user: str, namespace: str, verb: str, resource: str, subresource: str = ""
+) -> bool:
+    asked = {"verb": verb, "group": OURS, "resource": resource, "subresource": subresource, "namespace": namespace}
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "spec": {"user": user, "resourceAttributes": asked},
+    }
+    path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+    return json.loads(control_plane.request("POST", path, review)[1])["status"]["allowed"]
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_roles_of_a_namespace_hold_for_our_resources(
     control_plane: ControlPlane, aggregated: None, namespace: str, role: str
@@ -362,14 +375,7 @@ def test_roles_of_a_namespace_hold_for_our_resources(
     control_plane.kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={user}", "-n", namespace)
 
     def may(verb: str, resource: str, subresource: str, where: str = namespace) -> bool:
-        asked = {"verb": verb, "group": OURS, "resource": resource, "subresource": subresource, "namespace": where}
-        review = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SubjectAccessReview",
-            "spec": {"user": user, "resourceAttributes": asked},
-        }
-        path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
-        return json.loads(control_plane.request("POST", path, review)[1])["status"]["allowed"]
+        return is_allowed(control_plane, user, where, verb, resource, subresource)
 
     of_resource, of_status = ROLES[role]
     wait_for(lambda: may("get", "saesweeps", ""), what="the binding is known")
@@ -381,9 +387,11 @@ def test_roles_of_a_namespace_hold_for_our_resources(
 
 def test_a_user_is_held_to_a_role_when_calling(control_plane: ControlPlane, aggregated: None, namespace: str) -> None:
     """By impersonation: a viewer sees, and does not change; an editor makes, and does not write a status."""
-    for role in ("view", "edit"):
-        control_plane.kubectl(
-            "create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}r", "-n", namespace
+    for role, user in (("view", "viewr"), ("edit", "editr")):
+        control_plane.kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={user}", "-n", namespace)
+        wait_for(
+            lambda user=user: is_allowed(control_plane, user, namespace, "get", "saetrainingjobs"),
+            what=f"the binding of {user} is known",
         )
     manifest = {
         "apiVersion": f"{OURS}/v1alpha1",

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fake_kubelet import LABEL, PLACEMENT, FakeKubelet, step_of
 from tests.operator_process import run_operator
-from tests.operator_world import World, training_spec
+from tests.operator_world import World, conditions, training_spec
 from tests.testbed.control_plane import ControlPlane
 from tests.testbed.waiting import wait_for
 
@@ -96,13 +96,18 @@ def test_pods_with_every_setting_are_let_in_and_have_them(
         assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
 
 
+def unschedulable(found: dict[str, Any]) -> str:
+    return conditions(found).get("Unschedulable", {}).get("message", "")
+
+
 def test_a_claim_that_does_not_exist_is_told(control_plane: ControlPlane, crds: list[str], namespace: str) -> None:
     world = World(control_plane, namespace)
     run = {**PLACEMENT, "volumes": [{"claimName": "nowhere", "mountPath": "/data"}]}
     with FakeKubelet(control_plane), run_operator(control_plane.kubeconfig, namespace=namespace):
         world.create("SAETrainingJob", "first", training_spec({"uri": "s3://bucket/finished"}, run=run))
-        told = world.wait_condition("SAETrainingJob", "first", "Unschedulable")
-        assert 'persistentvolumeclaim "nowhere" not found' in told["message"]
+        missing = 'persistentvolumeclaim "nowhere" not found'
+        # A scheduler that does not know of the node yet says that there is none.
+        world.wait_resource("SAETrainingJob", "first", lambda found: missing in unschedulable(found))
         volume, wanted = claim("nowhere", namespace)
         control_plane.apply([volume, wanted])
         wait_for(

@@ -65,7 +65,7 @@ class Pods:
             status = self.status(name)
             return status if condition(status) else None
 
-        return wait_for(met, 30, what=lambda: f"pod {name}: {self.status(name)}") or {}
+        return wait_for(met, what=lambda: f"pod {name}: {self.status(name)}") or {}
 
     def result(self, name: str) -> dict[str, Any]:
         """The terminated state of the pod's first container, once the pod has ended."""
@@ -76,7 +76,6 @@ class Pods:
         """The waiting state of the pod's first container, once it has that reason."""
         return wait_for(
             lambda: (found := self.container(name).get("waiting", {})).get("reason") == reason and found,
-            30,
             what=lambda: f"pod {name} waits for {reason}: {self.status(name)}",
         )
 
@@ -319,7 +318,7 @@ def test_an_evicted_pod_of_a_job_keeps_its_disruption_condition(pods: Pods) -> N
         running = [pod for pod in listed if pod["status"]["phase"] == "Running"]
         return running[0] if running else None
 
-    name = (wait_for(first, 30, what="the Job's pod runs") or {})["metadata"]["name"]
+    name = (wait_for(first, what="the Job's pod runs") or {})["metadata"]["name"]
     wait_for(lambda: pods.control_plane.kubectl("logs", name, *in_namespace), what="the pod is ready for signals")
     path = f"/api/v1/namespaces/{pods.namespace}/pods/{name}/eviction"
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}}
@@ -334,9 +333,9 @@ def test_containers_end_with_their_node(pods: Pods, tmp_path: Path) -> None:
     with Node(pods.control_plane, tmp_path, name="node-doomed", labels={"pool": "doomed"}) as doomed:
         spec = {**python(SERVER, env=[POD_IP]), "nodeSelector": {"pool": "doomed"}}
         address = pods.wait(pods.start("bereft", spec), lambda status: status.get("podIP"))["podIP"]
-        wait_for(lambda: answers(address), 30, what=f"{address} answers")
+        wait_for(lambda: answers(address), what=f"{address} answers")
         doomed.kill()
-        wait_for(lambda: not answers(address), 10, what=f"nothing answers on {address} any more")
+        wait_for(lambda: not answers(address), what=f"nothing answers on {address} any more")
 
 
 def test_programs_end_with_the_process_that_started_them(tmp_path: Path) -> None:
@@ -355,7 +354,7 @@ signal.pause()
             wait_for(lambda: command_line(child).startswith("sleep"), what=lambda: command_line(child))
         finally:
             parent.kill()
-    wait_for(lambda: not command_line(child), 10, what=f"process {child} has ended")
+    wait_for(lambda: not command_line(child), what=f"process {child} has ended")
 
 
 # What keeps a container from starting
@@ -374,7 +373,7 @@ def test_a_missing_secret_of_a_volume_is_told_as_an_event(pods: Pods) -> None:
     spec["volumes"] = [{"name": "secret", "secret": {"secretName": "not-there"}}]
     name = pods.start("without", spec)
     told = 'FailedMount: MountVolume.SetUp failed for volume "secret" : secret "not-there" not found'
-    wait_for(lambda: told in pods.events(name), 30, what=lambda: f"{told}: {pods.events(name)}")
+    wait_for(lambda: told in pods.events(name), what=lambda: f"{told}: {pods.events(name)}")
     assert pods.waits_for(name, "ContainerCreating") == {"reason": "ContainerCreating"}
 
 
@@ -397,7 +396,7 @@ def test_each_pod_serves_on_an_address_of_its_own(pods: Pods) -> None:
     addresses = [pods.wait(name, lambda status: status.get("podIP"))["podIP"] for name in names]
     assert len(set(addresses)) == 2
     for address in addresses:
-        wait_for(lambda address=address: answers(address), 30, what=f"{address} answers")
+        wait_for(lambda address=address: answers(address), what=f"{address} answers")
 
 
 # S3 and helm

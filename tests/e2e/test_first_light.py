@@ -95,7 +95,7 @@ def first_light(
             return Life.phase_of(state) in ("Ready", "Failed")
 
         cache.wait("Ready", caching_or_done, SECONDS)
-        job.wait_for_phase("Running", seconds=60)
+        job.wait_for_phase("Running", seconds=SECONDS)
         job.wait(
             "a figure while it runs",
             lambda state: (

@@ -57,8 +57,9 @@ AUDIT_POLICY = {
         {"level": "None"},
     ],
 }
-_START_SECONDS = 90.0
-_KUBECTL_SECONDS = 120.0
+_START_SECONDS = 180.0
+# Longer than kubectl is told to wait.
+_KUBECTL_SECONDS = 180.0
 
 
 class KubectlError(RuntimeError):
@@ -151,7 +152,7 @@ class ControlPlane:
         self.kubectl("apply", "-f", "-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
 
     def request(
-        self, method: str, path: str, body: Any = None, content_type: str = "application/json", timeout: float = 15.0
+        self, method: str, path: str, body: Any = None, content_type: str = "application/json", timeout: float = 60.0
     ) -> tuple[int, bytes]:
         """One HTTP request as cluster administrator: status and body of the answer."""
         connection = http.client.HTTPSConnection("127.0.0.1", self._port, context=self._tls(), timeout=timeout)

@@ -25,7 +25,7 @@ from tests.testbed.waiting import wait_for
 MODULE = "sigs.k8s.io/kueue"
 NAMESPACE = "kueue-system"
 ACCOUNT = "kueue-controller-manager"
-_START_SECONDS = 60.0
+_START_SECONDS = 180.0
 # What runs outside the cluster here, or serves figures that no test asks for.
 _LEFT_OUT = frozenset({"Deployment", "Service", "Secret", "ConfigMap", "APIService"})
 # Kueue reads the certificate of its metrics from this folder and no other. It sees an /etc with that folder, in a
@@ -150,7 +150,7 @@ class Kueue:
         everything = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
         self._control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", input=everything)
         names = [f"crd/{definition['metadata']['name']}" for definition in definitions]
-        self._control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", *names)
+        self._control_plane.kubectl("wait", "--for=condition=Established", "--timeout=120s", *names)
 
 
 def module_directory() -> Path:

@@ -96,7 +96,7 @@ class Node:
             # The scheduler binds nothing to the node before its taint for "not ready yet" is taken away.
             return ready and not node["spec"].get("taints")
 
-        wait_for(is_ready, 30, what=lambda: f"node {self.name} is Ready; its log ends:\n{child.log_tail()}")
+        wait_for(is_ready, what=lambda: f"node {self.name} is Ready; its log ends:\n{child.log_tail()}")
         return self
 
     def kill(self) -> None:

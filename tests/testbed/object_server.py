@@ -61,7 +61,7 @@ class ObjectServer:
             finally:
                 connection.close()
 
-        wait_for(answers, 30, what="the S3 server answers")
+        wait_for(answers, what="the S3 server answers")
         return self
 
     def stop(self) -> None:

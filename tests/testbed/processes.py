@@ -11,15 +11,19 @@ from pathlib import Path
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of 127.0.0.1 that nobody listens on right now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """TCP ports of 127.0.0.1 that nobody listens on, all different, for servers that set SO_REUSEADDR."""
+    return [_kept_port() for _ in range(count)]
+
+
+def _kept_port() -> int:
+    """A port that nobody else is given while this process lives, also before a server listens on it: it stays bound.
+    Beside a socket that is bound and does not listen, one with SO_REUSEADDR may listen."""
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+        one.detach()
+    return port
 
 
 # Asks for the signal, then looks whether the parent (pid in $0) had ended before it was asked for.

@@ -40,4 +40,7 @@ class Hosts:
                 self._pods.pop(uid, None)
             else:
                 self._pods[uid] = line
-            self.path.write_text(_LOCAL + "".join(self._pods.values()))
+            # Over what is there, and cut behind it: a container that reads an emptied file would find no name.
+            with open(self.path, "r+b", buffering=0) as file:
+                file.write((_LOCAL + "".join(self._pods.values())).encode())
+                file.truncate()

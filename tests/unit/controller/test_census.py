@@ -104,7 +104,7 @@ async def test_a_sweep_that_fails_is_not_put_off_until_the_next_regular_one(monk
     running = asyncio.create_task(sweeper.run())
     sweeper.relisted()
     try:
-        await asyncio.wait_for(swept.wait(), 10)
+        await asyncio.wait_for(swept.wait(), 60)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -121,4 +121,4 @@ async def test_work_begins_when_everything_that_is_listed_has_arrived() -> None:
         await asyncio.sleep(0)
     assert not waiting.done(), "the Job has not arrived yet"
     store.put_job({"metadata": meta("a-1", parent="a"), "spec": {}, "status": {}})
-    await asyncio.wait_for(waiting, 10)
+    await asyncio.wait_for(waiting, 60)

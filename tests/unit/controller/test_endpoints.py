@@ -9,12 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from sae_operator.controller.endpoints import AddressUnusable, parse_address, serving
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.testbed.processes import free_ports
 
 
 @pytest.mark.parametrize("text", ["", "8082", "https://0.0.0.0:8082/metrics", "http://0.0.0.0/metrics", "http://:1/x"])
@@ -32,7 +27,8 @@ def test_the_path_of_readiness_is_taken() -> None:
 async def test_metrics_and_readiness_are_served_and_end_with_the_block() -> None:
     registry, reasons = CollectorRegistry(), [None, "the API server is away"]
     Counter("things", "Things.", registry=registry).inc()
-    address = f"http://127.0.0.1:{free_port()}"
+    (port,) = free_ports(1)
+    address = f"http://127.0.0.1:{port}"
     async with aiohttp.ClientSession() as session:
         async with serving(f"{address}/metrics", registry, lambda: reasons[0]):
             async with session.get(f"{address}/metrics") as answer:

@@ -89,7 +89,7 @@ async def test_each_look_has_its_own_resource() -> None:
     working = asyncio.create_task(queue.run())
     for name in ("a", "b"):
         queue.add(Key("SAETrainingJob", "lab", name))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await told.wait()
     working.cancel()
     assert sorted((line["name"], line["uid"]) for line in lines) == [("a", "uid-a"), ("b", "uid-b")]
@@ -114,7 +114,7 @@ async def test_a_failed_look_is_told_with_its_resource(capfd: pytest.CaptureFixt
     try:
         for name in ("a", "b"):
             queue.add(Key("SAETrainingJob", "lab", name))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await second.wait()
     finally:
         logger.removeHandler(handler)

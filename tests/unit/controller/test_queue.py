@@ -34,7 +34,7 @@ class Recorder:
 async def running(queue: WorkQueue, until: Callable[[], bool]) -> None:
     task = asyncio.create_task(queue.run())
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not until():  # noqa: ASYNC110 - the condition is the test's, on everything that happens
                 await asyncio.sleep(0)
     finally:
@@ -151,7 +151,7 @@ async def test_what_has_been_begun_is_finished_and_nothing_else_is_begun() -> No
     working = asyncio.create_task(queue.run())
     queue.add(A)
     queue.add(B)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while A not in process.running:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0)
         finishing = asyncio.create_task(queue.finish(60.0))
@@ -169,7 +169,7 @@ async def test_finishing_does_not_wait_for_ever() -> None:
     queue = WorkQueue(process)
     working = asyncio.create_task(queue.run())
     queue.add(A)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while A not in process.running:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0)
         await queue.finish(0.01)
