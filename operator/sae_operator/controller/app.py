@@ -205,8 +205,7 @@ class Operator:
             return None
         logs.identify(stored.metadata.uid)
         try:
-            if self.store.children(stored.metadata.uid).pods_due:
-                await self.poller.list_pods(stored)
+            await self.poller.list_due_pods(stored)
             await self.executor.look_up_told_job(stored)
             defaults = await self.defaults.of(key.namespace)
             stored = self.store.get(key)

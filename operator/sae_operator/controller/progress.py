@@ -35,6 +35,8 @@ SHORTEST_GAP_SECONDS = 0.5
 SECONDS_PER_ACTIVE_KEY = 0.02
 # A pod that no node takes is told within half a minute, however many there are.
 LONGEST_INTERVAL_SECONDS = 25.0
+# Of a Job whose pods all end at this moment each look sees some more.
+LISTINGS_AT_ONCE = 3
 
 
 class PodPoller:
@@ -108,10 +110,20 @@ class PodPoller:
                 except TimeoutError:
                     continue
 
-    async def list_pods(self, stored: StoredResource) -> None:
-        """Lists all pods of one resource, ended ones included: a Job has just ended, and its pods hold the result."""
-        pods, version = await list_pods(self._client, stored)
-        self._store.put_pods(stored.metadata.uid, pods, version)
+    async def list_due_pods(self, stored: StoredResource) -> None:
+        """Lists all pods of one resource where they are due, ended ones included: they hold the result. A pod that ends
+        meanwhile, which the listing need not show, makes them due again."""
+        family = self._store.children(stored.metadata.uid)
+        for _ in range(LISTINGS_AT_ONCE):
+            if not family.pods_due:
+                return
+            family.pods_due = False
+            try:
+                pods, version = await list_pods(self._client, stored)
+            except (ApiError, ServerUnavailable):
+                family.pods_due = True
+                raise
+            self._store.put_pods(stored.metadata.uid, pods, version)
 
     async def _tick(self, session: aiohttp.ClientSession) -> None:
         live: dict[str, list[PodFacts]] = defaultdict(list)
@@ -153,10 +165,7 @@ class PodPoller:
         if any(not pod.finished and pod.name not in names for pod in family.pods):
             family.pods_due = True
             return True
-        due = family.pods_due
-        changed = self._store.put_pods(uid, [*live, *(pod for pod in family.pods if pod.finished)], version)
-        family.pods_due = due
-        return changed
+        return self._store.put_pods(uid, [*live, *(pod for pod in family.pods if pod.finished)], version)
 
     async def _poll(self, session: aiohttp.ClientSession, uid: str, key: Key, pod: PodFacts, changed: set[Key]) -> None:
         family = self._store.children(uid)

@@ -66,7 +66,7 @@ class Offspring:
     """Children of one UID.
 
     Attributes:
-        pods_due: a pod has ended since the pods were listed last.
+        pods_due: a pod has ended since the last listing of all was begun.
         pods_listed: they have been listed at all.
         pods_version: the version of the listing that shows them.
     """
@@ -241,15 +241,17 @@ class Store:
 
     def put_pods(self, uid: str, pods: Iterable[PodFacts], version: int) -> bool:
         """All pods of a UID, as a listing of this version shows them; returns whether anything changed that is worth a
-        look. Of two listings that are under way at once the older one may be answered last: it tells nothing."""
+        look. Of two listings that are under way at once the older one may be answered last: it tells nothing, and pods
+        are due again."""
         family, fresh = self.children(uid), tuple(sorted(pods, key=lambda pod: pod.name))
         if version < family.pods_version:
+            family.pods_due = True
             return False
         family.pods_version = version
         changed = [pod for pod in fresh if not _merely_waits(pod)] != [
             pod for pod in family.pods if not _merely_waits(pod)
         ]
-        family.pods, family.pods_due, family.pods_listed = fresh, False, True
+        family.pods, family.pods_listed = fresh, True
         names = {pod.name for pod in fresh}
         family.progress = {name: value for name, value in family.progress.items() if name in names}
         family.unreachable = {name: value for name, value in family.unreachable.items() if name in names}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import aiohttp
 import pytest
 
 from sae_operator.api.steps import Progress, SaeProgress
-from sae_operator.controller.client import Page
-from sae_operator.controller.progress import ANSWER_LIMIT_BYTES, PodPoller, ask
+from sae_operator.controller.client import Page, ServerUnavailable
+from sae_operator.controller.progress import ANSWER_LIMIT_BYTES, LISTINGS_AT_ONCE, PodPoller, ask
 from sae_operator.controller.queue import Key
 from sae_operator.controller.store import Store
 from sae_operator.reconcile.names import LABEL_UID
@@ -21,13 +21,15 @@ KEY = Key("SAETrainingJob", "ns", "a")
 
 
 class Server:
-    """Lists pods, in one page."""
+    """Lists pods, in one page; while it does so the first times, `meanwhile` happens, one call for each."""
 
-    def __init__(self, pods: list[dict[str, Any]]) -> None:
-        self._pods = pods
+    def __init__(self, pods: list[dict[str, Any]], meanwhile: Iterable[Callable[[], None]] = ()) -> None:
+        self._pods, self._meanwhile, self.asked = pods, iter(meanwhile), 0
 
     async def pages(self, path: str, query: Any) -> AsyncIterator[Page]:
-        yield Page(self._pods, 1)
+        self.asked += 1
+        next(self._meanwhile, lambda: None)()
+        yield Page(self._pods, self.asked)
 
 
 def pod(name: str, namespace: str) -> dict[str, Any]:
@@ -35,10 +37,14 @@ def pod(name: str, namespace: str) -> dict[str, Any]:
 
 
 def poller_of(pods: list[dict[str, Any]]) -> tuple[PodPoller, Store]:
+    return poller_on(Server(pods))
+
+
+def poller_on(server: Server) -> tuple[PodPoller, Store]:
     store = Store()
     meta = {"name": "a", "namespace": "ns", "uid": "uid-a", "resourceVersion": "1", "generation": 1}
     store.put_resource(KEY.kind, {"metadata": meta, "spec": {}, "status": {}})
-    poller = PodPoller(Server(pods), store, lambda keys: None, namespace=None, poll_seconds=5.0)  # type: ignore[arg-type]
+    poller = PodPoller(server, store, lambda keys: None, namespace=None, poll_seconds=5.0)  # type: ignore[arg-type]
     poller.watch(KEY, True)
     return poller, store
 
@@ -73,6 +79,49 @@ async def test_a_tick_that_began_before_all_pods_were_listed_tells_nothing() -> 
     await poller._tick(None)  # type: ignore[arg-type]
     assert store.children("uid-a").pods == (ended, runs)
     assert not store.children("uid-a").pods_due
+
+
+def listing(*meanwhile: Callable[[Store], None]) -> tuple[Server, PodPoller, Store]:
+    """What lists the due pods of the resource, and what happens to the store while it does."""
+    server = Server([], [lambda change=change: change(store) for change in meanwhile])
+    poller, store = poller_on(server)
+    store.children("uid-a").pods_due = True
+    return server, poller, store
+
+
+async def list_due(poller: PodPoller, store: Store) -> None:
+    stored = store.get(KEY)
+    assert stored is not None
+    await poller.list_due_pods(stored)
+
+
+def a_pod_ends(store: Store) -> None:
+    store.children("uid-a").pods_due = True
+
+
+async def test_pods_are_listed_again_when_one_ends_while_they_are_listed() -> None:
+    """Else its Job, of which that is told already, would be judged without it."""
+    server, poller, store = listing(a_pod_ends)
+    await list_due(poller, store)
+    assert (server.asked, store.children("uid-a").pods_due) == (2, False)
+    await list_due(poller, store)
+    assert server.asked == 2
+
+
+async def test_pods_that_end_all_the_time_are_not_listed_for_ever() -> None:
+    server, poller, store = listing(*[a_pod_ends] * 10)
+    await list_due(poller, store)
+    assert (server.asked, store.children("uid-a").pods_due) == (LISTINGS_AT_ONCE, True)
+
+
+async def test_pods_that_could_not_be_listed_stay_due() -> None:
+    def fails(_: Store) -> None:
+        raise ServerUnavailable("away")
+
+    _, poller, store = listing(fails)
+    with pytest.raises(ServerUnavailable):
+        await list_due(poller, store)
+    assert store.children("uid-a").pods_due
 
 
 async def test_a_pod_of_another_namespace_is_nobodys_whatever_its_label_says() -> None:
