@@ -116,11 +116,12 @@ def _is_of(child: dict[str, Any], name: str, step: str) -> bool:
 
 
 def wait_held(world: World, name: str) -> dict[str, Any]:
-    """The training, once its status says that a queue holds it."""
+    """The training, once its status says that a queue holds the Job that trains; each earlier one is held a moment."""
 
     def is_held(found: dict[str, Any]) -> bool:
-        ready = conditions(found).get("Ready", {})
-        return found["status"].get("phase") == "Queued" and "held by a queue" in ready.get("message", "")
+        status, ready = found["status"], conditions(found).get("Ready", {})
+        held = status.get("phase") == "Queued" and "held by a queue" in ready.get("message", "")
+        return held and "-train-" in status.get("jobName", "")
 
     return world.wait_resource("SAETrainingJob", name, is_held)
 
