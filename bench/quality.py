@@ -34,7 +34,7 @@ from bench.machine import machine
 from bench.peers import DICTIONARY_LEARNING, SAE_LENS_NEWEST, SPARSIFY, peer_environment
 from bench.quality_data import FULL, QUICK, QualityData, ensure_data
 from bench.quality_evaluation import PlainSae, cross_entropy_figures, held_out_figures
-from bench.quality_plan import D_SAE, SEEDS, SIDES_OF, K, Plan, best_rate, default_rate, lengthen, repeat, sweep
+from bench.quality_plan import D_SAE, SEEDS, SIDES_OF, K, Plan, best_rate, counts, default_rate, lengthen, repeat, sweep
 from bench.quality_results import Result, Results, Run
 from bench.quality_table import write_table
 from sae_job.evaluation.metrics import HeldOutRows
@@ -222,7 +222,9 @@ def compare(bench: Bench, architecture: str, sides: Sequence[str], tokens: int, 
 
     def quality(side: str) -> float:
         return max(
-            result.validation["explained_variance"] for result in swept[side] if result.run.learning_rate == rates[side]
+            result.validation["explained_variance"]
+            for result in swept[side]
+            if result.run.learning_rate == rates[side] and counts(result)
         )
 
     peers = sorted((side for side in rates if side != "ours"), key=quality, reverse=True)

@@ -19,8 +19,9 @@ SIDES_OF = {
 # Rates are tried a factor apart around the library's default, and further while the best is the outermost.
 RATE_FACTOR, MOST_EXTENSIONS = 3.0, 2
 SWEEP_SEED, SEEDS = 0, (1, 2, 3)
-# Active latents count as matched within this much of the target.
-L0_TOLERANCE = 0.05
+# Active latents count as matched within this much of the target. A run whose coefficient was moved until its last fifth
+# ends only near it, which is enough to choose a rate by.
+L0_TOLERANCE, STEERED_TOLERANCE = 0.05, 0.25
 MOST_MATCHING_RUNS = 5
 # Where searches for the coefficient begin.
 FIRST_COEFFICIENTS = {
@@ -29,6 +30,8 @@ FIRST_COEFFICIENTS = {
     ("dictionary_learning", "standard"): 0.2,
     ("ours", "jumprelu"): 1.0,
     ("saelens", "jumprelu"): 1.0,
+    # It is given a number of active latents, and ends at another one: the wanted number over the one that is given.
+    ("dictionary_learning", "jumprelu"): 1.0,
 }
 # log L0 falls by about this much per log of the coefficient; what is measured replaces it.
 FIRST_SLOPE = -1.0
@@ -37,9 +40,8 @@ Plan = Generator[Run, Result, None]
 
 
 def needs_coefficient(side: str, architecture: str) -> bool:
-    """Whether a weight must be found for which as many latents are active as are wanted; dictionary_learning's
-    JumpReLU is given that number itself."""
-    return architecture in PENALIZED and (side, architecture) in FIRST_COEFFICIENTS
+    """Whether a weight must be found for which as many latents are active as are wanted."""
+    return (side, architecture) in FIRST_COEFFICIENTS
 
 
 def can_steer(side: str) -> bool:
@@ -78,9 +80,22 @@ def is_matched(result: Result) -> bool:
     return result.run.architecture not in PENALIZED or abs(result.validation["l0"] / K - 1) <= L0_TOLERANCE
 
 
+def counts(result: Result) -> bool:
+    """Whether a result may choose a rate: with more latents active anything explains more."""
+    if not result.run.steer:
+        return is_matched(result)
+    return abs(result.validation["l0"] / K - 1) <= STEERED_TOLERANCE
+
+
+def _worth(result: Result) -> tuple[bool, float]:
+    """Orders the results of rates: by explained variance, behind them by how near L0 is to the wanted number."""
+    near = -abs(math.log(max(result.validation["l0"], 1e-3) / K))
+    return (True, result.validation["explained_variance"]) if counts(result) else (False, near)
+
+
 def best_rate(results: Iterable[Result]) -> float | None:
     """Rate of the highest explained variance on validation rows, of runs of the seed that rates are picked with."""
-    swept = [result for result in results if result.run.seed == SWEEP_SEED and (is_matched(result) or result.run.steer)]
+    swept = [result for result in results if result.run.seed == SWEEP_SEED and counts(result)]
     if not swept:
         return None
     return max(swept, key=lambda result: result.validation["explained_variance"]).run.learning_rate
@@ -94,7 +109,7 @@ def sweep(base: Run, default: float) -> Plan:
         default: the library's rate.
     """
     rates = [rounded(default * RATE_FACTOR**power) for power in (0, 1, -1)]
-    found: dict[float, float] = {}
+    found: dict[float, tuple[bool, float]] = {}
     coefficient: float | None = None
     extensions = 0
     while rates:
@@ -109,8 +124,7 @@ def sweep(base: Run, default: float) -> Plan:
         else:
             result = yield from match(run, coefficient)
             coefficient = result.run.coefficient
-        # With more latents active anything explains more: a rate at which L0 cannot be matched is none to choose.
-        found[rate] = result.validation["explained_variance"] if is_matched(result) or result.run.steer else -math.inf
+        found[rate] = _worth(result)
         best = max(found, key=lambda rate: found[rate])
         if not rates and extensions < MOST_EXTENSIONS and best in (min(found), max(found)):
             extensions += 1

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.quality_plan import D_SAE, SEEDS, SIDES_OF, K, best_rate, is_matched
+from bench.quality_plan import D_SAE, SEEDS, SIDES_OF, K, best_rate, counts, is_matched
 from bench.quality_results import Result, Results
 
 NAMES = {
@@ -156,8 +156,9 @@ def _rates(found: Sequence[Result]) -> list[str]:
     lines = [
         "## Learning rates, one seed, validation rows",
         "",
-        "The picked rate is bold. Of penalised architectures the search for the coefficient moves it during the run, "
-        "for the product by one run after the other.",
+        "The picked rate is bold. Of penalised architectures the search for the coefficient moves it during the run "
+        "(for dictionary_learning's JumpReLU the number of active latents that it is given), for the product by one "
+        "run after the other; a rate at which L0 comes nowhere near its target is not picked.",
         "",
         "| architecture | library | rate: explained variance (L0) |",
         "|---|---|---|",
@@ -169,20 +170,29 @@ def _rates(found: Sequence[Result]) -> list[str]:
                 for result in found
                 if (result.run.side, result.run.architecture, result.run.tokens) == (side, architecture, tokens)
                 and result.run.seed not in SEEDS
-                and (is_matched(result) or result.run.steer)
             ]
             picked = best_rate(runs)
             cells = [
-                f"{'**' if run.run.learning_rate == picked else ''}{run.run.learning_rate:.2g}"
-                f"{'**' if run.run.learning_rate == picked else ''}: "
-                f"{run.validation['explained_variance']:.4f} ({run.validation['l0']:.1f})"
-                for run in sorted(runs, key=lambda run: run.run.learning_rate)
+                _rate_cell(rate, [run for run in runs if run.run.learning_rate == rate], bold=rate == picked)
+                for rate in sorted({run.run.learning_rate for run in runs})
             ]
             if cells:
                 # A search has at least the library's rate and its neighbours.
                 rest = "" if len(cells) >= 3 else "; the search is not finished"
                 lines.append(f"| {architecture} | {NAMES[side]} | {'; '.join(cells)}{rest} |")
     return lines
+
+
+def _rate_cell(rate: float, runs: list[Result], *, bold: bool) -> str:
+    counting = [run for run in runs if counts(run)]
+    if not counting:
+        nearest = min((run.validation["l0"] for run in runs), key=lambda active: abs(active - K))
+        return f"{rate:.2g}: L0 at best {nearest:.1f}"
+    best = max(counting, key=lambda run: run.validation["explained_variance"])
+    told = f"{rate:.2g}"
+    return (
+        f"{f'**{told}**' if bold else told}: {best.validation['explained_variance']:.4f} ({best.validation['l0']:.1f})"
+    )
 
 
 def _missing(found: Sequence[Result]) -> list[str]:

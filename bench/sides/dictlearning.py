@@ -15,10 +15,11 @@ from dictionary_learning.trainers.standard import StandardTrainer
 from dictionary_learning.trainers.top_k import TopKTrainer
 from torch import Tensor
 
-from bench.sides.setting import Setting, TrainedSae, matryoshka_widths
+from bench.sides.setting import PENALIZED, Setting, TrainedSae, matryoshka_widths
 
 # Rows that its scale is estimated from: its own 100 batches.
 NORM_BATCHES = 100
+COUNT_EVERY = 10
 
 
 def _trainer(setting: Setting) -> Any:
@@ -54,7 +55,8 @@ def _trainer(setting: Setting) -> Any:
             return GatedSAETrainer(**size, **penalty)
         case "jumprelu":
             torch.manual_seed(setting.seed)  # it does not use its seed
-            return JumpReluTrainer(**size, target_l0=setting.k, sparsity_warmup_steps=setting.warm_up_steps)
+            target = setting.k / setting.coefficient
+            return JumpReluTrainer(**size, target_l0=target, sparsity_warmup_steps=setting.warm_up_steps)
         case other:
             raise ValueError(f"no {other}")
 
@@ -67,13 +69,19 @@ class DictionaryLearning:
         self._trainer = _trainer(setting)
         self._norm = 1.0
         self._steps = 0
+        self._active = 0.0
 
     @property
     def coefficient(self) -> float:
+        if self._setting.architecture == "jumprelu":
+            return self._setting.k / self._trainer.target_l0
         return self._trainer.l1_penalty
 
     def set_coefficient(self, value: float) -> None:
-        self._trainer.l1_penalty = value
+        if self._setting.architecture == "jumprelu":
+            self._trainer.target_l0 = self._setting.k / value
+        else:
+            self._trainer.l1_penalty = value
 
     @property
     def _weights(self) -> dict[str, Tensor]:
@@ -117,10 +125,13 @@ class DictionaryLearning:
             x = x / self._norm
         self._trainer.update(self._steps, x)
         self._steps += 1
-        if self._setting.quality and self._setting.architecture in ("standard", "gated"):
+        if not self._setting.quality or self._setting.architecture not in PENALIZED:
+            return None
+        # Its trainers do not tell: the encoder's product is done once more, and seldom, so that it costs nothing.
+        if self._steps % COUNT_EVERY == 1:
             with torch.no_grad():
-                return float((self._trainer.ae.encode(x) > 0).sum()) / len(x)
-        return None
+                self._active = float((self._trainer.ae.encode(x) > 0).sum()) / len(x)
+        return self._active
 
     def gradients(self, x: Tensor) -> dict[str, Tensor]:
         self._trainer.optimizer.zero_grad()  # some of its trainers leave the last step's

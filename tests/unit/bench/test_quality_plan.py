@@ -62,6 +62,25 @@ def test_a_rate_at_which_l0_cannot_be_matched_is_not_chosen_however_much_it_expl
     assert min(result.run.learning_rate for result in results) == pytest.approx(1e-3 / 3, rel=1e-2)
 
 
+def test_rates_at_which_steering_ends_far_from_the_wanted_l0_lead_on_to_where_it_does_not() -> None:
+    """They explain much with many active latents, which counts for nothing."""
+    penalised = Run("saelens", "jumprelu", 1000, 10, 0.0, None, 0)
+
+    def outcome(run: Run) -> tuple[float, float]:
+        assert run.steer
+        return (
+            (0.99, 500 * K * 1e-3 / run.learning_rate)
+            if run.learning_rate < 8e-3
+            else (0.8 + run.learning_rate, 1.1 * K)
+        )
+
+    results = carried_out(sweep(penalised, 1e-3), outcome)
+    assert [result.run.learning_rate for result in results] == pytest.approx(
+        [1e-3, 3e-3, 1e-3 / 3, 9e-3, 27e-3], rel=1e-2
+    )
+    assert best_rate(results) == pytest.approx(27e-3)
+
+
 @pytest.mark.parametrize("slope", [-0.5, -1.0, -2.0])
 @pytest.mark.parametrize("first", [0.5, 5.0, 50.0])
 def test_the_coefficient_is_found_where_l0_follows_a_power_of_it(slope: float, first: float) -> None:
