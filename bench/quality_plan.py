@@ -19,9 +19,9 @@ SIDES_OF = {
 # Rates are tried a factor apart around the library's default, and further while the best is the outermost.
 RATE_FACTOR, MOST_EXTENSIONS = 3.0, 2
 SWEEP_SEED, SEEDS = 0, (1, 2, 3)
-# Active latents count as matched within this much of the target. A run whose coefficient was moved until its last fifth
-# ends only near it, which is enough to choose a rate by.
-L0_TOLERANCE, STEERED_TOLERANCE = 0.05, 0.25
+# Active latents count as matched within this much of the target. A run whose coefficient was moved until its last
+# fifth, or whose library aims at a number of active latents, ends only near it, which is enough to choose a rate by.
+L0_TOLERANCE, NEAR_TOLERANCE = 0.05, 0.25
 MOST_MATCHING_RUNS = 5
 # Where searches for the coefficient begin.
 FIRST_COEFFICIENTS = {
@@ -30,9 +30,10 @@ FIRST_COEFFICIENTS = {
     ("dictionary_learning", "standard"): 0.2,
     ("ours", "jumprelu"): 1.0,
     ("saelens", "jumprelu"): 1.0,
-    # It is given a number of active latents, and ends at another one: the wanted number over the one that is given.
+    # The wanted number of active latents over the one that it is told to aim at.
     ("dictionary_learning", "jumprelu"): 1.0,
 }
+AIMS_AT_L0 = {("dictionary_learning", "jumprelu")}
 # log L0 falls by about this much per log of the coefficient; what is measured replaces it.
 FIRST_SLOPE = -1.0
 
@@ -82,9 +83,9 @@ def is_matched(result: Result) -> bool:
 
 def counts(result: Result) -> bool:
     """Whether a result may choose a rate: with more latents active anything explains more."""
-    if not result.run.steer:
-        return is_matched(result)
-    return abs(result.validation["l0"] / K - 1) <= STEERED_TOLERANCE
+    if result.run.steer or (result.run.side, result.run.architecture) in AIMS_AT_L0:
+        return abs(result.validation["l0"] / K - 1) <= NEAR_TOLERANCE
+    return is_matched(result)
 
 
 def _worth(result: Result) -> tuple[bool, float]:
@@ -111,12 +112,15 @@ def sweep(base: Run, default: float) -> Plan:
     rates = [rounded(default * RATE_FACTOR**power) for power in (0, 1, -1)]
     found: dict[float, tuple[bool, float]] = {}
     coefficient: float | None = None
+    coefficients: dict[float, float | None] = {}
     extensions = 0
     while rates:
         rate = rates.pop(0)
         run = _with(base, rate, SWEEP_SEED)
         if not needs_coefficient(run.side, run.architecture):
             result = yield run
+        elif (run.side, run.architecture) in AIMS_AT_L0:
+            result = yield _with(run, rate, SWEEP_SEED, coefficient=FIRST_COEFFICIENTS[run.side, run.architecture])
         elif can_steer(run.side):
             start = coefficient or FIRST_COEFFICIENTS[run.side, run.architecture]
             result = yield _with(run, rate, SWEEP_SEED, coefficient=rounded(start), steer=True)
@@ -124,11 +128,15 @@ def sweep(base: Run, default: float) -> Plan:
         else:
             result = yield from match(run, coefficient)
             coefficient = result.run.coefficient
-        found[rate] = _worth(result)
+        found[rate], coefficients[rate] = _worth(result), coefficient
         best = max(found, key=lambda rate: found[rate])
         if not rates and extensions < MOST_EXTENSIONS and best in (min(found), max(found)):
             extensions += 1
             rates.append(rounded(best * (RATE_FACTOR if best == max(found) else 1 / RATE_FACTOR)))
+    if not any(near for near, _ in found.values()):
+        # Steering has failed everywhere, as where thresholds follow slowly: at the rate that came nearest, run by run.
+        best = max(found, key=lambda rate: found[rate])
+        yield from match(_with(base, best, SWEEP_SEED), coefficients[best])
 
 
 def match(base: Run, coefficient: float | None) -> Generator[Run, Result, Result]:

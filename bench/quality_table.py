@@ -156,9 +156,9 @@ def _rates(found: Sequence[Result]) -> list[str]:
     lines = [
         "## Learning rates, one seed, validation rows",
         "",
-        "The picked rate is bold. Of penalised architectures the search for the coefficient moves it during the run "
-        "(for dictionary_learning's JumpReLU the number of active latents that it is given), for the product by one "
-        "run after the other; a rate at which L0 comes nowhere near its target is not picked.",
+        "The picked rate is bold. Of penalised architectures the search for the coefficient moves it during the run, "
+        "for the product by one run after the other (dictionary_learning's JumpReLU aims at a number of active latents "
+        "by itself); a rate at which L0 comes nowhere near its target is not picked.",
         "",
         "| architecture | library | rate: explained variance (L0) |",
         "|---|---|---|",

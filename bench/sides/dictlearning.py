@@ -15,11 +15,10 @@ from dictionary_learning.trainers.standard import StandardTrainer
 from dictionary_learning.trainers.top_k import TopKTrainer
 from torch import Tensor
 
-from bench.sides.setting import PENALIZED, Setting, TrainedSae, matryoshka_widths
+from bench.sides.setting import Setting, TrainedSae, matryoshka_widths
 
 # Rows that its scale is estimated from: its own 100 batches.
 NORM_BATCHES = 100
-COUNT_EVERY = 10
 
 
 def _trainer(setting: Setting) -> Any:
@@ -69,19 +68,13 @@ class DictionaryLearning:
         self._trainer = _trainer(setting)
         self._norm = 1.0
         self._steps = 0
-        self._active = 0.0
 
     @property
     def coefficient(self) -> float:
-        if self._setting.architecture == "jumprelu":
-            return self._setting.k / self._trainer.target_l0
         return self._trainer.l1_penalty
 
     def set_coefficient(self, value: float) -> None:
-        if self._setting.architecture == "jumprelu":
-            self._trainer.target_l0 = self._setting.k / value
-        else:
-            self._trainer.l1_penalty = value
+        self._trainer.l1_penalty = value
 
     @property
     def _weights(self) -> dict[str, Tensor]:
@@ -125,13 +118,10 @@ class DictionaryLearning:
             x = x / self._norm
         self._trainer.update(self._steps, x)
         self._steps += 1
-        if not self._setting.quality or self._setting.architecture not in PENALIZED:
-            return None
-        # Its trainers do not tell: the encoder's product is done once more, and seldom, so that it costs nothing.
-        if self._steps % COUNT_EVERY == 1:
+        if self._setting.quality and self._setting.architecture in ("standard", "gated"):
             with torch.no_grad():
-                self._active = float((self._trainer.ae.encode(x) > 0).sum()) / len(x)
-        return self._active
+                return float((self._trainer.ae.encode(x) > 0).sum()) / len(x)
+        return None
 
     def gradients(self, x: Tensor) -> dict[str, Tensor]:
         self._trainer.optimizer.zero_grad()  # some of its trainers leave the last step's

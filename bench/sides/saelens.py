@@ -82,7 +82,8 @@ class SaeLens:
         return self._scheduler.value
 
     def set_coefficient(self, value: float) -> None:
-        self._scheduler.current_value = value
+        # Each step sets it to the final one.
+        self._scheduler.current_value = self._scheduler.final_value = value
 
     @property
     def _scheduler(self) -> Any:

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from bench.quality_plan import L0_TOLERANCE, MOST_EXTENSIONS, MOST_MATCHING_RUNS, K, best_rate, match, sweep
+from bench.quality_plan import (
+    L0_TOLERANCE,
+    MOST_EXTENSIONS,
+    MOST_MATCHING_RUNS,
+    K,
+    best_rate,
+    is_matched,
+    match,
+    repeat,
+    sweep,
+)
 from bench.quality_results import Result, Run
 
 TOPK = Run("sparsify", "topk", 1000, 10, 0.0, None, 0)
@@ -79,6 +89,37 @@ def test_rates_at_which_steering_ends_far_from_the_wanted_l0_lead_on_to_where_it
         [1e-3, 3e-3, 1e-3 / 3, 9e-3, 27e-3], rel=1e-2
     )
     assert best_rate(results) == pytest.approx(27e-3)
+
+
+def test_where_steering_fails_at_every_rate_the_nearest_one_is_matched_run_by_run() -> None:
+    penalised = Run("saelens", "jumprelu", 1000, 10, 0.0, None, 0)
+
+    def outcome(run: Run) -> tuple[float, float]:
+        assert run.coefficient is not None
+        return 0.8, (K / 2 if run.learning_rate == 1e-3 else 4 * K) if run.steer else 2 * K / run.coefficient
+
+    results = carried_out(sweep(penalised, 1e-3), outcome)
+    assert [result.run.steer for result in results] == [True] * 3 + [False] * 2
+    assert best_rate(results) == 1e-3
+
+
+def test_a_library_that_aims_at_an_l0_is_tried_once_at_each_rate_and_matched_when_it_is_compared() -> None:
+    aiming = Run("dictionary_learning", "jumprelu", 1000, 10, 0.0, None, 0)
+
+    def outcome(run: Run) -> tuple[float, float]:
+        assert run.coefficient is not None
+        return 0.8, 0.9 * K / run.coefficient
+
+    results = carried_out(sweep(aiming, 1e-3), outcome)
+    assert [result.run.coefficient for result in results] == [1.0] * 3
+    assert best_rate(results) == 1e-3
+    compared = carried_out(repeat(aiming, 1e-3, 1.0), outcome)
+    assert [(result.run.seed, is_matched(result)) for result in compared] == [
+        (1, False),
+        (1, True),
+        (2, True),
+        (3, True),
+    ]
 
 
 @pytest.mark.parametrize("slope", [-0.5, -1.0, -2.0])
