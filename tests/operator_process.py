@@ -47,11 +47,11 @@ class OperatorProcess:
         assert self.exit_code is not None
         return self.exit_code
 
-    def stop(self, timeout: float = 20.0) -> int:
+    def stop(self, timeout: float = 60.0) -> int:
         """Ends it with SIGTERM and returns the exit code."""
         return self._signal(signal.SIGTERM, timeout)
 
-    def kill(self, timeout: float = 20.0) -> int:
+    def kill(self, timeout: float = 60.0) -> int:
         """Ends it with SIGKILL."""
         return self._signal(signal.SIGKILL, timeout)
 
