@@ -198,12 +198,12 @@ def of(results: Results, base: Run) -> list[Result]:
 
 
 def coefficient_of(results: list[Result], rate: float) -> float | None:
-    """What the search came to at a rate: that of steering, or of the run nearest to the target."""
+    """What the search came to at a rate: that of steering that ended near the target, or of the run nearest to it."""
     found = [result for result in results if result.run.learning_rate == rate]
-    steered = [result.coefficient for result in found if result.run.steer]
+    steered = [result.coefficient for result in found if result.run.steer and counts(result)]
     if steered:
         return steered[0]
-    fixed = [result for result in found if result.run.coefficient is not None]
+    fixed = [result for result in found if result.run.coefficient is not None and not result.run.steer]
     if not fixed:
         return None
     return min(fixed, key=lambda result: abs(result.validation["l0"] - K)).run.coefficient

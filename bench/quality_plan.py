@@ -23,6 +23,8 @@ SWEEP_SEED, SEEDS = 0, (1, 2, 3)
 # fifth, or whose library aims at a number of active latents, ends only near it, which is enough to choose a rate by.
 L0_TOLERANCE, NEAR_TOLERANCE = 0.05, 0.25
 MOST_MATCHING_RUNS = 5
+# Two runs that both end so many times above or below the target show that its rate does not get there.
+HOPELESS = 8.0
 # Where searches for the coefficient begin.
 FIRST_COEFFICIENTS = {
     ("ours", "standard"): 5.0,
@@ -45,9 +47,10 @@ def needs_coefficient(side: str, architecture: str) -> bool:
     return (side, architecture) in FIRST_COEFFICIENTS
 
 
-def can_steer(side: str) -> bool:
-    """Whether a side's coefficient can be moved during a training; ours is part of the spec."""
-    return side != "ours"
+def can_steer(side: str, architecture: str) -> bool:
+    """Whether a side's coefficient can be moved during a training: ours is part of the spec, and sae-lens's JumpReLU
+    thresholds follow so slowly that it would run away."""
+    return side != "ours" and (side, architecture) != ("saelens", "jumprelu")
 
 
 def default_rate(side: str, architecture: str, *, ours: float) -> float:
@@ -90,8 +93,12 @@ def counts(result: Result) -> bool:
 
 def _worth(result: Result) -> tuple[bool, float]:
     """Orders the results of rates: by explained variance, behind them by how near L0 is to the wanted number."""
-    near = -abs(math.log(max(result.validation["l0"], 1e-3) / K))
-    return (True, result.validation["explained_variance"]) if counts(result) else (False, near)
+    return (True, result.validation["explained_variance"]) if counts(result) else (False, -_distance(result))
+
+
+def _distance(result: Result) -> float:
+    """Of L0 from its target, in logarithms."""
+    return abs(math.log(max(result.validation["l0"], 1e-3) / K))
 
 
 def best_rate(results: Iterable[Result]) -> float | None:
@@ -121,20 +128,20 @@ def sweep(base: Run, default: float) -> Plan:
             result = yield run
         elif (run.side, run.architecture) in AIMS_AT_L0:
             result = yield _with(run, rate, SWEEP_SEED, coefficient=FIRST_COEFFICIENTS[run.side, run.architecture])
-        elif can_steer(run.side):
+        elif can_steer(run.side, run.architecture):
             start = coefficient or FIRST_COEFFICIENTS[run.side, run.architecture]
             result = yield _with(run, rate, SWEEP_SEED, coefficient=rounded(start), steer=True)
-            coefficient = result.coefficient
+            coefficient = result.coefficient if counts(result) else coefficient
         else:
             result = yield from match(run, coefficient)
-            coefficient = result.run.coefficient
-        found[rate], coefficients[rate] = _worth(result), coefficient
+            coefficient = result.run.coefficient if counts(result) else coefficient
+        found[rate], coefficients[rate] = _worth(result), result.coefficient
         best = max(found, key=lambda rate: found[rate])
         if not rates and extensions < MOST_EXTENSIONS and best in (min(found), max(found)):
             extensions += 1
             rates.append(rounded(best * (RATE_FACTOR if best == max(found) else 1 / RATE_FACTOR)))
-    if not any(near for near, _ in found.values()):
-        # Steering has failed everywhere, as where thresholds follow slowly: at the rate that came nearest, run by run.
+    if can_steer(base.side, base.architecture) and not any(near for near, _ in found.values()):
+        # Steering has failed everywhere: at the rate that came nearest, run by run.
         best = max(found, key=lambda rate: found[rate])
         yield from match(_with(base, best, SWEEP_SEED), coefficients[best])
 
@@ -151,8 +158,9 @@ def match(base: Run, coefficient: float | None) -> Generator[Run, Result, Result
     while True:
         result = yield _with(base, base.learning_rate, base.seed, coefficient=following)
         tried.append((following, result))
-        if is_matched(result) or len(tried) == MOST_MATCHING_RUNS:
-            return min((one for _, one in tried), key=lambda one: abs(math.log(max(one.validation["l0"], 1e-3) / K)))
+        hopeless = len(tried) == 2 and all(_distance(one) > math.log(HOPELESS) for _, one in tried)
+        if is_matched(result) or hopeless or len(tried) == MOST_MATCHING_RUNS:
+            return min((one for _, one in tried), key=_distance)
         following = rounded(_next_coefficient([(value, one.validation["l0"]) for value, one in tried]))
 
 

@@ -159,6 +159,15 @@ _POD_CASES = [
         for name, ok in (
             ("NCCL_NET_PLUGIN", {"name": "NCCL_DEBUG", "value": "INFO"}),
             ("CUDA_INJECTION64_PATH", {"name": "CUDA_VISIBLE_DEVICES", "value": "0"}),
+            ("CUDA_COREDUMP_FILE", {"name": "CUDA_LAUNCH_BLOCKING", "value": "1"}),
+            ("NCCL_CONF_FILE", {"name": "NCCL_TOPO_FILE", "value": "/data/topology.xml"}),
+            ("AWS_CONFIG_FILE", {"name": "AWS_WEB_IDENTITY_TOKEN_FILE", "value": "/data/token"}),
+            ("AWS_SHARED_CREDENTIALS_FILE", {"name": "AWS_CA_BUNDLE", "value": "/data/ca.pem"}),
+            ("TORCH_ADDR2LINE_BINARY", {"name": "TORCH_SHOW_CPP_STACKTRACES", "value": "1"}),
+            ("TORCHINDUCTOR_CUTLASS_DIR", {"name": "TORCHINDUCTOR_MAX_AUTOTUNE", "value": "1"}),
+            ("FI_PROVIDER_PATH", {"name": "FI_PROVIDER", "value": "efa"}),
+            ("UCX_MODULE_DIR", {"name": "UCX_TLS", "value": "tcp"}),
+            ("OMP_TOOL_LIBRARIES", {"name": "OMP_PROC_BIND", "value": "true"}),
         )
     ),
     *(

@@ -113,10 +113,15 @@ class SecretKeyRef(ApiModel):
 
 
 # A folder of a claim holds code, too: with PATH it would stand in for the command, with others for a compiler or in a
-# cache of compiled code, with the rest in libraries, as which NCCL and CUDA load plugins.
+# cache of compiled code, with the rest in libraries, as which NCCL and CUDA load plugins. Programs are named by AWS'
+# files (`credential_process`), to PyTorch for a stack trace, and to CUDA for a core dump (`| program`). The files of
+# NCCL and UCX set variables.
 CODE_LOADERS = (
-    "^(PATH|HOME|ENV|BASH_ENV|GCONV_PATH|CC|CXX|CUDA_HOME|CUDA_PATH|TORCHINDUCTOR_CACHE_DIR|TORCH_EXTENSIONS_DIR)$"
-    "|^(LD_|PYTHON|OPENSSL_|TRITON_)|_PLUGIN$|_INJECTION"
+    "^(PATH|HOME|ENV|BASH_ENV|GCONV_PATH|CC|CXX|CUDA_(HOME|PATH|CACHE_PATH|COREDUMP_FILE)"
+    "|TORCH_(EXTENSIONS_DIR|ADDR2LINE_BINARY|FORCE_NO_WEIGHTS_ONLY_LOAD)|PYTORCH_KERNEL_CACHE_PATH"
+    "|TORCHINDUCTOR_(.*_DIR|CPP_MARCH|REDIS_.*)|AWS_(CONFIG|SHARED_CREDENTIALS)_FILE|NCCL_CONF_FILE|OMP_TOOL_LIBRARIES"
+    "|UCX_(CONFIG|MODULE)_DIR|FI_PROVIDER_PATH|(IBV|RDMAV)_DRIVERS)$"
+    "|^(LD_|PYTHON|OPENSSL_|TRITON_|GIT_)|_PLUGIN$|_INJECTION"
 )
 
 

@@ -205,9 +205,10 @@ class Operator:
             return None
         logs.identify(stored.metadata.uid)
         try:
-            await self.poller.list_due_pods(stored)
             await self.executor.look_up_told_job(stored)
             defaults = await self.defaults.of(key.namespace)
+            # Last of what waits: a Job that ends meanwhile would be judged without the pods that ended it.
+            await self.poller.list_due_pods(stored)
             stored = self.store.get(key)
             if stored is None:
                 return None

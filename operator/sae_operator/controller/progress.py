@@ -120,7 +120,7 @@ class PodPoller:
             family.pods_due = False
             try:
                 pods, version = await list_pods(self._client, stored)
-            except (ApiError, ServerUnavailable):
+            except BaseException:
                 family.pods_due = True
                 raise
             self._store.put_pods(stored.metadata.uid, pods, version)

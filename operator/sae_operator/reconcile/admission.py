@@ -29,13 +29,17 @@ DEFAULT_SERVICE_ACCOUNT = "default"
 # image, of what they use, and of the network. The specs' own rules refuse among them what would load other code.
 KNOWN_ENV = (
     *("HF_*", "WANDB_*", "AWS_*", "NCCL_*", "OMP_*"),  # the ones that a message shows
-    *("TRANSFORMERS_*", "TOKENIZERS_*", "DATASETS_*", "TQDM_*"),
-    *("TORCH_*", "TORCHINDUCTOR_*", "PYTORCH_*", "CUDA_*", "CUBLAS_*", "NVIDIA_*"),
-    *("GLOO_*", "UCX_*", "FI_*"),
-    *("MKL_*", "KMP_*", "OPENBLAS_*", "MALLOC_*", "GOMP_*"),
+    *("HUGGINGFACE_*", "HUGGING_FACE_*"),  # old names of some HF_*, which are read still
+    *("TRANSFORMERS_*", "TRANSFORMERLENS_*", "TOKENIZERS_*", "DATASETS_*", "TQDM_*", "RUST_*"),
+    *("TORCH_*", "TORCHINDUCTOR_*", "TORCHDYNAMO_*", "PYTORCH_*"),
+    *("CUDA_*", "CUBLAS_*", "CUBLASLT_*", "CUDNN_*"),
+    # Not NVIDIA_VISIBLE_DEVICES, which on some nodes shows a pod the GPUs of others.
+    *("NVIDIA_TF32_OVERRIDE", "NVIDIA_DRIVER_CAPABILITIES"),
+    *("GLOO_*", "UCX_*", "FI_*", "OFI_NCCL_*"),
+    *("MKL_*", "KMP_*", "OPENBLAS_*", "MALLOC_*", "GOMP_*", "ONEDNN_*", "ATEN_CPU_CAPABILITY"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
-    *("TZ", "LANG", "LC_*", "NO_COLOR"),
+    *("TZ", "LANG", "LC_*", "NO_COLOR", "DO_NOT_TRACK"),
 )
 
 

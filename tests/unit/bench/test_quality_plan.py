@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench.quality import coefficient_of
 from bench.quality_plan import (
     L0_TOLERANCE,
     MOST_EXTENSIONS,
@@ -74,7 +75,7 @@ def test_a_rate_at_which_l0_cannot_be_matched_is_not_chosen_however_much_it_expl
 
 def test_rates_at_which_steering_ends_far_from_the_wanted_l0_lead_on_to_where_it_does_not() -> None:
     """They explain much with many active latents, which counts for nothing."""
-    penalised = Run("saelens", "jumprelu", 1000, 10, 0.0, None, 0)
+    penalised = Run("saelens", "standard", 1000, 10, 0.0, None, 0)
 
     def outcome(run: Run) -> tuple[float, float]:
         assert run.steer
@@ -91,8 +92,13 @@ def test_rates_at_which_steering_ends_far_from_the_wanted_l0_lead_on_to_where_it
     assert best_rate(results) == pytest.approx(27e-3)
 
 
+def test_a_rate_that_does_not_get_there_is_given_up_after_two_runs() -> None:
+    hopeless = carried_out(match(STANDARD, 1.0), lambda run: (0.9, 100.0 * K))
+    assert len(hopeless) == 2
+
+
 def test_where_steering_fails_at_every_rate_the_nearest_one_is_matched_run_by_run() -> None:
-    penalised = Run("saelens", "jumprelu", 1000, 10, 0.0, None, 0)
+    penalised = Run("saelens", "standard", 1000, 10, 0.0, None, 0)
 
     def outcome(run: Run) -> tuple[float, float]:
         assert run.coefficient is not None
@@ -101,6 +107,17 @@ def test_where_steering_fails_at_every_rate_the_nearest_one_is_matched_run_by_ru
     results = carried_out(sweep(penalised, 1e-3), outcome)
     assert [result.run.steer for result in results] == [True] * 3 + [False] * 2
     assert best_rate(results) == 1e-3
+
+
+def test_where_steering_failed_the_coefficient_is_that_of_the_run_that_was_matched() -> None:
+    def result(coefficient: float, active: float, *, steered_to: float | None = None) -> Result:
+        run = Run("saelens", "jumprelu", 1000, 10, 1e-3, coefficient, 0, steered_to is not None)
+        return Result(run, {"explained_variance": 0.8, "l0": active, "dead_fraction": 0.0}, {}, 1.0, steered_to)
+
+    failed, matched = result(1.0, 4 * K, steered_to=9.0), result(2.0, K)
+    assert coefficient_of([failed, result(5.0, 2 * K), matched], 1e-3) == 2.0
+    assert coefficient_of([result(1.0, 1.1 * K, steered_to=3.0), matched], 1e-3) == 3.0
+    assert coefficient_of([failed], 1e-3) is None
 
 
 def test_a_library_that_aims_at_an_l0_is_tried_once_at_each_rate_and_matched_when_it_is_compared() -> None:

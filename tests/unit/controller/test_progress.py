@@ -114,12 +114,15 @@ async def test_pods_that_end_all_the_time_are_not_listed_for_ever() -> None:
     assert (server.asked, store.children("uid-a").pods_due) == (LISTINGS_AT_ONCE, True)
 
 
-async def test_pods_that_could_not_be_listed_stay_due() -> None:
+@pytest.mark.parametrize(
+    "error", [ServerUnavailable("away"), KeyError("a pod as no other")], ids=["the server is away", "a fault of ours"]
+)
+async def test_pods_that_could_not_be_listed_stay_due(error: Exception) -> None:
     def fails(_: Store) -> None:
-        raise ServerUnavailable("away")
+        raise error
 
     _, poller, store = listing(fails)
-    with pytest.raises(ServerUnavailable):
+    with pytest.raises(type(error)):
         await list_due(poller, store)
     assert store.children("uid-a").pods_due
 

@@ -123,7 +123,10 @@ def test_environment_variables_of_known_libraries_need_no_leave_and_a_list_repla
 
     known = ("HF_TOKEN", "WANDB_MODE", "AWS_REGION", "NCCL_DEBUG", "HTTPS_PROXY", "OMP_NUM_THREADS", "TZ", "LC_ALL")
     assert refused(*known, settings=STRICT) == []
+    others = ("HUGGING_FACE_HUB_TOKEN", "TORCHDYNAMO_DISABLE", "CUBLASLT_WORKSPACE_SIZE", "OFI_NCCL_PROTOCOL")
+    assert refused(*others, settings=STRICT) == []
     assert refused("TEAM_FLAG", settings=STRICT) == ["spec.run.env[0].name"]
+    assert refused("NVIDIA_VISIBLE_DEVICES", settings=STRICT) == ["spec.run.env[0].name"]
     assert refused("MY_HF_TOKEN", "hf_token", settings=STRICT) == ["spec.run.env[0].name", "spec.run.env[1].name"]
     own = replace(STRICT, allowed_env=("TEAM_*",))
     assert refused("TEAM_FLAG", "HF_TOKEN", settings=own) == ["spec.run.env[1].name"]
