@@ -34,7 +34,20 @@ from bench.machine import machine
 from bench.peers import DICTIONARY_LEARNING, SAE_LENS_NEWEST, SPARSIFY, peer_environment
 from bench.quality_data import FULL, QUICK, QualityData, ensure_data
 from bench.quality_evaluation import PlainSae, cross_entropy_figures, held_out_figures
-from bench.quality_plan import D_SAE, SEEDS, SIDES_OF, K, Plan, best_rate, counts, default_rate, lengthen, repeat, sweep
+from bench.quality_plan import (
+    D_SAE,
+    SEEDS,
+    SIDES_OF,
+    SWEEP_SEED,
+    K,
+    Plan,
+    best_rate,
+    counts,
+    default_rate,
+    lengthen,
+    repeat,
+    sweep,
+)
 from bench.quality_results import Result, Results, Run
 from bench.quality_table import write_table
 from sae_job.evaluation.metrics import HeldOutRows
@@ -199,7 +212,7 @@ def of(results: Results, base: Run) -> list[Result]:
 
 def coefficient_of(results: list[Result], rate: float) -> float | None:
     """What the search came to at a rate: that of steering that ended near the target, or of the run nearest to it."""
-    found = [result for result in results if result.run.learning_rate == rate]
+    found = [result for result in results if (result.run.learning_rate, result.run.seed) == (rate, SWEEP_SEED)]
     steered = [result.coefficient for result in found if result.run.steer and counts(result)]
     if steered:
         return steered[0]
