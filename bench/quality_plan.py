@@ -119,7 +119,6 @@ def sweep(base: Run, default: float) -> Plan:
     rates = [rounded(default * RATE_FACTOR**power) for power in (0, 1, -1)]
     found: dict[float, tuple[bool, float]] = {}
     coefficient: float | None = None
-    coefficients: dict[float, float | None] = {}
     extensions = 0
     while rates:
         rate = rates.pop(0)
@@ -135,15 +134,11 @@ def sweep(base: Run, default: float) -> Plan:
         else:
             result = yield from match(run, coefficient)
             coefficient = result.run.coefficient if counts(result) else coefficient
-        found[rate], coefficients[rate] = _worth(result), result.coefficient
+        found[rate] = _worth(result)
         best = max(found, key=lambda rate: found[rate])
         if not rates and extensions < MOST_EXTENSIONS and best in (min(found), max(found)):
             extensions += 1
             rates.append(rounded(best * (RATE_FACTOR if best == max(found) else 1 / RATE_FACTOR)))
-    if can_steer(base.side, base.architecture) and not any(near for near, _ in found.values()):
-        # Steering has failed everywhere: at the rate that came nearest, run by run.
-        best = max(found, key=lambda rate: found[rate])
-        yield from match(_with(base, best, SWEEP_SEED), coefficients[best])
 
 
 def match(base: Run, coefficient: float | None) -> Generator[Run, Result, Result]:

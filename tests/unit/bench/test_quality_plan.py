@@ -97,18 +97,6 @@ def test_a_rate_that_does_not_get_there_is_given_up_after_two_runs() -> None:
     assert len(hopeless) == 2
 
 
-def test_where_steering_fails_at_every_rate_the_nearest_one_is_matched_run_by_run() -> None:
-    penalised = Run("saelens", "standard", 1000, 10, 0.0, None, 0)
-
-    def outcome(run: Run) -> tuple[float, float]:
-        assert run.coefficient is not None
-        return 0.8, (K / 2 if run.learning_rate == 1e-3 else 4 * K) if run.steer else 2 * K / run.coefficient
-
-    results = carried_out(sweep(penalised, 1e-3), outcome)
-    assert [result.run.steer for result in results] == [True] * 3 + [False] * 2
-    assert best_rate(results) == 1e-3
-
-
 def test_where_steering_failed_the_coefficient_is_that_of_the_run_that_was_matched() -> None:
     def result(coefficient: float, active: float, *, steered_to: float | None = None) -> Result:
         run = Run("saelens", "jumprelu", 1000, 10, 1e-3, coefficient, 0, steered_to is not None)
