@@ -533,13 +533,24 @@ RULE_CASES = [
     ),
     RuleCase(
         JOB,
-        {_ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": True}},
-        "spec.saes[0].normalizeDecoder",
-        "scaleSparsityPenaltyByDecoderNorm needs normalizeDecoder: false",
         {
             _ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": True},
-            f"{_SAE}.normalizeDecoder": False,
+            f"{_SAE}.normalizeDecoder": True,
         },
+        "spec.saes[0].normalizeDecoder",
+        "scaleSparsityPenaltyByDecoderNorm needs normalizeDecoder: false",
+        {_ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": True}},
+    ),
+    RuleCase(
+        JOB,
+        {
+            _ARCHITECTURE: _STANDARD,
+            f"{_SAE}.initialization.decoder": "heuristic",
+            f"{_SAE}.normalizeDecoder": True,
+        },
+        "spec.saes[0].normalizeDecoder",
+        "initialization.decoder heuristic needs normalizeDecoder: false",
+        {_ARCHITECTURE: _STANDARD, f"{_SAE}.initialization.decoder": "heuristic"},
     ),
     RuleCase(
         JOB,

@@ -301,8 +301,7 @@ def _architecture(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]
     options: dict[str, Any] = {}
     if values["lp_norm"] != 1:
         options["lpNorm"] = values["lp_norm"]
-    if values["scale_sparsity_penalty_by_decoder_norm"]:
-        options["scaleSparsityPenaltyByDecoderNorm"] = True
+    options["scaleSparsityPenaltyByDecoderNorm"] = values["scale_sparsity_penalty_by_decoder_norm"]
     if activation != "relu":
         options["activation"] = activation
     if values["use_ghost_grads"]:

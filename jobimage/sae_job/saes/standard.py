@@ -41,7 +41,7 @@ class StandardSAE(PenalizedSAE):
         assert architecture.l1_coefficient is not None
         self._coefficient = partial(warmed_up, architecture.l1_coefficient, warm_up_steps=architecture.l1_warm_up_steps)
         self._p = 1.0 if architecture.lp_norm is None else architecture.lp_norm
-        self._weighted = bool(architecture.scale_sparsity_penalty_by_decoder_norm)
+        self._weighted = spec.weights_penalty_by_decoder_norm
         self._ghost = bool(architecture.ghost_gradients)
 
     def _move_norms_to_encoder(self, norms: Float32[Tensor, " d_sae"]) -> None:

@@ -141,7 +141,7 @@ class TrainableWeights(ABC):
             sample,
             None if self.spec.target_hook is None else target,
             d_sae=self.d_sae,
-            normalize_decoder=self.spec.normalize_decoder,
+            normalize_decoder=self.spec.normalizes_decoder,
             apply_b_dec_to_input=self.spec.subtracts_b_dec,
             activation=self._activation,
             generator=generator,
@@ -168,7 +168,7 @@ class TrainableWeights(ABC):
         if sae.cfg.normalize_activations in RUN_TIME_NORMALIZATIONS:
             scale = target_scale = 1.0  # it never saw a factor
         factors = getattr(sae, "finetuning_scaling_factor", None)
-        if factors is not None and self.spec.normalize_decoder:
+        if factors is not None and self.spec.normalizes_decoder:
             raise ValueError("it was fine-tuned with factors of its latents: set normalizeDecoder: false to go on from")
         self._take(self.W_enc_T, sae, "W_enc", transposed=True).div_(scale)
         for name in self.latent_parameters:
@@ -179,7 +179,7 @@ class TrainableWeights(ABC):
         self._take(self.b_dec, sae, "b_dec").mul_(target_scale)
         if self.W_skip is not None:
             self._take(self.W_skip, sae, "W_skip").mul_(target_scale / scale)
-        if self.spec.normalize_decoder:
+        if self.spec.normalizes_decoder:
             norms = torch.linalg.vector_norm(self.W_dec, dim=1)
             norms.masked_fill_(norms <= _SMALLEST_NORM, 1.0)
             if float((norms - 1).abs().max()) > _UNIT_NORM_TOLERANCE:
@@ -255,14 +255,14 @@ class TrainableWeights(ABC):
     def project_gradients(self) -> None:
         """Remove the part of the decoder's gradient that is parallel to each row, where rows are kept at unit norm."""
         gradient = self.W_dec.grad
-        if self.spec.normalize_decoder and gradient is not None:
+        if self.spec.normalizes_decoder and gradient is not None:
             parallel = torch.linalg.vecdot(gradient, self.W_dec)
             gradient.addcmul_(self.W_dec, parallel.unsqueeze(1), value=-1)
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         """Bring decoder rows back to unit norm, where they are kept there."""
-        if self.spec.normalize_decoder:
+        if self.spec.normalizes_decoder:
             self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM))
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sae_operator.api.activation_cache import ActivationCacheSpec
 from sae_operator.api.identity import cache_of
-from sae_operator.api.sae import TOP_K_TYPES, SaeSpec
+from sae_operator.api.sae import SaeSpec
 from sae_operator.api.training_job import SAETrainingJobSpec
 
 # Adam moves each weight by about the rate; decoder rows have entries of about 1/sqrt(dIn), a few hundredths.
@@ -119,32 +119,13 @@ def _rate(sae: SaeSpec, path: str, spec: SAETrainingJobSpec) -> Iterator[Advice]
         yield Advice(f"{path}.training.learningRate", f"{rate:g} is likely to diverge; try 1e-3")
 
 
-def _warm_up(sae: SaeSpec, path: str, spec: SAETrainingJobSpec) -> Iterator[Advice]:
-    architecture = sae.architecture
-    if architecture.type in TOP_K_TYPES:
-        return
-    letter, steps = ("l0", architecture.l0_warm_up_steps)
-    if architecture.type != "jumprelu":
-        letter, steps = ("l1", architecture.l1_warm_up_steps)
-    if not steps:
-        yield Advice(
-            f"{path}.architecture.{letter}WarmUpSteps",
-            "a penalty at full weight from the first step kills latents for good; let it rise, e.g. over a twentieth "
-            "of the steps",
-        )
-
-
 def _cheated_penalty(sae: SaeSpec, path: str, spec: SAETrainingJobSpec) -> Iterator[Advice]:
     architecture = sae.architecture
-    if (
-        architecture.type == "standard"
-        and not sae.normalize_decoder
-        and not architecture.scale_sparsity_penalty_by_decoder_norm
-    ):
+    if architecture.type == "standard" and not sae.normalizes_decoder and not sae.weights_penalty_by_decoder_norm:
         yield Advice(
             f"{path}.architecture.scaleSparsityPenaltyByDecoderNorm",
-            "with free decoder norms the penalty vanishes without sparsity (small activations, long rows); set it to "
-            "true, or keep normalizeDecoder",
+            "with free decoder norms the penalty vanishes without sparsity (small activations, long rows); leave it "
+            "out, or set normalizeDecoder: true",
         )
 
 
@@ -176,4 +157,4 @@ def _unscaled_thresholds(sae: SaeSpec, path: str, spec: SAETrainingJobSpec) -> I
 
 
 SaeCheck = Callable[[SaeSpec, str, SAETrainingJobSpec], Iterator[Advice]]
-SAE_CHECKS: tuple[SaeCheck, ...] = (_rate, _warm_up, _cheated_penalty, _no_revival, _dense, _unscaled_thresholds)
+SAE_CHECKS: tuple[SaeCheck, ...] = (_rate, _cheated_penalty, _no_revival, _dense, _unscaled_thresholds)

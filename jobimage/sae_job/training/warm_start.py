@@ -87,7 +87,7 @@ def _difference(plan: SaePlan, sae: SAE) -> str | None:
         return f"its encoder has applyBDecToInput {str(cfg.apply_b_dec_to_input).lower()}: set it alike"
     if hasattr(sae, "W_skip") != spec.skip_connection:
         return f"it has {'a' if hasattr(sae, 'W_skip') else 'no'} skip connection: set skipConnection alike"
-    if cfg.finetuning_scaling_factor and spec.normalize_decoder:
+    if cfg.finetuning_scaling_factor and spec.normalizes_decoder:
         return "it was fine-tuned with factors of its latents, which decoder rows of unit norm cannot hold: set " + (
             "normalizeDecoder: false"
         )

@@ -132,7 +132,8 @@ class Architecture(ApiModel):
     lp_norm: Annotated[float, Field(gt=0, le=4)] | None = None
     """standard: p of the penalty's norm; 1 when empty."""
     scale_sparsity_penalty_by_decoder_norm: bool | None = None
-    """standard: weight each latent's penalty by the norm of its decoder row; needs `normalizeDecoder: false`."""
+    """standard: weight each latent's penalty by the norm of its decoder row, which must not be kept at unit norm; true
+    when empty, unless `normalizeDecoder` is."""
     activation: Literal["relu", "tanh-relu"] | None = None
     """standard: activation function; relu when empty."""
     ghost_gradients: bool | None = None
@@ -208,6 +209,10 @@ class StopEarly(ApiModel):
     """Stop when more of the latents than this are dead."""
 
 
+# Whether decoder rows are kept at unit norm: `SaeSpec.normalizes_decoder`.
+_CEL_NORMALIZES_DECODER = "(has(self.normalizeDecoder) ? self.normalizeDecoder : self.architecture.type != 'standard')"
+
+
 class SaeSpec(ApiModel):
     RULES = (
         Rule(
@@ -228,15 +233,15 @@ class SaeSpec(ApiModel):
             "architecture.k",
         ),
         Rule(
-            "!self.normalizeDecoder || self.initialization.decoder != 'heuristic'",
-            lambda s: not s.normalize_decoder or s.initialization.decoder != "heuristic",
+            f"!{_CEL_NORMALIZES_DECODER} || self.initialization.decoder != 'heuristic'",
+            lambda s: not s.normalizes_decoder or s.initialization.decoder != "heuristic",
             "initialization.decoder heuristic needs normalizeDecoder: false",
             "normalizeDecoder",
         ),
         Rule(
-            "!self.normalizeDecoder || !has(self.architecture.scaleSparsityPenaltyByDecoderNorm)"
+            f"!{_CEL_NORMALIZES_DECODER} || !has(self.architecture.scaleSparsityPenaltyByDecoderNorm)"
             " || !self.architecture.scaleSparsityPenaltyByDecoderNorm",
-            lambda s: not s.normalize_decoder or not s.architecture.scale_sparsity_penalty_by_decoder_norm,
+            lambda s: not s.normalizes_decoder or not s.architecture.scale_sparsity_penalty_by_decoder_norm,
             "scaleSparsityPenaltyByDecoderNorm needs normalizeDecoder: false",
             "normalizeDecoder",
         ),
@@ -274,8 +279,9 @@ class SaeSpec(ApiModel):
     """Number format of its saved weights; training keeps them in float32."""
     apply_b_dec_to_input: bool | None = None
     """Subtract `b_dec` before encoding; true when empty, but for a transcoder."""
-    normalize_decoder: bool = True
-    """Keep decoder rows at unit norm."""
+    normalize_decoder: bool | None = None
+    """Keep decoder rows at unit norm. When empty, true for all but standard, whose penalty is weighted by their norms
+    instead: it explains more with as many active latents."""
     initialization: Initialization = Field(default_factory=Initialization)
     """How its weights begin."""
     start_from: StoreLocation | None = None
@@ -290,6 +296,17 @@ class SaeSpec(ApiModel):
     def subtracts_b_dec(self) -> bool:
         """Whether `b_dec` is subtracted before encoding."""
         return self.target_hook is None if self.apply_b_dec_to_input is None else self.apply_b_dec_to_input
+
+    @property
+    def normalizes_decoder(self) -> bool:
+        """Whether decoder rows are kept at unit norm."""
+        return self.architecture.type != "standard" if self.normalize_decoder is None else self.normalize_decoder
+
+    @property
+    def weights_penalty_by_decoder_norm(self) -> bool:
+        """Whether a standard SAE's penalty counts each latent times the norm of its decoder row."""
+        weighted = self.architecture.scale_sparsity_penalty_by_decoder_norm
+        return self.architecture.type == "standard" and (not self.normalizes_decoder if weighted is None else weighted)
 
     def latents(self, d_in: int) -> int:
         """Number of latents on activations of a width."""

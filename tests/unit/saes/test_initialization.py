@@ -53,7 +53,7 @@ def test_the_transpose_is_taken_before_the_decoder_is_normalised() -> None:
     options = {"decoder": "kaiming_uniform", "encoder": "transpose"}
     free = trainable(STANDARD, normalizeDecoder=False, initialization=options)
     assert torch.equal(free.W_enc_T, free.W_dec)
-    unit = trainable(STANDARD, initialization=options)
+    unit = trainable(STANDARD, normalizeDecoder=True, initialization=options)
     assert not torch.allclose(unit.W_enc_T, unit.W_dec, atol=1e-3)
     directions = unit.W_enc_T / unit.W_enc_T.norm(dim=1, keepdim=True)
     assert torch.allclose(directions, unit.W_dec, atol=1e-5)

@@ -30,29 +30,31 @@ from tests.unit.saes.written_gradients import (
 )
 
 PLAIN = {"type": "standard", "l1Coefficient": 0.3}
+UNWEIGHTED = {**PLAIN, "scaleSparsityPenaltyByDecoderNorm": False}
+UNIT_NORM = {"normalizeDecoder": True}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": (PLAIN, {}),
+    "weighted by decoder norms": (PLAIN, FREE_NORMS),
+    "weighted, p = 2": ({**PLAIN, "lpNorm": 2.0}, FREE_NORMS),
+    "decoder rows of unit norm": (PLAIN, UNIT_NORM),
+    "without weights": (UNWEIGHTED, FREE_NORMS),
     "without centring": (PLAIN, {"applyBDecToInput": False}),
-    "p = 1.5": ({**PLAIN, "lpNorm": 1.5}, {}),
-    "p = 0.9": ({**PLAIN, "lpNorm": 0.9}, {}),
-    "weighted by decoder norms": ({**PLAIN, "scaleSparsityPenaltyByDecoderNorm": True}, FREE_NORMS),
-    "weighted, p = 2": ({**PLAIN, "scaleSparsityPenaltyByDecoderNorm": True, "lpNorm": 2.0}, FREE_NORMS),
+    "p = 1.5": ({**PLAIN, "lpNorm": 1.5}, UNIT_NORM),
+    "p = 0.9": ({**PLAIN, "lpNorm": 0.9}, UNIT_NORM),
     "tanh-relu": ({**PLAIN, "activation": "tanh-relu"}, {}),
-    "tanh-relu, p = 2": ({**PLAIN, "activation": "tanh-relu", "lpNorm": 2.0}, {}),
+    "tanh-relu, p = 2": ({**PLAIN, "activation": "tanh-relu", "lpNorm": 2.0}, UNIT_NORM),
     "transcoder": (PLAIN, TRANSCODER),
 }
 
 
-def definition(architecture: Architecture, *, centres: bool, normalization: str = "none") -> Definition:
+def definition(architecture: Architecture, *, centres: bool, weighted: bool, normalization: str = "none") -> Definition:
     def loss(weights: Mapping[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
         pre = (x - weights["b_dec"] if centres else x) @ weights["W_enc_T"].T + weights["b_enc"]
         features = pre.relu().tanh() if architecture.activation == "tanh-relu" else pre.relu()
-        weighted = features
-        if architecture.scale_sparsity_penalty_by_decoder_norm:
-            weighted = features * weights["W_dec"].norm(dim=1)
+        penalized = features * weights["W_dec"].norm(dim=1) if weighted else features
         p = architecture.lp_norm or 1.0
         # A power of zero below 1 has no slope that autograd could give.
-        powers = torch.where(weighted > 0, weighted.clamp_min(1e-30).pow(p), 0.0)
+        powers = torch.where(penalized > 0, penalized.clamp_min(1e-30).pow(p), 0.0)
         norms = powers.sum(dim=1).pow(1 / p)
         assert architecture.l1_coefficient is not None
         mse = squared_error(reconstruction(weights, features, x) - target, target, normalization)
@@ -63,7 +65,10 @@ def definition(architecture: Architecture, *, centres: bool, normalization: str 
 
 def defined_by(sae: Any, normalization: str = "none") -> Definition:
     assert isinstance(sae, StandardSAE)
-    return definition(sae.spec.architecture, centres=sae.spec.subtracts_b_dec, normalization=normalization)
+    weighted = not sae.spec.normalize_decoder and sae.spec.architecture.scale_sparsity_penalty_by_decoder_norm is None
+    return definition(
+        sae.spec.architecture, centres=sae.spec.subtracts_b_dec, weighted=weighted, normalization=normalization
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -94,7 +94,7 @@ def test_norms_of_decoder_rows_go_into_the_encoder_where_rows_have_unit_norm(arc
     saved.W_dec *= norms.unsqueeze(1)
     if hasattr(saved, "threshold"):
         saved.threshold.fill_(0.7)
-    sae = trainable(TYPES[architecture], seed=5)
+    sae = trainable(TYPES[architecture], seed=5, normalizeDecoder=True)
     sae.start_from(saved, scale=0.5, target_scale=0.5)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(D_SAE), atol=1e-5)
     x = batch()
@@ -119,8 +119,8 @@ def test_norms_that_tanh_does_not_commute_with_are_refused() -> None:
     tanh = {**STANDARD, "activation": "tanh-relu"}
     saved = trainable(tanh).to_inference(scale=1.0)
     with pytest.raises(ValueError, match="normalizeDecoder: false"):
-        trainable(tanh, seed=5).start_from(saved, scale=2.0, target_scale=2.0)
-    free, same = trainable(tanh, seed=5, normalizeDecoder=False), trainable(tanh, seed=5)
+        trainable(tanh, seed=5, normalizeDecoder=True).start_from(saved, scale=2.0, target_scale=2.0)
+    free, same = (trainable(tanh, seed=5, normalizeDecoder=normalized) for normalized in (False, True))
     free.start_from(saved, scale=2.0, target_scale=2.0)
     same.start_from(saved, scale=1.0, target_scale=1.0)
     for again in (free.to_inference(scale=2.0), same.to_inference(scale=1.0)):

@@ -13,7 +13,7 @@ from tests.specs import CACHE_SPEC, JOB_SPEC, Edits, edited
 
 _SAE = "saes.0"
 _ARCHITECTURE = f"{_SAE}.architecture"
-_STANDARD: dict[str, Any] = {"type": "standard", "l1Coefficient": 5, "l1WarmUpSteps": 100}
+_STANDARD: dict[str, Any] = {"type": "standard", "l1Coefficient": 5}
 _WANDB_KEY = {"name": "WANDB_API_KEY", "secretKeyRef": {"name": "wandb", "key": "key"}}
 
 CASES: list[tuple[Edits, str, str, Edits]] = [
@@ -66,24 +66,12 @@ CASES: list[tuple[Edits, str, str, Edits]] = [
         {"wandb": {"project": "p"}, "run.env": [_WANDB_KEY]},
     ),
     (
-        {_ARCHITECTURE: {"type": "standard", "l1Coefficient": 5}},
-        "spec.saes[0].architecture.l1WarmUpSteps",
-        "let it rise",
-        {_ARCHITECTURE: _STANDARD},
-    ),
-    (
-        {_ARCHITECTURE: {"type": "jumprelu", "l0Coefficient": 1}},
-        "spec.saes[0].architecture.l0WarmUpSteps",
-        "let it rise",
-        {_ARCHITECTURE: {"type": "jumprelu", "l0Coefficient": 1, "l0WarmUpSteps": 5}},
-    ),
-    (
-        {_ARCHITECTURE: _STANDARD, f"{_SAE}.normalizeDecoder": False},
+        {_ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": False}},
         "spec.saes[0].architecture.scaleSparsityPenaltyByDecoderNorm",
         "free decoder norms",
         {
-            _ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": True},
-            f"{_SAE}.normalizeDecoder": False,
+            _ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": False},
+            f"{_SAE}.normalizeDecoder": True,
         },
     ),
     (

@@ -53,7 +53,8 @@ def test_encoders_and_what_the_method_leaves_out_stay_as_they_are(
 
 
 def test_a_decoder_at_unit_norm_keeps_it(two_hooks: FileStore, jobs: list[SmallJob]) -> None:
-    trainer = begun(two_hooks, jobs, [EVERY_KIND["standard"]], training=finetuned("decoder"))
+    unit_norm = {**EVERY_KIND["standard"], "normalizeDecoder": True}
+    trainer = begun(two_hooks, jobs, [unit_norm], training=finetuned("decoder"))
     norms = torch.linalg.vector_norm(run_to(trainer, 20)["standard"]["weights.W_dec"], dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
