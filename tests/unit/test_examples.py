@@ -156,6 +156,15 @@ def test_sweeps_have_the_penalties_of_the_original(name: str, penalties: list[fl
     assert [sae.architecture.l1_coefficient for job in jobs for sae in job.saes] == penalties
 
 
+@pytest.mark.parametrize("folder", ["replications", "sweeps"])
+def test_standard_saes_of_the_original_say_what_becomes_of_decoder_norms(folder: str) -> None:
+    """Our default is another."""
+    jobs = [job for path in sorted((EXAMPLES / folder).glob("*.yaml")) for job in jobs_of(path)]
+    standard = [sae for job in jobs for sae in job.saes if sae.architecture.type == "standard"]
+    assert standard
+    assert all(sae.normalize_decoder is not None for sae in standard)
+
+
 @pytest.mark.parametrize(
     ("name", "number"), [("gpt2-mlp-learning-rates", 1), ("gpt2-mlp-blocks", 1), ("gpt2-mlp-autocast", 2)]
 )
