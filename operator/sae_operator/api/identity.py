@@ -8,6 +8,7 @@ from typing import Any
 
 from sae_operator.api.activation_cache import ActivationCacheSpec, CacheStorage, DatasetSource, ModelSource
 from sae_operator.api.base import ApiModel
+from sae_operator.api.sae import SaeSpec
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
 
@@ -129,8 +130,20 @@ def determining(spec: SAETrainingJobSpec) -> dict[str, Any]:
     return {
         "activations": activations,
         "training": training,
-        "saes": manifest["saes"],
+        "saes": [_sae(sae) for sae in spec.saes],
         "normalization": spec.normalization,
         "evaluation": chosen(spec.evaluation),
         **stop,
     }
+
+
+def _sae(sae: SaeSpec) -> dict[str, Any]:
+    """An SAE with what becomes of its decoder norms, however that is asked for: their defaults depend on the type, and
+    were others once."""
+    told = chosen(sae)
+    told.pop("normalizeDecoder", None)
+    if not sae.normalizes_decoder:
+        told["normalizeDecoder"] = False
+    if sae.weights_penalty_by_decoder_norm:
+        told["architecture"]["scaleSparsityPenaltyByDecoderNorm"] = True
+    return told

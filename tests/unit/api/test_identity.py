@@ -23,6 +23,7 @@ from sae_operator.api.store import SecretRef
 from sae_operator.api.training_job import SAETrainingJobSpec
 from tests.specs import CACHE_SPEC, JOB_SPEC, edited, live_activations
 
+_STANDARD = {"type": "standard", "l1Coefficient": 5}
 HOOKS = st.lists(
     st.fixed_dictionaries(
         {"name": st.sampled_from(["transformer.h.7", "a.b", "c"])}, optional={"headIndex": st.integers(0, 9)}
@@ -188,6 +189,28 @@ class TestTrainingJob:
     )
     def test_all_that_results_depend_on_counts(self, edits: dict[str, Any]) -> None:
         assert training_identity(job(edits)) != training_identity(job())
+
+    @pytest.mark.parametrize(
+        ("architecture", "normalizes", "weighted"),
+        [({"type": "topk", "k": 8}, True, None), (_STANDARD, False, True), (_STANDARD, False, None)],
+        ids=["topk", "standard", "one-of-two"],
+    )
+    def test_defaults_of_decoder_norms_may_be_written_out(
+        self, architecture: dict[str, Any], normalizes: bool, weighted: bool | None
+    ) -> None:
+        plain = job({"saes.0.architecture": architecture})
+        written = {**architecture, "scaleSparsityPenaltyByDecoderNorm": weighted}
+        edits = {"saes.0.architecture": written, "saes.0.normalizeDecoder": normalizes}
+        assert training_identity(job(edits)) == training_identity(plain)
+
+    def test_decoder_norms_count(self) -> None:
+        unweighted = {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": False}
+        settings: list[dict[str, Any]] = [
+            {"saes.0.architecture": _STANDARD},
+            {"saes.0.architecture": unweighted},
+            {"saes.0.architecture": _STANDARD, "saes.0.normalizeDecoder": True},
+        ]
+        assert len({training_identity(job(edits)) for edits in settings}) == 3
 
     def test_who_opens_a_finished_cache_does_not_count(self) -> None:
         plain = job({"activations": {"uri": "s3://saes/c"}})
