@@ -107,6 +107,15 @@ def test_the_tutorial_becomes_a_job_with_its_settings() -> None:
             },
         ),
         (
+            {"scale_sparsity_penalty_by_decoder_norm": False},
+            {
+                "type": "standard",
+                "l1Coefficient": 5,
+                "l1WarmUpSteps": 1500,
+                "scaleSparsityPenaltyByDecoderNorm": False,
+            },
+        ),
+        (
             {"activation_fn": "tanh-relu", "use_ghost_grads": True, "lp_norm": 2, "noise_scale": 0.1},
             {
                 "type": "standard",
@@ -120,7 +129,7 @@ def test_the_tutorial_becomes_a_job_with_its_settings() -> None:
             },
         ),
     ],
-    ids=["topk", "topk default", "standard with topk", "gated", "jumprelu", "standard with all"],
+    ids=["topk", "topk default", "standard with topk", "gated", "jumprelu", "standard", "standard with all"],
 )
 def test_architectures(changes: dict[str, Any], expected: dict[str, Any]) -> None:
     done = converted(**changes)

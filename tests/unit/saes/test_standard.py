@@ -41,7 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "without centring": (PLAIN, {"applyBDecToInput": False}),
     "p = 1.5": ({**PLAIN, "lpNorm": 1.5}, UNIT_NORM),
     "p = 0.9": ({**PLAIN, "lpNorm": 0.9}, UNIT_NORM),
-    "tanh-relu": ({**PLAIN, "activation": "tanh-relu"}, {}),
+    "tanh-relu": ({**PLAIN, "activation": "tanh-relu"}, FREE_NORMS),
     "tanh-relu, p = 2": ({**PLAIN, "activation": "tanh-relu", "lpNorm": 2.0}, UNIT_NORM),
     "transcoder": (PLAIN, TRANSCODER),
 }
