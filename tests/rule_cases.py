@@ -44,7 +44,9 @@ class RuleCase:
 _SAE = "saes.0"
 _ARCHITECTURE = "saes.0.architecture"
 _AT_ARCHITECTURE = "spec.saes[0].architecture"
+_HEURISTIC = {f"{_SAE}.initialization.decoder": "heuristic"}
 _STANDARD = {"type": "standard", "l1Coefficient": 5}
+_WEIGHTED = {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": True}
 _TOPK = {"type": "topk", "k": 32}
 _BATCHTOPK = {"type": "batchtopk", "k": 32}
 _MATRYOSHKA = {"type": "matryoshka_batchtopk", "k": 32}
@@ -526,31 +528,24 @@ RULE_CASES = [
     RuleCase(JOB, {f"{_SAE}.dSae": 31}, f"{_AT_ARCHITECTURE}.k", "k must be at most dSae", {f"{_SAE}.dSae": 32}),
     RuleCase(
         JOB,
-        {f"{_SAE}.initialization.decoder": "heuristic"},
+        _HEURISTIC,
         "spec.saes[0].normalizeDecoder",
         "initialization.decoder heuristic needs normalizeDecoder: false",
-        {f"{_SAE}.initialization.decoder": "heuristic", f"{_SAE}.normalizeDecoder": False},
+        {**_HEURISTIC, f"{_SAE}.normalizeDecoder": False},
     ),
     RuleCase(
         JOB,
-        {
-            _ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": True},
-            f"{_SAE}.normalizeDecoder": True,
-        },
+        {_ARCHITECTURE: _WEIGHTED, f"{_SAE}.normalizeDecoder": True},
         "spec.saes[0].normalizeDecoder",
         "scaleSparsityPenaltyByDecoderNorm needs normalizeDecoder: false",
-        {_ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": True}},
+        {_ARCHITECTURE: _WEIGHTED},
     ),
     RuleCase(
         JOB,
-        {
-            _ARCHITECTURE: _STANDARD,
-            f"{_SAE}.initialization.decoder": "heuristic",
-            f"{_SAE}.normalizeDecoder": True,
-        },
+        {**_HEURISTIC, _ARCHITECTURE: _STANDARD, f"{_SAE}.normalizeDecoder": True},
         "spec.saes[0].normalizeDecoder",
         "initialization.decoder heuristic needs normalizeDecoder: false",
-        {_ARCHITECTURE: _STANDARD, f"{_SAE}.initialization.decoder": "heuristic"},
+        {**_HEURISTIC, _ARCHITECTURE: _STANDARD},
     ),
     RuleCase(
         JOB,
