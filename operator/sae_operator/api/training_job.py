@@ -214,7 +214,7 @@ class Training(ApiModel):
     """A last phase with encoders frozen; none when empty."""
     dead_after_tokens: Count | None = None
     """A latent that has not fired for so many tokens (or, in a shorter run, never) counts as dead. When empty, a
-    twelfth of `tokens`, at most 1,000,000."""
+    fiftieth of `tokens`, at most 1,000,000."""
     log_every_steps: Count = 10
     """Steps between lines of metrics.jsonl."""
 

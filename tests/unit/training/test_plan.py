@@ -312,7 +312,7 @@ def test_finetuning_comes_after_the_tokens_of_the_training() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "batch_size", "expected"),
-    [(360_000, 256, 30_000), (12_000_000, 4096, 1_000_000), (10**9, 4096, 1_000_000), (600, 32, 320)],
+    [(360_000, 256, 7_200), (40_000_000, 4096, 800_000), (50_000_000, 4096, 1_000_000), (600, 32, 320)],
 )
-def test_a_latent_counts_as_dead_after_a_twelfth_of_the_training(tokens: int, batch_size: int, expected: int) -> None:
+def test_a_latent_counts_as_dead_after_a_fiftieth_of_the_training(tokens: int, batch_size: int, expected: int) -> None:
     assert default_dead_after_tokens(tokens, batch_size) == expected
