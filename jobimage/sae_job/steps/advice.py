@@ -124,8 +124,8 @@ def _cheated_penalty(sae: SaeSpec, path: str, spec: SAETrainingJobSpec) -> Itera
     if architecture.type == "standard" and not sae.normalizes_decoder and not sae.weights_penalty_by_decoder_norm:
         yield Advice(
             f"{path}.architecture.scaleSparsityPenaltyByDecoderNorm",
-            "with free decoder norms the penalty vanishes without sparsity (small activations, long rows); leave it "
-            "out, or set normalizeDecoder: true",
+            "with normalizeDecoder: false the penalty vanishes without sparsity (small activations, long rows); leave "
+            "one of the two out",
         )
 
 

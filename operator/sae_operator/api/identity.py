@@ -144,6 +144,7 @@ def _sae(sae: SaeSpec) -> dict[str, Any]:
     told.pop("normalizeDecoder", None)
     if not sae.normalizes_decoder:
         told["normalizeDecoder"] = False
+    told["architecture"].pop("scaleSparsityPenaltyByDecoderNorm", None)
     if sae.weights_penalty_by_decoder_norm:
         told["architecture"]["scaleSparsityPenaltyByDecoderNorm"] = True
     return told

@@ -132,8 +132,8 @@ class Architecture(ApiModel):
     lp_norm: Annotated[float, Field(gt=0, le=4)] | None = None
     """standard: p of the penalty's norm; 1 when empty."""
     scale_sparsity_penalty_by_decoder_norm: bool | None = None
-    """standard: weight each latent's penalty by the norm of its decoder row, which must not be kept at unit norm; true
-    when empty, unless `normalizeDecoder` is."""
+    """standard: weight each latent's penalty by the norm of its decoder row, which must then not be kept at unit norm;
+    true when empty, unless `normalizeDecoder` is."""
     activation: Literal["relu", "tanh-relu"] | None = None
     """standard: activation function; relu when empty."""
     ghost_gradients: bool | None = None
@@ -210,7 +210,11 @@ class StopEarly(ApiModel):
 
 
 # Whether decoder rows are kept at unit norm: `SaeSpec.normalizes_decoder`.
-_CEL_NORMALIZES_DECODER = "(has(self.normalizeDecoder) ? self.normalizeDecoder : self.architecture.type != 'standard')"
+_CEL_NORMALIZES_DECODER = (
+    "(has(self.normalizeDecoder) ? self.normalizeDecoder : self.architecture.type != 'standard'"
+    " || (has(self.architecture.scaleSparsityPenaltyByDecoderNorm)"
+    " && !self.architecture.scaleSparsityPenaltyByDecoderNorm))"
+)
 
 
 class SaeSpec(ApiModel):
@@ -280,8 +284,8 @@ class SaeSpec(ApiModel):
     apply_b_dec_to_input: bool | None = None
     """Subtract `b_dec` before encoding; true when empty, but for a transcoder."""
     normalize_decoder: bool | None = None
-    """Keep decoder rows at unit norm. When empty, true for all but standard, whose penalty is weighted by their norms
-    instead: it explains more with as many active latents."""
+    """Keep decoder rows at unit norm. When empty, true for all but standard with a penalty that is weighted by their
+    norms, as it is by default: it explains more with as many active latents."""
     initialization: Initialization = Field(default_factory=Initialization)
     """How its weights begin."""
     start_from: StoreLocation | None = None
@@ -300,7 +304,9 @@ class SaeSpec(ApiModel):
     @property
     def normalizes_decoder(self) -> bool:
         """Whether decoder rows are kept at unit norm."""
-        return self.architecture.type != "standard" if self.normalize_decoder is None else self.normalize_decoder
+        if self.normalize_decoder is not None:
+            return self.normalize_decoder
+        return self.architecture.type != "standard" or self.architecture.scale_sparsity_penalty_by_decoder_norm is False
 
     @property
     def weights_penalty_by_decoder_norm(self) -> bool:

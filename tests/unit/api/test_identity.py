@@ -193,7 +193,7 @@ class TestTrainingJob:
     @pytest.mark.parametrize(
         ("architecture", "normalizes", "weighted"),
         [({"type": "topk", "k": 8}, True, None), (_STANDARD, False, True), (_STANDARD, False, None)],
-        ids=["topk", "standard", "one-of-two"],
+        ids=["topk", "standard", "one of two"],
     )
     def test_defaults_of_decoder_norms_may_be_written_out(
         self, architecture: dict[str, Any], normalizes: bool, weighted: bool | None
@@ -203,11 +203,20 @@ class TestTrainingJob:
         edits = {"saes.0.architecture": written, "saes.0.normalizeDecoder": normalizes}
         assert training_identity(job(edits)) == training_identity(plain)
 
+    def test_an_unweighted_penalty_and_unit_norm_are_the_same_choice(self) -> None:
+        unweighted = {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": False}
+        edits: list[dict[str, Any]] = [
+            {"saes.0.architecture": _STANDARD, "saes.0.normalizeDecoder": True},
+            {"saes.0.architecture": unweighted},
+            {"saes.0.architecture": unweighted, "saes.0.normalizeDecoder": True},
+        ]
+        assert len({training_identity(job(edit)) for edit in edits}) == 1
+
     def test_decoder_norms_count(self) -> None:
         unweighted = {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": False}
         settings: list[dict[str, Any]] = [
             {"saes.0.architecture": _STANDARD},
-            {"saes.0.architecture": unweighted},
+            {"saes.0.architecture": unweighted, "saes.0.normalizeDecoder": False},
             {"saes.0.architecture": _STANDARD, "saes.0.normalizeDecoder": True},
         ]
         assert len({training_identity(job(edits)) for edits in settings}) == 3

@@ -66,13 +66,13 @@ CASES: list[tuple[Edits, str, str, Edits]] = [
         {"wandb": {"project": "p"}, "run.env": [_WANDB_KEY]},
     ),
     (
-        {_ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": False}},
-        "spec.saes[0].architecture.scaleSparsityPenaltyByDecoderNorm",
-        "free decoder norms",
         {
             _ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": False},
-            f"{_SAE}.normalizeDecoder": True,
+            f"{_SAE}.normalizeDecoder": False,
         },
+        "spec.saes[0].architecture.scaleSparsityPenaltyByDecoderNorm",
+        "vanishes without sparsity",
+        {_ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": False}},
     ),
     (
         {f"{_ARCHITECTURE}.auxKCoefficient": 0},
