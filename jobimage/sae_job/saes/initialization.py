@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from sae_operator.api.sae import Initialization
+from sae_operator.api.sae import DecoderStart, SaeSpec
 
 Activation = Callable[[Float32[Tensor, "rows d_sae"]], Float32[Tensor, "rows d_sae"]]
 
@@ -70,7 +70,7 @@ def kaiming_uniform(rows: int, columns: int, generator: torch.Generator) -> Floa
 
 
 def starting_rows(
-    kind: str,
+    kind: DecoderStart,
     sample: Float32[Tensor, "rows d"],
     centre: Float32[Tensor, " d"],
     chosen: Int64[Tensor, " d_sae"] | None,
@@ -130,13 +130,11 @@ def encoder_scale(
 
 
 def initial_weights(
-    settings: Initialization,
+    spec: SaeSpec,
     sample: Float32[Tensor, "rows d_in"],
     target: Float32[Tensor, "rows d_out"] | None = None,
     *,
     d_sae: int,
-    normalize_decoder: bool,
-    apply_b_dec_to_input: bool,
     activation: Activation,
     generator: torch.Generator,
 ) -> InitialWeights:
@@ -146,33 +144,32 @@ def initial_weights(
     its biases take the centre of its inputs off.
 
     Args:
-        settings: the SAE's `initialization`.
+        spec: the SAE, which says how its weights begin.
         sample: activations as the encoder will see them (scaled).
         target: the same rows of what a transcoder reconstructs; None for an SAE, whose target is `sample`.
-        normalize_decoder: bring the decoder's rows to unit norm.
         activation: the architecture's activation function, for the encoder's scale.
         generator: source of all randomness, on the CPU.
     """
     reconstructed = sample if target is None else target
-    bias = decoder_bias(settings.decoder_bias, reconstructed)
+    bias = decoder_bias(spec.initialization.decoder_bias, reconstructed)
     chosen = None
-    if settings.decoder == "mixed":
+    if spec.decoder_start == "mixed":
         chosen = torch.randint(sample.shape[0], (d_sae,), generator=generator)
-    W_dec = starting_rows(settings.decoder, reconstructed, bias, chosen, generator, d_sae=d_sae).to(sample.device)
-    centre = torch.zeros_like(sample[0]) if target is None else decoder_bias(settings.decoder_bias, sample)
-    if settings.encoder == "kaiming_uniform":
+    W_dec = starting_rows(spec.decoder_start, reconstructed, bias, chosen, generator, d_sae=d_sae).to(sample.device)
+    centre = torch.zeros_like(sample[0]) if target is None else decoder_bias(spec.initialization.decoder_bias, sample)
+    if spec.encoder_start == "kaiming_uniform":
         encoder_rows = kaiming_uniform(sample.shape[1], d_sae, generator).to(sample.device).T
     elif target is not None:
-        encoder_rows = starting_rows(settings.decoder, sample, centre, chosen, generator, d_sae=d_sae)
+        encoder_rows = starting_rows(spec.decoder_start, sample, centre, chosen, generator, d_sae=d_sae)
         encoder_rows = encoder_rows.to(sample.device)
     else:
         # Copied before the decoder is normalised, so at the decoder's own scale.
         encoder_rows = W_dec.clone()
-    if normalize_decoder:
+    if spec.normalizes_decoder:
         W_dec = unit_rows(W_dec)
-    if settings.encoder == "scaled_transpose":
+    if spec.encoder_start == "scaled_transpose":
         encoder_rows = W_dec if target is None else unit_rows(encoder_rows)
-        inputs = sample[:_SCALE_ROWS] - (bias if apply_b_dec_to_input else centre)
+        inputs = sample[:_SCALE_ROWS] - (bias if spec.subtracts_b_dec else centre)
         wanted = reconstructed[:_SCALE_ROWS] - bias
         encoder_rows = encoder_rows * encoder_scale(inputs, wanted, encoder_rows, W_dec, activation)
     encoder_bias = torch.mv(encoder_rows, centre).neg_() if target is not None else sample.new_zeros(d_sae)

@@ -137,12 +137,10 @@ class TrainableWeights(ABC):
         generator: torch.Generator,
     ) -> None:
         start = initial_weights(
-            self.spec.initialization,
+            self.spec,
             sample,
             None if self.spec.target_hook is None else target,
             d_sae=self.d_sae,
-            normalize_decoder=self.spec.normalizes_decoder,
-            apply_b_dec_to_input=self.spec.subtracts_b_dec,
             activation=self._activation,
             generator=generator,
         )

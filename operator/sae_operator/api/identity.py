@@ -138,13 +138,18 @@ def determining(spec: SAETrainingJobSpec) -> dict[str, Any]:
 
 
 def _sae(sae: SaeSpec) -> dict[str, Any]:
-    """An SAE with what becomes of its decoder norms, however that is asked for: their defaults depend on the type, and
-    were others once."""
-    told = chosen(sae)
-    told.pop("normalizeDecoder", None)
-    if not sae.normalizes_decoder:
-        told["normalizeDecoder"] = False
-    told["architecture"].pop("scaleSparsityPenaltyByDecoderNorm", None)
-    if sae.weights_penalty_by_decoder_norm:
-        told["architecture"]["scaleSparsityPenaltyByDecoderNorm"] = True
-    return told
+    """An SAE with what comes of settings whose defaults depend on its type, however they are asked for; what is usual
+    is left out."""
+    weighted, decoder, encoder = sae.weights_penalty_by_decoder_norm, sae.decoder_start, sae.encoder_start
+    start = {
+        "decoder": None if decoder == "mixed" else decoder,
+        "encoder": None if encoder == "scaled_transpose" else encoder,
+    }
+    settled = {
+        "normalize_decoder": None if sae.normalizes_decoder else False,
+        "architecture": sae.architecture.model_copy(
+            update={"scale_sparsity_penalty_by_decoder_norm": True if weighted else None}
+        ),
+        "initialization": sae.initialization.model_copy(update=start),
+    }
+    return chosen(sae.model_copy(update=settled))

@@ -45,6 +45,8 @@ FIELD_TYPES: dict[str, tuple[str, ...]] = {
     "noise_scale": (*TOP_K_TYPES, "standard", "jumprelu"),
 }
 DEFAULT_EXPANSION_FACTOR = 8
+DecoderStart = Literal["mixed", "kaiming_uniform", "orthogonal", "heuristic"]
+EncoderStart = Literal["scaled_transpose", "transpose", "kaiming_uniform"]
 REQUIRED_FIELDS = ("k", "l1_coefficient", "l0_coefficient")
 
 
@@ -161,13 +163,14 @@ class Architecture(ApiModel):
 
 
 class Initialization(ApiModel):
-    decoder: Literal["mixed", "kaiming_uniform", "orthogonal", "heuristic"] = "mixed"
+    decoder: DecoderStart | None = None
     """`mixed`: unit rows halfway between a random activation and a random direction. `kaiming_uniform`: the default of
-    SAELens. `orthogonal`: orthogonal rows. `heuristic`: random rows of norm 0.1."""
-    encoder: Literal["scaled_transpose", "transpose", "kaiming_uniform"] = "scaled_transpose"
+    SAELens. `orthogonal`: orthogonal rows. `heuristic`: random rows of norm 0.1. When empty, mixed; heuristic for a
+    standard SAE whose decoder rows are not kept at unit norm."""
+    encoder: EncoderStart | None = None
     """`scaled_transpose`: the decoder's transpose times the scalar that best reconstructs a sample. `transpose`: the
     decoder's transpose. `kaiming_uniform`: independent of the decoder. A transcoder's encoder begins in the directions
-    of its own inputs."""
+    of its own inputs. When empty, transpose where the decoder begins as heuristic, else scaled_transpose."""
     decoder_bias: Literal["mean", "geometric_median", "zeros"] = "mean"
     """Start of `b_dec`, from the activations that are reconstructed, as training sees them."""
 
@@ -237,7 +240,8 @@ class SaeSpec(ApiModel):
             "architecture.k",
         ),
         Rule(
-            f"!{_CEL_NORMALIZES_DECODER} || self.initialization.decoder != 'heuristic'",
+            f"!{_CEL_NORMALIZES_DECODER} || !has(self.initialization.decoder)"
+            " || self.initialization.decoder != 'heuristic'",
             lambda s: not s.normalizes_decoder or s.initialization.decoder != "heuristic",
             "initialization.decoder heuristic needs normalizeDecoder: false",
             "normalizeDecoder",
@@ -307,6 +311,21 @@ class SaeSpec(ApiModel):
         if self.normalize_decoder is not None:
             return self.normalize_decoder
         return self.architecture.type != "standard" or self.architecture.scale_sparsity_penalty_by_decoder_norm is False
+
+    @property
+    def decoder_start(self) -> DecoderStart:
+        """How the decoder begins."""
+        if self.initialization.decoder is not None:
+            return self.initialization.decoder
+        small = self.architecture.type == "standard" and not self.normalizes_decoder and self.target_hook is None
+        return "heuristic" if small else "mixed"
+
+    @property
+    def encoder_start(self) -> EncoderStart:
+        """How the encoder begins."""
+        if self.initialization.encoder is not None:
+            return self.initialization.encoder
+        return "transpose" if self.decoder_start == "heuristic" else "scaled_transpose"
 
     @property
     def weights_penalty_by_decoder_norm(self) -> bool:

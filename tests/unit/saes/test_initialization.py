@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from sae_job.saes.initialization import decoder_bias, encoder_scale, geometric_median, kaiming_uniform, starting_rows
 from sae_job.saes.trainable import StepInput
-from tests.unit.saes.conftest import D_IN, D_SAE, STANDARD, TOPK, trainable
+from tests.unit.saes.conftest import D_IN, D_SAE, STANDARD, TOPK, sae_spec, trainable
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -26,10 +27,31 @@ def test_decoder_rows_have_unit_norm_by_default(decoder: str) -> None:
 
 
 def test_heuristic_rows_have_norm_a_tenth_and_point_everywhere() -> None:
-    sae = trainable(STANDARD, normalizeDecoder=False, initialization={"decoder": "heuristic"})
+    sae = trainable(STANDARD)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.full((D_SAE,), 0.1), atol=1e-6)
     cosines = torch.nn.functional.cosine_similarity(sae.W_dec.detach()[None], sae.W_dec.detach()[:, None], dim=2)
     assert abs(float(cosines[~torch.eye(D_SAE, dtype=torch.bool)].mean())) < 0.05
+
+
+def test_an_encoder_begins_as_the_transpose_of_heuristic_rows() -> None:
+    assert sae_spec(STANDARD).decoder_start == "heuristic"
+    sae = trainable(STANDARD)
+    assert torch.equal(sae.W_enc_T, sae.W_dec)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        (TOPK, {}),
+        (TOPK, {"normalizeDecoder": False}),
+        (STANDARD, {"normalizeDecoder": True}),
+        (STANDARD, {"targetHook": "out"}),
+    ],
+    ids=["topk", "topk with free rows", "standard with unit norm", "standard transcoder"],
+)
+def test_all_others_begin_mixed(architecture: dict[str, Any], fields: dict[str, Any]) -> None:
+    spec = sae_spec(architecture, **fields)
+    assert (spec.decoder_start, spec.encoder_start) == ("mixed", "scaled_transpose")
 
 
 def test_orthogonal_columns_are_orthonormal() -> None:

@@ -10,7 +10,6 @@ import torch
 from sae_job.saes.initialization import initial_weights, unit_rows
 from sae_job.saes.topk import TopKSAE
 from sae_job.saes.trainable import StepInput
-from sae_operator.api.sae import Initialization
 from tests.unit.saes.conftest import (
     BATCHTOPK,
     D_IN,
@@ -20,6 +19,7 @@ from tests.unit.saes.conftest import (
     STANDARD,
     TOPK,
     batch,
+    sae_spec,
     trainable,
     transcoded,
 )
@@ -89,7 +89,7 @@ def test_an_sae_that_normalises_by_itself_is_started_from_without_a_scale(normal
 @pytest.mark.parametrize("architecture", TYPES)
 def test_norms_of_decoder_rows_go_into_the_encoder_where_rows_have_unit_norm(architecture: str) -> None:
     selects = TYPES[architecture].get("k") is not None
-    saved = trainable(TYPES[architecture]).to_inference(scale=1.0)
+    saved = trainable(TYPES[architecture], normalizeDecoder=True).to_inference(scale=1.0)
     norms = torch.full((D_SAE,), 2.5) if selects else torch.linspace(0.5, 2.0, D_SAE)
     saved.W_dec *= norms.unsqueeze(1)
     if hasattr(saved, "threshold"):
@@ -117,7 +117,7 @@ def test_unequal_norms_that_would_change_what_is_selected_are_refused(architectu
 
 def test_norms_that_tanh_does_not_commute_with_are_refused() -> None:
     tanh = {**STANDARD, "activation": "tanh-relu"}
-    saved = trainable(tanh).to_inference(scale=1.0)
+    saved = trainable(tanh, normalizeDecoder=True).to_inference(scale=1.0)
     with pytest.raises(ValueError, match="normalizeDecoder: false"):
         trainable(tanh, seed=5, normalizeDecoder=True).start_from(saved, scale=2.0, target_scale=2.0)
     free, same = (trainable(tanh, seed=5, normalizeDecoder=normalized) for normalized in (False, True))
@@ -191,12 +191,10 @@ TARGET = transcoded(SAMPLE) + 5.0
 
 def start(**settings: Any) -> Any:
     return initial_weights(
-        Initialization.model_validate(settings),
+        sae_spec(TOPK, targetHook="out", initialization=settings),
         SAMPLE,
         TARGET,
         d_sae=300,
-        normalize_decoder=True,
-        apply_b_dec_to_input=False,
         activation=torch.relu,
         generator=torch.Generator().manual_seed(0),
     )
