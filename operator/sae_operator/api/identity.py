@@ -8,7 +8,7 @@ from typing import Any
 
 from sae_operator.api.activation_cache import ActivationCacheSpec, CacheStorage, DatasetSource, ModelSource
 from sae_operator.api.base import ApiModel
-from sae_operator.api.sae import SaeSpec
+from sae_operator.api.sae import Initialization, SaeSpec
 from sae_operator.api.store import StoreLocation
 from sae_operator.api.training_job import SAETrainingJobSpec
 
@@ -145,11 +145,12 @@ def _sae(sae: SaeSpec) -> dict[str, Any]:
         "decoder": None if decoder == "mixed" else decoder,
         "encoder": None if encoder == "scaled_transpose" else encoder,
     }
+    initialization = Initialization() if sae.start_from is not None else sae.initialization.model_copy(update=start)
     settled = {
         "normalize_decoder": None if sae.normalizes_decoder else False,
         "architecture": sae.architecture.model_copy(
             update={"scale_sparsity_penalty_by_decoder_norm": True if weighted else None}
         ),
-        "initialization": sae.initialization.model_copy(update=start),
+        "initialization": initialization,
     }
     return chosen(sae.model_copy(update=settled))

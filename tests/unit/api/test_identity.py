@@ -221,6 +221,40 @@ class TestTrainingJob:
         ]
         assert len({training_identity(job(edits)) for edits in settings}) == 3
 
+    @pytest.mark.parametrize(
+        ("fields", "decoder", "encoder"),
+        [
+            ({}, "mixed", "scaled_transpose"),
+            ({"architecture": _STANDARD}, "heuristic", "transpose"),
+            ({"architecture": _STANDARD, "normalizeDecoder": True}, "mixed", "scaled_transpose"),
+            ({"architecture": _STANDARD, "targetHook": "transformer.h.7"}, "mixed", "scaled_transpose"),
+            ({"architecture": _STANDARD, "initialization.decoder": "mixed"}, "mixed", "scaled_transpose"),
+        ],
+        ids=["topk", "standard", "standard with unit norm", "standard transcoder", "standard that begins mixed"],
+    )
+    def test_defaults_of_how_weights_begin_may_be_written_out(
+        self, fields: dict[str, Any], decoder: str, encoder: str
+    ) -> None:
+        plain = {f"saes.0.{name}": value for name, value in fields.items()}
+        start = {"decoder": decoder, "encoder": encoder, "decoderBias": "mean"}
+        assert training_identity(job({**plain, "saes.0.initialization": start})) == training_identity(job(plain))
+
+    def test_how_weights_begin_counts(self) -> None:
+        starts: list[dict[str, Any]] = [
+            {},
+            {"decoder": "mixed"},
+            {"encoder": "scaled_transpose"},
+            {"decoder": "mixed", "encoder": "transpose"},
+            {"decoderBias": "zeros"},
+        ]
+        edits: list[dict[str, Any]] = [{"saes.0.architecture": _STANDARD, "saes.0.initialization": s} for s in starts]
+        assert len({training_identity(job(edit)) for edit in edits}) == len(starts)
+
+    def test_how_weights_would_begin_does_not_count_where_saved_ones_are_taken(self) -> None:
+        saved = {"saes.0.architecture": _STANDARD, "saes.0.startFrom": {"uri": "s3://saes/saved"}}
+        start = {"decoder": "mixed", "encoder": "scaled_transpose", "decoderBias": "mean"}
+        assert training_identity(job({**saved, "saes.0.initialization": start})) == training_identity(job(saved))
+
     def test_who_opens_a_finished_cache_does_not_count(self) -> None:
         plain = job({"activations": {"uri": "s3://saes/c"}})
         opened = job({"activations": {"uri": "s3://saes/c", "secretRef": {"name": "s3"}, "region": "x"}})
