@@ -542,7 +542,7 @@ RULE_CASES = [
     ),
     RuleCase(
         JOB,
-        {**_HEURISTIC, _ARCHITECTURE: _STANDARD, f"{_SAE}.normalizeDecoder": True},
+        {**_HEURISTIC, _ARCHITECTURE: {**_STANDARD, "scaleSparsityPenaltyByDecoderNorm": False}},
         "spec.saes[0].normalizeDecoder",
         "initialization.decoder heuristic needs normalizeDecoder: false",
         {**_HEURISTIC, _ARCHITECTURE: _STANDARD},

@@ -140,7 +140,7 @@ def test_what_the_regime_goes_by_is_kept_in_a_buffer() -> None:
     assert resumed.regime.is_sparse
 
 
-@pytest.mark.parametrize("bias", [0.0, -2.0])
+@pytest.mark.parametrize("bias", [0.0, -0.2])
 def test_a_resumed_sae_takes_the_step_of_the_undisturbed_one_bit_for_bit(bias: float) -> None:
     """By dense and, with the lower bias, by sparse steps."""
     undisturbed, resumed = trainable(PLAIN), trainable(PLAIN, seed=1)
@@ -157,6 +157,7 @@ def test_a_resumed_sae_takes_the_step_of_the_undisturbed_one_bit_for_bit(bias: f
     ours = undisturbed.step_gradients(step_input({}, seed=5, step=1))
     theirs = resumed.step_gradients(step_input({}, seed=5, step=1))
     assert ours.kernel == theirs.kernel == ("sparse" if bias else "dense")
+    assert ours.fire_counts.any()
     assert torch.equal(ours.loss, theirs.loss)
     for name, gradient in gradients_of(undisturbed).items():
         assert torch.equal(gradient, gradients_of(resumed)[name]), name
