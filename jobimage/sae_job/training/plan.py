@@ -26,7 +26,7 @@ MINIMUM_STEPS = 1000
 DEFAULT_HELD_OUT_ROWS = 20_000
 DEFAULT_CHECKPOINT_SECONDS = 600
 EVALUATIONS = 10
-# In a long training a latent may rightly be silent for a fiftieth of it.
+# A fiftieth of a long training is longer than it takes to tell that a latent is dead.
 MOST_DEAD_AFTER_TOKENS = 1_000_000
 # The measured optimum that the default learning rate goes through, and its highest value.
 REFERENCE_RATE, REFERENCE_BATCH, REFERENCE_STEPS = 1e-3, 256, 1390

@@ -166,7 +166,7 @@ class Initialization(ApiModel):
     decoder: DecoderStart | None = None
     """`mixed`: unit rows halfway between a random activation and a random direction. `kaiming_uniform`: the default of
     SAELens. `orthogonal`: orthogonal rows. `heuristic`: random rows of norm 0.1. When empty, mixed; heuristic for a
-    standard SAE whose decoder rows are not kept at unit norm."""
+    standard SAE, not a transcoder, whose decoder rows are not kept at unit norm."""
     encoder: EncoderStart | None = None
     """`scaled_transpose`: the decoder's transpose times the scalar that best reconstructs a sample. `transpose`: the
     decoder's transpose. `kaiming_uniform`: independent of the decoder. A transcoder's encoder begins in the directions
