@@ -66,6 +66,7 @@ def test_learning_rate_goes_through_the_measured_points() -> None:
     assert default_learning_rate(512, 695, "topk") == pytest.approx(2e-3)
     assert default_learning_rate(2048, 174, "topk") == pytest.approx(4e-3)
     assert default_learning_rate(256, 1390, "standard") == pytest.approx(1.7e-3)
+    assert default_learning_rate(1024, 1465, "standard") == pytest.approx(2.3e-3)
 
 
 @given(st.integers(1, 10**9), st.integers(1, 10**6), st.sampled_from(["topk", "standard"]))
