@@ -298,10 +298,9 @@ def _architecture(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]
         if noise:
             notes.append("noise_scale: SAELens has no noise for gated SAEs, whatever it is set to")
         return {"type": kind, **penalty}
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"scaleSparsityPenaltyByDecoderNorm": values["scale_sparsity_penalty_by_decoder_norm"]}
     if values["lp_norm"] != 1:
         options["lpNorm"] = values["lp_norm"]
-    options["scaleSparsityPenaltyByDecoderNorm"] = values["scale_sparsity_penalty_by_decoder_norm"]
     if activation != "relu":
         options["activation"] = activation
     if values["use_ghost_grads"]:
